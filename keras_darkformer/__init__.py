@@ -1,0 +1,1 @@
+"""Linear-time attention for Keras 3 whose random features fit the data."""

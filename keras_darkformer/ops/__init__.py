@@ -1,0 +1,21 @@
+"""Pure functions of tensors: the mathematics, without layers or variables."""
+
+from keras_darkformer.ops.dark_attention import (
+    dark_attention,
+    dark_attention_state,
+    exact_dark_attention,
+)
+from keras_darkformer.ops.features import dark_features
+from keras_darkformer.ops.linear_attention import initial_state
+from keras_darkformer.ops.projections import draw_projection
+from keras_darkformer.ops.rotary import rotary_embedding
+
+__all__ = [
+    "dark_attention",
+    "dark_attention_state",
+    "dark_features",
+    "draw_projection",
+    "exact_dark_attention",
+    "initial_state",
+    "rotary_embedding",
+]

@@ -1,0 +1,113 @@
+"""Positive random features of the dark kernel, and their folded projections.
+
+Letters used in shapes here and in the other modules of `ops`:
+b batch, t query position, s key position, n query heads, k key/value heads,
+g = n / k query heads per key/value head, h head_dim, r rank, m features,
+v value dimension.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+
+class FeatureProjections(NamedTuple):
+    """Everything that turns queries and keys into log-features.
+
+    With `A_q`, `A_k`, `a` and `N` the fields below,
+
+        log phi_q(q) = q A_q
+        log phi_k(k) = k A_k + a - |k N|^2 / 2
+
+    Attention divides by its own normaliser, so whatever a query's features
+    have in common (`|M q^|^2 / 2`, `m^(-1/2)`) cancels and is left out.
+
+    Attributes:
+        query_kernel: `A_q`, of shape `(k, h, m)`.
+        key_kernel: `A_k`, of shape `(k, h, m)`.
+        key_bias: `a`, of shape `(k, m)`, or `None` for zeros.
+        key_norm_kernel: `N`, of shape `(k, h, r)`, or `None` for no norm term.
+    """
+
+    query_kernel: Any
+    key_kernel: Any
+    key_bias: Any = None
+    key_norm_kernel: Any = None
+
+
+def fold_projections(geometry: Any, projection: Any, log_weight: Any = None) -> FeatureProjections:
+    """Folds geometry M and projection W into one matrix per head, in float32.
+
+    `w . M x^ = x . (h^(-1/4) M' w')`: one product of size `h x m` a token
+    instead of `h x r` and `r x m`. A weight added to both log-features is, in
+    the ratio, twice that weight added to the key's alone.
+    """
+    geometry = scaled_geometry(geometry)
+    projection = ops.cast(projection, "float32")
+    equation = "krh,mr->khm" if len(projection.shape) == 2 else "krh,kmr->khm"
+    kernel = ops.einsum(equation, geometry, projection)
+    key_bias = None if log_weight is None else 2.0 * ops.cast(log_weight, "float32")
+    return FeatureProjections(kernel, kernel, key_bias, ops.transpose(geometry, (0, 2, 1)))
+
+
+def scaled_geometry(geometry: Any) -> Any:
+    """`h^(-1/4) M` in float32: M applied to x then equals M applied to x^."""
+    return ops.cast(geometry, "float32") * geometry.shape[-1] ** -0.25
+
+
+def log_query_features(query: Any, projections: FeatureProjections) -> Any:
+    """`(b, k, x, h) -> (b, k, x, m)`, up to one constant per query."""
+    return ops.matmul(query, projections.query_kernel)
+
+
+def log_key_features(key: Any, projections: FeatureProjections) -> Any:
+    """`(b, k, x, h) -> (b, k, x, m)`."""
+    _, kernel, bias, norm_kernel = projections
+    log_features = ops.matmul(key, kernel)
+    if bias is not None:
+        log_features = log_features + bias[:, None, :]
+    if norm_kernel is not None:
+        projected = ops.matmul(key, norm_kernel)
+        log_features = log_features - 0.5 * ops.sum(projected * projected, axis=-1, keepdims=True)
+    return log_features
+
+
+def dark_features(inputs: Any, geometry: Any, projection: Any, *, log_weight: Any = None) -> Any:
+    """Positive random features phi(x) of the dark kernel, without a stabiliser.
+
+    With `x^ = h^(-1/4) x` and `w_j` the rows of the projection,
+
+        phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2)
+
+    so that `E[phi(q) . phi(k)] = exp(q^' M'M k^)`, the dark kernel. These are
+    the features themselves, to look at and to check estimates with; large
+    inputs overflow. `dark_attention` computes the stable ratio instead.
+
+    Args:
+        inputs: float tensor of shape `(b, s, k, h)`, queries or keys.
+        geometry: M, of shape `(k, r, h)`.
+        projection: W, of shape `(k, m, r)` or `(m, r)`.
+        log_weight: optional, of shape `(k, m)`, added to `log phi`.
+
+    Returns:
+        A float32 tensor of shape `(b, s, k, m)`.
+
+    Example:
+
+    >>> x = np.random.normal(size=(1, 10, 2, 8))
+    >>> geometry = np.stack([np.eye(8)] * 2)
+    >>> dark_features(x, geometry, draw_projection(16, 8)).shape
+    (1, 10, 2, 16)
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+        - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794), lemma 1
+    """
+    geometry = ops.convert_to_tensor(geometry)
+    projections = fold_projections(geometry, projection)
+    inputs = ops.transpose(ops.cast(inputs, "float32"), (0, 2, 1, 3))
+    log_features = log_key_features(inputs, projections)
+    if log_weight is not None:
+        log_features = log_features + ops.cast(log_weight, "float32")[:, None, :]
+    num_features = projections.key_kernel.shape[-1]
+    return ops.transpose(ops.exp(log_features) * num_features**-0.5, (0, 2, 1, 3))

@@ -1,0 +1,119 @@
+"""The formulas in NumPy float64, quadratic and slow: the judge of everything else."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Gradients(NamedTuple):
+    """Of one scalar, by the arguments of `dark_attention`."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    geometry: np.ndarray
+
+
+def dark_attention_reference(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    geometry: np.ndarray,
+    projection: np.ndarray,
+    *,
+    log_weight: np.ndarray | None = None,
+    causal: bool = False,
+    key_mask: np.ndarray | None = None,
+    upstream: np.ndarray | None = None,
+) -> tuple[np.ndarray, Gradients | None]:
+    """`dark_attention` as its definition reads, and its gradients by hand.
+
+    For one head, with `L_tsj = log phi_j(q_t) + log phi_j(k_s)`:
+
+        K_ts = sum_j exp L_tsj,    P_ts = K_ts / sum_s K_ts,    O = P V
+        dP = dO V',    dK_ts = (dP_ts - sum_s dP_ts P_ts) / sum_s K_ts
+        d log phi_j(q_t) = sum_s dK_ts exp L_tsj,  and so for k_s
+
+    Args:
+        upstream: `(b, t, n, v)`, the gradient of a scalar with respect to the
+            output; the gradients returned are of that scalar.
+        The others are those of `dark_attention`.
+
+    Returns:
+        `(output, gradients)`, in float64; gradients are `None` without
+        `upstream`.
+    """
+    query, key, value, geometry, projection = (
+        np.asarray(x, "float64") for x in (query, key, value, geometry, projection)
+    )
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, kv_heads, value_dim = value.shape[1:]
+    projection = np.broadcast_to(projection, (kv_heads, *projection.shape[-2:]))
+    visible = np.ones((batch, num_queries, num_keys), bool)
+    if causal:
+        visible &= np.tri(num_queries, num_keys, dtype=bool)
+    if key_mask is not None:
+        visible &= np.asarray(key_mask, bool)[:, None, :]
+
+    output = np.zeros((batch, num_queries, num_heads, value_dim))
+    gradients = Gradients(*(np.zeros(x.shape) for x in (query, key, value, geometry)))
+    scale = head_dim**-0.25
+    for b in range(batch):
+        for n in range(num_heads):
+            k = n // (num_heads // kv_heads)
+            m_geometry = scale * geometry[k]
+            mq, mk = query[b, :, n] @ m_geometry.T, key[b, :, k] @ m_geometry.T
+            weight = 0.0 if log_weight is None else np.asarray(log_weight, "float64")[k]
+            log_q = _log_features(mq, projection[k]) + weight
+            log_k = _log_features(mk, projection[k]) + weight
+            for t in range(num_queries):
+                seen = visible[b, t]
+                if not seen.any():
+                    continue
+                log_products = log_q[t] + log_k[seen]
+                products = np.exp(log_products - log_products.max())
+                kernel = products.sum(axis=1)
+                attention = kernel / kernel.sum()
+                output[b, t, n] = attention @ value[b, seen, k]
+                if upstream is None:
+                    continue
+                d_output = np.asarray(upstream[b, t, n], "float64")
+                d_attention = value[b, seen, k] @ d_output
+                d_kernel = (d_attention - d_attention @ attention) / kernel.sum()
+                d_log_k = d_kernel[:, None] * products
+                d_log_q = d_log_k.sum(axis=0)
+                # log phi_j(x) = w_j . M x^ - |M x^|^2 / 2
+                d_mq = d_log_q @ projection[k] - d_log_q.sum() * mq[t]
+                d_mk = d_log_k @ projection[k] - d_log_k.sum(1, keepdims=True) * mk[seen]
+                gradients.query[b, t, n] += d_mq @ m_geometry
+                gradients.key[b, seen, k] += d_mk @ m_geometry
+                gradients.value[b, seen, k] += np.outer(attention, d_output)
+                gradients.geometry[k] += scale * (
+                    np.outer(d_mq, query[b, t, n]) + d_mk.T @ key[b, seen, k]
+                )
+    return output, None if upstream is None else gradients
+
+
+def dark_state_reference(
+    key: np.ndarray,
+    value: np.ndarray,
+    geometry: np.ndarray,
+    projection: np.ndarray,
+    *,
+    key_mask: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over keys of `sqrt(m) phi(k) v'` and `sqrt(m) phi(k)`, unscaled, in float64."""
+    key, value, geometry = (np.asarray(x, "float64") for x in (key, value, geometry))
+    kv_heads, _, head_dim = geometry.shape
+    projection = np.broadcast_to(projection, (kv_heads, *projection.shape[-2:]))
+    projected = np.einsum("bskh,krh->bskr", key * head_dim**-0.25, geometry)
+    features = np.stack(
+        [np.exp(_log_features(projected[:, :, k], projection[k])) for k in range(kv_heads)], axis=2
+    )
+    if key_mask is not None:
+        features = features * np.asarray(key_mask, "float64")[:, :, None, None]
+    return np.einsum("bskm,bskv->bkmv", features, value), features.sum(axis=1)
+
+
+def _log_features(projected: np.ndarray, projection: np.ndarray) -> np.ndarray:
+    return projected @ projection.T - 0.5 * (projected**2).sum(axis=-1, keepdims=True)
