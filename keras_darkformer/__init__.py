@@ -1,1 +1,36 @@
-"""Linear-time attention for Keras 3 whose random features fit the data."""
+"""Linear-time attention for Keras 3 whose random features fit the data.
+
+KerasHub models live in `keras_darkformer.hub`, which is imported on first
+use: the rest works without KerasHub.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from keras_darkformer import layers, ops
+from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
+
+if TYPE_CHECKING:
+    from keras_darkformer import hub
+    from keras_darkformer.hub import conversion_report, convert_to_dark
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DarkAttention",
+    "DarkFeatureMap",
+    "DarkTransformerBlock",
+    "conversion_report",
+    "convert_to_dark",
+    "hub",
+    "layers",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("hub", "convert_to_dark", "conversion_report"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    hub = importlib.import_module("keras_darkformer.hub")
+    return hub if name == "hub" else getattr(hub, name)

@@ -1,0 +1,83 @@
+"""What a (query, key) attention mask says, in the two terms linear attention has."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def split_attention_mask(attention_mask: Any, query_length: Any) -> tuple[bool, Any]:
+    """Reads an attention mask as "causal or not" and a padding mask.
+
+    Features sum over keys before they meet a query, so a mask can say which
+    keys count (padding) and that none counts before its time (causal), and
+    nothing else. A mask with one row for all queries is padding. A mask of
+    (t, s) has to be looked at, which works on values, not inside a compiled
+    function.
+
+    Args:
+        attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)` or `(t, s)`;
+            a head axis of size 1 is allowed: `(b, 1, t, s)`.
+        query_length: t, an int or `None`.
+
+    Returns:
+        `(causal, key_mask)`, `key_mask` of shape `(b or 1, s)`.
+
+    Raises:
+        ValueError: if the mask says anything else, or can't be looked at.
+    """
+    shape = tuple(attention_mask.shape)
+    if len(shape) == 4 and shape[1] == 1:
+        attention_mask = attention_mask[:, 0]
+    elif len(shape) == 2:
+        attention_mask = attention_mask[None]
+    elif len(shape) != 3:
+        raise ValueError(
+            "`attention_mask` must have shape (batch, query_length, key_length), the same with a "
+            f"head axis of size 1, or (query_length, key_length). Received: shape {shape}"
+        )
+    attention_mask = ops.cast(attention_mask, "bool")
+    if attention_mask.shape[1] == 1 and query_length != 1:
+        return False, attention_mask[:, 0]
+    values = _values(attention_mask)
+    if values is None:
+        raise ValueError(
+            "Linear attention takes masks that are causal or padding. This `attention_mask` has "
+            f"shape {shape} and no values yet, as inside a compiled function or a functional "
+            "model, so it can't be checked. Pass `use_causal_mask=True` for a causal mask and "
+            "`value_mask` or `key_mask` of shape (batch, key_length) for padding, or use "
+            '`attention_mode="exact"`.'
+        )
+    seen = np.any(values, axis=1)
+    if np.array_equal(values, np.broadcast_to(seen[:, None], values.shape)):
+        return False, ops.convert_to_tensor(seen)
+    length = values.shape[1]
+    if values.shape[2] == length:
+        # The last query sees every key that counts.
+        seen = values[:, -1]
+        if np.array_equal(values, seen[:, None] & np.tri(length, dtype=bool)):
+            return True, ops.convert_to_tensor(seen)
+    raise ValueError(
+        "Linear attention can't express an arbitrary `attention_mask`: features sum over the "
+        "keys before they meet a query. Masks that are causal, padding of keys, or both are "
+        'accepted; for this one use `attention_mode="exact"`. '
+        f"Received: a mask of shape {shape} that is neither."
+    )
+
+
+def merge_masks(first: Any, second: Any) -> Any:
+    """Logical and of two optional masks of shape `(b, s)`."""
+    if first is None or second is None:
+        return second if first is None else first
+    return ops.logical_and(ops.cast(first, "bool"), ops.cast(second, "bool"))
+
+
+def _values(mask: Any) -> Any:
+    """The mask in NumPy, or `None` where the backend is tracing."""
+    if isinstance(mask, keras.KerasTensor):
+        return None
+    try:
+        return ops.convert_to_numpy(mask)
+    except Exception:  # each backend raises its own when there are no values
+        return None

@@ -1,0 +1,155 @@
+"""Attention with the dark kernel itself: what the features estimate."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_darkformer.ops.checks import check_attention
+from keras_darkformer.ops.dark_attention import output_dtype
+
+
+def exact_dark_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    geometry: Any,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    attention_mask: Any = None,
+) -> Any:
+    """Attention with the dark kernel itself, which the features estimate.
+
+    Softmax attention between `M q` and `M k`, scaled by `h^(-1/2)`, through
+    `keras.ops.dot_product_attention`: quadratic in the length, and flash
+    attention where Keras has it. With `M = I` it is ordinary attention.
+
+    Args:
+        query: float tensor of shape `(b, t, n, h)`.
+        key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
+        value: float tensor of shape `(b, s, k, v)`.
+        geometry: M, of shape `(k, r, h)`.
+        causal: bool. Query t attends to keys up to t; t and s must be equal.
+        key_mask: optional bool tensor of shape `(b, s)`, true = attend.
+        attention_mask: optional bool tensor of rank 4, true = attend, that
+            broadcasts to `(b, n, t, s)`. All masks given apply together.
+
+    Returns:
+        A tensor of shape `(b, t, n, v)` and the inputs' dtype. A query with
+        no key to attend to gives zeros, and passes no gradient.
+
+    Raises:
+        ValueError: if shapes do not fit; the message names the argument.
+
+    Example:
+
+    >>> q, k, v = (np.random.normal(size=(1, 100, 2, 8)) for _ in range(3))
+    >>> exact_dark_attention(q, k, v, np.stack([np.eye(8)] * 2), causal=True).shape
+    (1, 100, 2, 8)
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+    """
+    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+    geometry = ops.convert_to_tensor(geometry)
+    check_attention(query, key, value, geometry, causal=causal, key_mask=key_mask)
+    dtype = output_dtype(query, key, value)
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    visible = _visible(key, causal, key_mask, attention_mask)
+    query = ops.cast(apply_geometry(query, geometry), dtype)
+    key = ops.cast(apply_geometry(key, geometry), dtype)
+    # The backends' fused kernels want one size for all three.
+    width = max(geometry.shape[1], value_dim)
+    query, key, value = (_widen(x, width) for x in (query, key, ops.cast(value, dtype)))
+    scale = head_dim**-0.5
+    if visible is None:
+        output = ops.dot_product_attention(query, key, value, scale=scale, is_causal=causal)
+    else:
+        # A row without keys has no softmax: let it see all, then wipe it.
+        alive = ops.any(visible, axis=-1, keepdims=True)
+        mask = ops.logical_or(visible, ops.logical_not(alive))
+        output = ops.dot_product_attention(query, key, value, mask=mask, scale=scale)
+        output = ops.where(ops.swapaxes(alive, 1, 2), output, 0.0)
+    return ops.cast(output[..., :value_dim], dtype)
+
+
+def exact_dark_attention_scores(
+    query: Any,
+    key: Any,
+    geometry: Any,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    attention_mask: Any = None,
+) -> Any:
+    """The weights `exact_dark_attention` gives to the values.
+
+    Args:
+        query: float tensor of shape `(b, t, n, h)`.
+        key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
+        geometry: M, of shape `(k, r, h)`.
+        causal: bool.
+        key_mask: optional bool tensor of shape `(b, s)`, true = attend.
+        attention_mask: optional bool tensor of rank 4 that broadcasts to
+            `(b, n, t, s)`.
+
+    Returns:
+        A float32 tensor of shape `(b, n, t, s)`; each row sums to 1, or is
+        zero where there is no key to attend to.
+
+    Raises:
+        ValueError: if shapes do not fit; the message names the argument.
+    """
+    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
+    geometry = ops.convert_to_tensor(geometry)
+    check_attention(query, key, key, geometry, causal=causal, key_mask=key_mask)
+    head_dim, groups = query.shape[-1], query.shape[2] // key.shape[2]
+    projected_key = ops.repeat(apply_geometry(key, geometry), groups, axis=2)
+    logits = ops.einsum("btnr,bsnr->bnts", apply_geometry(query, geometry), projected_key)
+    logits = logits * head_dim**-0.5
+    visible = _visible(key, causal, key_mask, attention_mask)
+    if visible is None and causal:
+        visible = _causal(key)
+    if visible is None:
+        return ops.softmax(logits)
+    alive = ops.any(visible, axis=-1, keepdims=True)
+    mask = ops.logical_or(visible, ops.logical_not(alive))
+    return ops.where(alive, ops.softmax(ops.where(mask, logits, -1e30)), 0.0)
+
+
+def apply_geometry(inputs: Any, geometry: Any) -> Any:
+    """`M x` in float32: `(b, t, n, h) -> (b, t, n, r)`, head i by M of head i // (n / k)."""
+    shape = tuple(ops.shape(inputs))
+    kv_heads, rank, head_dim = geometry.shape
+    inputs = ops.reshape(inputs, (*shape[:2], kv_heads, shape[2] // kv_heads, head_dim))
+    outputs = ops.einsum(
+        "btkgh,krh->btkgr", ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
+    )
+    return ops.reshape(outputs, (*shape[:3], rank))
+
+
+def _visible(key: Any, causal: bool, key_mask: Any, attention_mask: Any) -> Any:
+    """All masks as one of rank 4; `None` where there is no more to say than `causal`."""
+    if key_mask is None and attention_mask is None:
+        return None
+    masks = []
+    if key_mask is not None:
+        masks.append(ops.cast(key_mask, "bool")[:, None, None, :])
+    if attention_mask is not None:
+        masks.append(ops.cast(attention_mask, "bool"))
+    if causal:
+        masks.append(_causal(key))
+    visible = masks[0]
+    for mask in masks[1:]:
+        visible = ops.logical_and(visible, mask)
+    return visible
+
+
+def _causal(key: Any) -> Any:
+    index = ops.arange(ops.shape(key)[1], dtype="int32")
+    return (index[None, :] <= index[:, None])[None, None]
+
+
+def _widen(x: Any, width: int) -> Any:
+    missing = width - x.shape[-1]
+    return ops.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
