@@ -1,0 +1,221 @@
+"""KerasHub's cached attention layers, with the dark kernel in place of softmax."""
+
+import contextlib
+import inspect
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras_hub.src.models.gemma.gemma_attention import CachedGemmaAttention
+from keras_hub.src.models.gemma3.gemma3_attention import CachedGemma3Attention
+
+from keras_darkformer.hub.options import DarkOptions, Mixin
+from keras_darkformer.layers import DarkFeatureMap
+from keras_darkformer.layers.dark_attention import drop_tokens
+from keras_darkformer.ops import apply_geometry
+
+# A prompt is prefilled in one pass, but only its first tokens may enter the
+# state: the sampler feeds the others again, one by one. Both facts go through
+# unmodified decoder blocks as one padding mask of these codes.
+PAD, ATTEND, WRITE = 0, 1, 2
+
+
+class DarkCachedAttention(Mixin):
+    """Turns a KerasHub attention layer, its base class in Python, dark.
+
+    An instance is a stock attention layer that has become dark: same
+    projections, norms and rotary embedding, same variable paths, and one new
+    sublayer, `feature_map`. In linear mode its `cache` is a recurrent state;
+    in exact mode it is the stock layer with M applied after the rotation.
+
+    Attributes:
+        stock_cls: the KerasHub layer this one is made of.
+    """
+
+    stock_cls: type
+
+    def __init__(
+        self,
+        *args: Any,
+        num_features: int = 256,
+        attention_mode: str = "linear",
+        geometry_scale: float = 1.0,
+        train_geometry: bool = True,
+        train_projection: bool = False,
+        projection: str = "orthogonal",
+        chunk_size: int | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        # As in `DarkAttention`: a state must arrive in float32.
+        super().__init__(*args, autocast=False, **kwargs)
+        self._configure(
+            DarkOptions(
+                num_features=num_features,
+                attention_mode=attention_mode,
+                geometry_scale=geometry_scale,
+                train_geometry=train_geometry,
+                train_projection=train_projection,
+                projection=projection,
+                chunk_size=chunk_size,
+                seed=seed,
+            )
+        )
+
+    @classmethod
+    def take_over(cls, attention: Any, options: DarkOptions) -> Any:
+        """Makes a built stock layer dark, in place: no weight is copied or moved."""
+        attention.__class__ = cls
+        attention.autocast = False
+        attention._tracker.unlock()
+        try:
+            attention._configure(options)
+            attention._build_feature_map(attention.path)
+        finally:
+            attention._lock_state()
+        return attention
+
+    def _configure(self, options: DarkOptions) -> None:
+        self.attention_mode = options.attention_mode
+        self.chunk_size = options.chunk_size
+        # A bounded logit is no kernel of this kind. The block keeps the value.
+        self.logit_soft_cap = None
+        self.feature_map = DarkFeatureMap(
+            self.num_key_value_heads,
+            self.head_dim,
+            options.num_features,
+            projection=options.projection,
+            train_geometry=options.train_geometry,
+            train_projection=options.train_projection,
+            geometry_scale=1.0 if options.geometry_scale is None else options.geometry_scale,
+            seed=options.seed,
+            dtype="float32",
+            name="feature_map",
+        )
+
+    def build(self, inputs_shape: Any) -> None:
+        """Builds the stock layer and the feature map."""
+        super().build(inputs_shape)
+        self._build_feature_map()
+
+    def _build_feature_map(self, path: str | None = None) -> None:
+        with contextlib.ExitStack() as stack:
+            for part in path.split("/") if path else ():
+                stack.enter_context(keras.name_scope(part))
+            self.feature_map.build()
+
+    def _apply_rope(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        x = super()._apply_rope(x, *args, **kwargs)
+        if self.attention_mode == "exact":
+            x = ops.cast(apply_geometry(x, self.feature_map.geometry), x.dtype)
+        return x
+
+    def _attend(
+        self, query: Any, key: Any, value: Any, code: Any, state: Any, training: bool
+    ) -> Any:
+        """Linear attention and output projection; with a state also the next state.
+
+        Args:
+            query: `(b, t, n, h)`, rotated.
+            key: `(b, t, k, h)`, rotated.
+            value: `(b, t, k, h)`.
+            code: `(b, t)`, or `None` where every token counts. Without a
+                state a padding mask; with one, tokens are `PAD`, `ATTEND`
+                (seen, but not kept) or `WRITE`.
+            state: state of the tokens before, or `None`.
+            training: bool.
+        """
+        if state is not None and not isinstance(state, tuple | list):
+            raise ValueError(
+                "A dark attention layer in linear mode needs a recurrent state as `cache`, but "
+                "got a key/value cache. Generate with the dark causal LM, such as "
+                "`keras_darkformer.hub.DarkGemmaCausalLM`, around this backbone."
+            )
+        value = drop_tokens(self.dropout_layer, value, training)
+        attends = None if code is None else ops.greater(ops.cast(code, "int32"), PAD)
+        output = self.feature_map.attend(
+            query,
+            key,
+            value,
+            causal=True,
+            key_mask=attends,
+            initial_state=state,
+            return_state=state is not None and code is None,
+            chunk_size=self.chunk_size,
+        )
+        if state is None:
+            return self.output_dense(output)
+        if code is None:
+            output, state = output
+        else:
+            writes = ops.equal(ops.cast(code, "int32"), WRITE)
+            state = self.feature_map.accumulate(key, value, key_mask=writes, initial_state=state)
+        return self.output_dense(output), tuple(state)
+
+    def get_config(self) -> dict[str, Any]:
+        """The stock layer's constructor arguments, which it does not list, and ours."""
+        stock = inspect.signature(self.stock_cls).parameters
+        config = {name: getattr(self, name) for name in stock if hasattr(self, name)}
+        config["kernel_initializer"] = keras.initializers.serialize(self._kernel_initializer)
+        feature_map = self.feature_map.get_config()
+        for name in ("num_features", "geometry_scale", "train_geometry", "train_projection"):
+            config[name] = feature_map[name]
+        config["projection"], config["seed"] = feature_map["projection"], feature_map["seed"]
+        config["attention_mode"], config["chunk_size"] = self.attention_mode, self.chunk_size
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="keras_darkformer")
+class DarkGemmaAttention(DarkCachedAttention, CachedGemmaAttention):
+    """Attention of Gemma 1 and 2 with the dark kernel."""
+
+    stock_cls = CachedGemmaAttention
+
+    def call(
+        self,
+        x: Any,
+        attention_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = 0,
+        training: bool = False,
+    ) -> Any:
+        """The stock layer's call; in linear mode `cache` is a state, the mask `(b, t)`."""
+        if self.attention_mode == "exact":
+            return super().call(x, attention_mask, cache, cache_update_index, training)
+        query = self._apply_rope(self.query_dense(x), cache_update_index)
+        key = self._apply_rope(self.key_dense(x), cache_update_index)
+        return self._attend(query, key, self.value_dense(x), attention_mask, cache, training)
+
+
+@keras.saving.register_keras_serializable(package="keras_darkformer")
+class DarkGemma3Attention(DarkCachedAttention, CachedGemma3Attention):
+    """Attention of Gemma 3 (text) with the dark kernel."""
+
+    stock_cls = CachedGemma3Attention
+
+    def call(
+        self,
+        x: Any,
+        attention_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = 0,
+        cache_update_mask: Any = None,
+        training: bool = False,
+    ) -> Any:
+        """The stock layer's call; in linear mode `cache` is a state, the mask `(b, t)`."""
+        if self.attention_mode == "exact":
+            return super().call(
+                x, attention_mask, cache, cache_update_index, cache_update_mask, training
+            )
+        query, key = self.query_dense(x), self.key_dense(x)
+        if self.use_query_key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = self._apply_rope(query, cache_update_index)
+        key = self._apply_rope(key, cache_update_index)
+        return self._attend(query, key, self.value_dense(x), attention_mask, cache, training)
+
+
+def layer_seed(seed: int, index: int) -> int:
+    """A seed of its own for every layer."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

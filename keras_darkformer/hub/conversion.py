@@ -1,0 +1,148 @@
+"""`convert_to_dark`: softmax attention out, linear attention in."""
+
+import warnings
+from typing import Any
+
+from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
+
+from keras_darkformer.hub.backbone import DarkBackbone, DarkGemma3Backbone, DarkGemmaBackbone
+from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkGemma3CausalLM, DarkGemmaCausalLM
+from keras_darkformer.hub.options import DarkOptions
+from keras_darkformer.hub.report import conversion_report
+
+DARK_CLASSES: dict[type, Any] = {
+    GemmaBackbone: DarkGemmaBackbone,
+    GemmaCausalLM: DarkGemmaCausalLM,
+    Gemma3Backbone: DarkGemma3Backbone,
+    Gemma3CausalLM: DarkGemma3CausalLM,
+}
+
+
+def convert_to_dark(
+    model: Any,
+    *,
+    num_features: int = 256,
+    layers: Any = "global",
+    attention_mode: str = "linear",
+    geometry_scale: float | None = None,
+    train_geometry: bool = True,
+    train_projection: bool = False,
+    projection: str = "orthogonal",
+    chunk_size: int | None = None,
+    seed: int = 0,
+    copy: bool = False,
+) -> Any:
+    """Replaces the softmax attention of a KerasHub model by DARKFormer attention.
+
+    The model is converted in place and returned: no second copy of its
+    weights is made, and the object passed in is the dark model afterwards.
+    Pass `copy=True` to leave it as it is and get a converted copy. All
+    weights of the stock model stay, under their paths; each converted layer
+    gains `feature_map/geometry` and `feature_map/projection`, in float32.
+
+    A freshly converted model estimates a different kernel and is worse than
+    the one it came from: finetune it. If the model was compiled, it is compiled again
+    with the same arguments and a fresh optimizer of the same settings.
+
+    Args:
+        model: a `GemmaCausalLM`, `GemmaBackbone` (Gemma 1 and 2),
+            `Gemma3CausalLM` or `Gemma3Backbone` (text).
+        num_features: int. Random features m per key/value head.
+        layers: `"global"` converts the layers without a sliding window (in
+            Gemma 1 that is all), `"all"` every layer, a sequence of indices
+            just these. Layers left keep softmax and their key/value cache.
+        attention_mode: `"linear"`, or `"exact"` for the learned kernel
+            computed exactly, quadratic in the length. With
+            `geometry_scale=1.0` that is the stock model's function, but for a
+            soft cap of the attention logits.
+        geometry_scale: float. Each geometry starts at this times the identity.
+            `None` for `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m
+            features can just estimate the kernel for queries and keys of unit
+            variance. 1.0 starts at softmax's own kernel, which is noise for
+            large heads.
+        train_geometry: bool. False, with `geometry_scale=1.0`, is Performer.
+        train_projection: bool. Also trains the projection; then the features
+            are learned, no longer random.
+        projection: `"orthogonal"` or `"gaussian"`.
+        chunk_size: int, tokens handled at once, or `None` to pick by shape.
+        seed: int. Seed of the projections.
+        copy: bool. Convert a copy; needs memory for two models.
+
+    Returns:
+        The dark model: `DarkGemmaCausalLM`, `DarkGemmaBackbone`,
+        `DarkGemma3CausalLM` or `DarkGemma3Backbone`.
+
+    Raises:
+        TypeError: if the model's class is none that can be converted.
+        ValueError: if the model is dark already, can't be expressed (vision
+            or bidirectional attention), or an argument is out of range.
+
+    Warns:
+        UserWarning: for what the converted layers no longer do: a soft cap of
+            the attention logits, a sliding window, dropout of single weights.
+
+    Example:
+
+    >>> backbone = keras_hub.models.GemmaBackbone(
+    ...     vocabulary_size=256, num_layers=2, num_query_heads=2, num_key_value_heads=1,
+    ...     hidden_dim=16, intermediate_dim=32, head_dim=8)
+    >>> dark = keras_darkformer.convert_to_dark(backbone, num_features=32)
+    >>> type(dark).__name__
+    'DarkGemmaBackbone'
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+    """
+    options = DarkOptions(
+        num_features=num_features,
+        layers=layers,
+        attention_mode=attention_mode,
+        geometry_scale=geometry_scale,
+        train_geometry=train_geometry,
+        train_projection=train_projection,
+        projection=projection,
+        chunk_size=chunk_size,
+        seed=seed,
+    )
+    dark_cls = _dark_class(model)
+    model = dark_cls.take_over(_copy(model) if copy else model, options)
+    for drop in conversion_report(model)["dropped"]:
+        warnings.warn(
+            f"Converting {model.name!r} drops from layers {drop['layers']}: {drop['what']}. "
+            f"{drop['why']}",
+            stacklevel=2,
+        )
+    return model
+
+
+def _dark_class(model: Any) -> Any:
+    if isinstance(model, DarkBackbone | DarkCausalLM) or isinstance(
+        getattr(model, "backbone", None), DarkBackbone
+    ):
+        raise ValueError(
+            f"`model` is dark already: {type(model).__name__}. A second conversion would lose "
+            "what the feature maps have learned."
+        )
+    # Subclasses are refused too: whatever they add would be lost silently.
+    if type(model) not in DARK_CLASSES:
+        names = ", ".join(cls.__name__ for cls in DARK_CLASSES)
+        raise TypeError(
+            f"`model` must be exactly one of: {names} (from keras_hub.models). "
+            f"Received: {type(model).__module__}.{type(model).__name__}"
+        )
+    return DARK_CLASSES[type(model)]
+
+
+def _copy(model: Any) -> Any:
+    backbone = getattr(model, "backbone", model)
+    twin = type(backbone).from_config(backbone.get_config())
+    if len(twin.weights) != len(backbone.weights):
+        raise ValueError(
+            "`copy=True` rebuilds the model from its config, which does not describe all of its "
+            f"weights: {len(backbone.weights)} against {len(twin.weights)}, as with LoRA. Save "
+            "and load it instead, or convert it in place."
+        )
+    twin.set_weights(backbone.get_weights())
+    if backbone is model:
+        return twin
+    return type(model)(backbone=twin, preprocessor=model.preprocessor, name=model.name)

@@ -1,0 +1,123 @@
+"""What a conversion was asked to do; kept in the converted model's config."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keras_darkformer.layers.dark_attention import ATTENTION_MODES
+from keras_darkformer.ops.projections import PROJECTIONS
+
+# Base of the classes that turn a stock class dark: type checkers can't know
+# which stock class stands behind them.
+Mixin: Any = object
+
+
+@dataclasses.dataclass(frozen=True)
+class DarkOptions:
+    """The dark arguments of `convert_to_dark` and of the dark backbones.
+
+    Attributes:
+        num_features: Random features per key/value head.
+        layers: `"global"` for the layers without a sliding window, `"all"`,
+            or a sequence of indices.
+        attention_mode: `"linear"` or `"exact"`.
+        geometry_scale: The geometry starts at this times the identity; `None`
+            for `default_geometry_scale`.
+        train_geometry: Whether geometries are trainable.
+        train_projection: Whether projections are trainable.
+        projection: `"orthogonal"` or `"gaussian"`.
+        chunk_size: Tokens handled at once, or `None`.
+        seed: Seed of the projections.
+    """
+
+    num_features: int = 256
+    layers: str | Sequence[int] = "global"
+    attention_mode: str = "linear"
+    geometry_scale: float | None = None
+    train_geometry: bool = True
+    train_projection: bool = False
+    projection: str = "orthogonal"
+    chunk_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_features, int) or self.num_features < 1:
+            raise ValueError(
+                f"`num_features` must be a positive integer. Received: {self.num_features!r}"
+            )
+        if self.attention_mode not in ATTENTION_MODES:
+            raise ValueError(
+                f"`attention_mode` must be one of {ATTENTION_MODES}. "
+                f"Received: {self.attention_mode!r}"
+            )
+        if self.projection not in PROJECTIONS:
+            raise ValueError(
+                f"`projection` must be one of {PROJECTIONS}. Received: {self.projection!r}"
+            )
+        if self.geometry_scale is not None and not self.geometry_scale > 0:
+            raise ValueError(f"`geometry_scale` must be positive. Received: {self.geometry_scale}")
+
+    @classmethod
+    def split(cls, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parts keyword arguments into dark ones and the others."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        dark = {name: value for name, value in arguments.items() if name in names}
+        return dark, {name: value for name, value in arguments.items() if name not in names}
+
+    def resolve(self, is_local: Sequence[bool], head_dim: int) -> "DarkOptions":
+        """These options with `layers` as indices and `geometry_scale` as a number."""
+        scale = self.geometry_scale
+        if scale is None:
+            scale = default_geometry_scale(head_dim, self.num_features)
+        return dataclasses.replace(
+            self, layers=_resolve_layers(self.layers, is_local), geometry_scale=float(scale)
+        )
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """`layers` once resolved."""
+        return tuple(index for index in self.layers if isinstance(index, int))
+
+    def get_config(self) -> dict[str, Any]:
+        """A dict that JSON can hold and the constructor takes."""
+        config = dataclasses.asdict(self)
+        if not isinstance(self.layers, str):
+            config["layers"] = list(self.layers)
+        return config
+
+
+def default_geometry_scale(head_dim: int, num_features: int) -> float:
+    """The scale at which m features can still tell queries and keys of unit variance apart.
+
+    One feature's relative variance is `exp(|M(q^ + k^)|^2) - 1`. For entries
+    of unit variance and `M = alpha I`, `|M(q^ + k^)|^2` is about
+    `2 alpha^2 sqrt(h)`; this is the alpha at which that is `log m`, at most 1.
+    A flatter kernel than softmax's, but one the features can estimate: at
+    alpha = 1 and h = 256 the estimate is noise.
+    """
+    return min(1.0, math.sqrt(math.log(max(num_features, 2)) / (2.0 * math.sqrt(head_dim))))
+
+
+def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tuple[int, ...]:
+    count = len(is_local)
+    if isinstance(layers, str):
+        if layers not in ("global", "all"):
+            raise ValueError(
+                '`layers` must be "global", "all" or a sequence of layer indices. '
+                f"Received: layers={layers!r}"
+            )
+        chosen = tuple(i for i in range(count) if layers == "all" or not is_local[i])
+    else:
+        wrong = [i for i in layers if not isinstance(i, int) or not -count <= i < count]
+        if wrong:
+            raise ValueError(
+                f"`layers` must hold indices of the model's {count} layers. Received: {wrong}"
+            )
+        chosen = tuple(sorted({i % count for i in layers}))
+    if not chosen:
+        raise ValueError(
+            f"`layers={layers!r}` selects no layer: of {count}, {sum(is_local)} have a sliding "
+            'window and count as local. Pass `layers="all"` or indices to convert these.'
+        )
+    return chosen

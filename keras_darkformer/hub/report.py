@@ -1,0 +1,145 @@
+"""What a conversion changed."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from keras_darkformer.hub.attention import DarkCachedAttention
+from keras_darkformer.hub.backbone import DarkBackbone
+
+
+class ConversionReport(dict):
+    """A conversion's facts: a dict for code, a table when printed.
+
+    Keys:
+        model: class name of the model.
+        attention_mode, projection, geometry_scale: as converted.
+        layers: list of dicts, one a layer: index, name, kind ("global" or
+            "local"), converted, num_features (`None` if left) and
+            new_parameters.
+        converted, left: lists of layer indices.
+        dropped: list of dicts of what the converted layers no longer do: what,
+            why, layers.
+        new_parameters: dict of trainable and non_trainable counts.
+        parameters: count of all parameters.
+    """
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=f"{self['model']}: {len(self['converted'])} of {len(self['layers'])} layers "
+            f"converted, {self['attention_mode']} attention"
+        )
+        for column in ("layer", "kind", "attention", "features", "new parameters"):
+            table.add_column(column, justify="left" if column in ("kind", "attention") else "right")
+        for layer in self["layers"]:
+            done = layer["converted"]
+            table.add_row(
+                str(layer["index"]),
+                layer["kind"],
+                f"dark ({self['attention_mode']})" if done else "left as it was",
+                str(layer["num_features"]) if done else "-",
+                f"{layer['new_parameters']:,}" if done else "-",
+            )
+        new = self["new_parameters"]
+        lines = [
+            f"geometry starts at {self['geometry_scale']:.3g} I, {self['projection']} projection",
+            f"new parameters: {new['trainable']:,} trainable, {new['non_trainable']:,} not, "
+            f"of {self['parameters']:,} in all",
+        ]
+        for drop in self["dropped"]:
+            lines.append(f"dropped in layers {drop['layers']}: {drop['what']}. {drop['why']}")
+        table.caption = "\n".join(lines)
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def conversion_report(model: Any) -> ConversionReport:
+    """Says what `convert_to_dark` changed in a model, also after saving and loading it.
+
+    Args:
+        model: a dark causal LM or backbone.
+
+    Returns:
+        A `ConversionReport`: print it, or read it as a dict.
+
+    Raises:
+        ValueError: if the model is not dark.
+
+    Example:
+
+        print(conversion_report(model))
+        conversion_report(model)["dropped"]
+    """
+    backbone = getattr(model, "backbone", model)
+    if not isinstance(backbone, DarkBackbone):
+        raise ValueError(
+            "`model` must be a causal LM or backbone converted by `convert_to_dark`. "
+            f"Received: {type(model).__name__}"
+        )
+    options = backbone.dark_options
+    layers = []
+    for index, block in enumerate(backbone.transformer_layers):
+        attention = block.attention
+        converted = isinstance(attention, DarkCachedAttention)
+        layers.append(
+            {
+                "index": index,
+                "name": block.name,
+                "kind": "local" if block.use_sliding_window_attention else "global",
+                "converted": converted,
+                "num_features": attention.feature_map.num_features if converted else None,
+                "new_parameters": attention.feature_map.count_params() if converted else 0,
+            }
+        )
+    maps = [backbone.transformer_layers[i].attention.feature_map for i in options.layer_indices]
+    return ConversionReport(
+        model=type(model).__name__,
+        attention_mode=options.attention_mode,
+        projection=options.projection,
+        geometry_scale=options.geometry_scale,
+        layers=layers,
+        converted=list(options.layer_indices),
+        left=[layer["index"] for layer in layers if not layer["converted"]],
+        dropped=_dropped(backbone),
+        new_parameters={
+            "trainable": _count(w for m in maps for w in m.trainable_weights),
+            "non_trainable": _count(w for m in maps for w in m.non_trainable_weights),
+        },
+        parameters=model.count_params(),
+    )
+
+
+def _dropped(backbone: Any) -> list[dict[str, Any]]:
+    found: dict[tuple[str, str], list[int]] = {}
+    linear = backbone.dark_options.attention_mode == "linear"
+    for index in backbone.dark_options.layer_indices:
+        block = backbone.transformer_layers[index]
+        if block.logit_soft_cap is not None:
+            what = f"soft cap of the attention logits at {block.logit_soft_cap}"
+            found.setdefault((what, "A bounded logit is no dark kernel."), []).append(index)
+        if linear and block.use_sliding_window_attention:
+            what = f"sliding window of {block.sliding_window_size} tokens"
+            why = "Features sum over all the past; these layers now see all of it."
+            found.setdefault((what, why), []).append(index)
+        if linear and block.dropout:
+            what = "dropout of single attention weights"
+            why = "Linear attention forms none; whole tokens are dropped at the same rate."
+            found.setdefault((what, why), []).append(index)
+    return [{"what": what, "why": why, "layers": where} for (what, why), where in found.items()]
+
+
+def _count(weights: Any) -> int:
+    total = 0
+    for weight in weights:
+        size = 1
+        for dim in weight.shape:
+            size *= dim
+        total += size
+    return total
