@@ -1,12 +1,14 @@
 """Linear-time attention for Keras 3 whose random features fit the data.
 
-KerasHub models live in `keras_darkformer.hub`, which is imported on first
-use: the rest works without KerasHub.
+KerasHub models live in `keras_darkformer.hub`, which is imported on first use
+or together with keras_hub: the rest works without KerasHub.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_darkformer import layers, ops
+from keras_darkformer._lazy_hub import register_hub_lazily
 from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in ("hub", "convert_to_dark", "conversion_report"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
     hub = importlib.import_module("keras_darkformer.hub")
     return hub if name == "hub" else getattr(hub, name)
+
+
+register_hub_lazily()

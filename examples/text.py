@@ -1,0 +1,40 @@
+"""Text for the examples: a file, or what every Python carries; and windows of it."""
+
+from pydoc_data.topics import topics
+
+import numpy as np
+
+WINDOW = 4096  # characters; every tenth is held out for testing, every tenth for validation
+
+
+def load_text(path: str | None) -> str:
+    """A file's text, or by default Python's own help topics (460,000 characters)."""
+    if path is None:
+        return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def split_text(text: str) -> dict[str, list[str]]:
+    """Stretches of text for training, validation and testing, spread over the whole."""
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for number, start in enumerate(range(0, len(text), WINDOW)):
+        part = {4: "validation", 9: "test"}.get(number % 10, "train")
+        stretch = text[start : start + WINDOW]
+        if part == "train" and number % 10 not in (0, 5) and parts["train"]:
+            parts["train"][-1] += stretch  # goes on where the last one ended
+        else:
+            parts[part].append(stretch)
+    return parts
+
+
+def sample_windows(stretches: list[str], count: int, length: int, seed: int) -> list[str]:
+    """Windows of `length` characters, none of which crosses from one stretch into another."""
+    stretches = [stretch for stretch in stretches if len(stretch) >= length]
+    if not stretches:
+        raise SystemExit(f"The text is too short for windows of {length} characters.")
+    rng = np.random.default_rng(seed)
+    room = np.array([len(stretch) - length + 1 for stretch in stretches])
+    chosen = rng.choice(len(stretches), size=count, p=room / room.sum())
+    starts = [int(rng.integers(room[i])) for i in chosen]
+    return [stretches[i][start : start + length] for i, start in zip(chosen, starts, strict=True)]

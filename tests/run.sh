@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the tests on TensorFlow, JAX and PyTorch.
+#
+#   bash tests/run.sh                         # all three backends
+#   bash tests/run.sh jax                     # one of them
+#   bash tests/run.sh jax -- -m "not slow"    # with arguments for pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+backends=()
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    backends+=("$1")
+    shift
+done
+[ $# -gt 0 ] && shift
+[ ${#backends[@]} -gt 0 ] || backends=(tensorflow jax torch)
+
+source tests/environment.sh "$(IFS=,; echo "${backends[*]}"),dev"
+
+export TF_CPP_MIN_LOG_LEVEL=3
+failed=()
+for backend in "${backends[@]}"; do
+    echo "=== $backend"
+    KERAS_BACKEND="$backend" python -m pytest "$@" || failed+=("$backend")
+done
+[ ${#failed[@]} -eq 0 ] || {
+    echo "Tests failed on: ${failed[*]}" >&2
+    exit 1
+}
