@@ -131,7 +131,15 @@ class DarkAttention(keras.layers.Layer):
         # Without autocast, or a state would arrive in half precision. The
         # projections cast what they are given.
         super().__init__(autocast=False, **kwargs)
-        num_key_value_heads = num_key_value_heads or num_query_heads
+        if num_key_value_heads is None:
+            num_key_value_heads = num_query_heads
+        for name, size in (
+            ("head_dim", head_dim),
+            ("num_query_heads", num_query_heads),
+            ("num_key_value_heads", num_key_value_heads),
+        ):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
         if num_query_heads % num_key_value_heads:
             raise ValueError(
                 "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
@@ -160,7 +168,8 @@ class DarkAttention(keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.activity_regularizer = keras.regularizers.get(activity_regularizer)
+        # Under Keras' own name it would apply to this layer's output and state.
+        self.projection_regularizer = keras.regularizers.get(activity_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self.feature_map = DarkFeatureMap(
@@ -204,7 +213,7 @@ class DarkAttention(keras.layers.Layer):
             # A seeded initializer used twice would give the same values twice.
             return initializer.__class__.from_config(initializer.get_config())
 
-        return keras.layers.EinsumDense(
+        dense = keras.layers.EinsumDense(
             equation,
             output_shape=output_shape,
             bias_axes=bias_axes if self.use_bias else None,
@@ -212,12 +221,15 @@ class DarkAttention(keras.layers.Layer):
             bias_initializer=clone(self.bias_initializer),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
-            activity_regularizer=self.activity_regularizer,
+            activity_regularizer=self.projection_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
             dtype=self.dtype_policy,
             name=name,
         )
+        # This layer sees to masks; its parts need not warn that they don't.
+        dense.supports_masking = True
+        return dense
 
     def call(
         self,
@@ -255,7 +267,7 @@ class DarkAttention(keras.layers.Layer):
             output = exact_dark_attention(query, key, value, self.feature_map.geometry, **masks)
         else:
             if attention_mask is not None:
-                causal, padding = split_attention_mask(attention_mask, query.shape[1])
+                causal, padding = split_attention_mask(attention_mask)
                 use_causal_mask = use_causal_mask or causal
                 key_mask = merge_masks(key_mask, padding)
             output = self.feature_map.attend(
@@ -351,7 +363,7 @@ class DarkAttention(keras.layers.Layer):
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
         self._check_mode(return_attention_scores, initial_state, return_state)
         if self.attention_mode == "linear" and attention_mask is not None:
-            split_attention_mask(attention_mask, query.shape[1])
+            split_attention_mask(attention_mask)
         batch_size, length = query.shape[:2]
         output = keras.KerasTensor(query.shape, dtype=self.compute_dtype)
         if return_attention_scores:
@@ -399,7 +411,7 @@ class DarkAttention(keras.layers.Layer):
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer),
+            "activity_regularizer": keras.regularizers.serialize(self.projection_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
         }

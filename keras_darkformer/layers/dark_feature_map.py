@@ -158,10 +158,12 @@ class DarkFeatureMap(keras.layers.Layer):
                 f"`{self.name}` has `train_projection=True`: `redraw` would throw away "
                 "what the projection has learned."
             )
+        self._ensure_built()
         self.projection.assign(self._draw(random.randrange(2**31) if seed is None else seed))
 
     def covariance(self) -> Any:
         """The covariance `Sigma = M'M` of the features' directions, `(num_heads, h, h)`."""
+        self._ensure_built()
         return ops.einsum("krh,krj->khj", self.geometry, self.geometry)
 
     def attend(

@@ -192,8 +192,11 @@ class DarkTransformerBlock(keras.layers.Layer):
         mask: Any = None,
     ) -> Any:
         """See the class."""
-        x, state = ops.cast(inputs, self.compute_dtype), None
+        if mask is None and padding_mask is None:
+            # Beside a state Keras does not pass on the inputs' mask.
+            mask = getattr(inputs, "_keras_mask", None)
         padding_mask = merge_masks(padding_mask, mask)
+        x, state = ops.cast(inputs, self.compute_dtype), None
 
         residual = x
         if self.normalize_first:

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 
-def split_attention_mask(attention_mask: Any, query_length: Any) -> tuple[bool, Any]:
+def split_attention_mask(attention_mask: Any) -> tuple[bool, Any]:
     """Reads an attention mask as "causal or not" and a padding mask.
 
     Features sum over keys before they meet a query, so a mask can say which
@@ -19,7 +19,6 @@ def split_attention_mask(attention_mask: Any, query_length: Any) -> tuple[bool, 
     Args:
         attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)` or `(t, s)`;
             a head axis of size 1 is allowed: `(b, 1, t, s)`.
-        query_length: t, an int or `None`.
 
     Returns:
         `(causal, key_mask)`, `key_mask` of shape `(b or 1, s)`.
@@ -38,7 +37,7 @@ def split_attention_mask(attention_mask: Any, query_length: Any) -> tuple[bool, 
             f"head axis of size 1, or (query_length, key_length). Received: shape {shape}"
         )
     attention_mask = ops.cast(attention_mask, "bool")
-    if attention_mask.shape[1] == 1 and query_length != 1:
+    if attention_mask.shape[1] == 1:
         return False, attention_mask[:, 0]
     values = _values(attention_mask)
     if values is None:

@@ -48,10 +48,15 @@ def check_attention(
         )
     if key_mask is not None:
         shape = tuple(key_mask.shape)
-        if len(shape) != 2 or any(map(_differ, shape, (key.shape[0], key.shape[1]))):
+        batch_size, length = key.shape[:2]
+        if (
+            len(shape) != 2
+            or _differ(shape[1], length)
+            or (shape[0] != 1 and _differ(shape[0], batch_size))
+        ):
             raise ValueError(
                 "`key_mask` must have shape (batch, key_length) = "
-                f"({key.shape[0]}, {key.shape[1]}). Received: shape {shape}"
+                f"({batch_size}, {length}). Received: shape {shape}"
             )
 
 

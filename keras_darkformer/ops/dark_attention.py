@@ -58,7 +58,7 @@ def dark_attention(
         log_weight: optional, of shape `(k, m)`: added to the log-features of
             both queries and keys.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
-        key_mask: optional bool tensor of shape `(b, s)`, true = attend.
+        key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         initial_state: optional state returned by an earlier call: the keys
             seen before these.
         return_state: bool. Also return the state after these keys.

@@ -30,7 +30,7 @@ def exact_dark_attention(
         value: float tensor of shape `(b, s, k, v)`.
         geometry: M, of shape `(k, r, h)`.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
-        key_mask: optional bool tensor of shape `(b, s)`, true = attend.
+        key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         attention_mask: optional bool tensor of rank 4, true = attend, that
             broadcasts to `(b, n, t, s)`. All masks given apply together.
 
@@ -89,7 +89,7 @@ def exact_dark_attention_scores(
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         geometry: M, of shape `(k, r, h)`.
         causal: bool.
-        key_mask: optional bool tensor of shape `(b, s)`, true = attend.
+        key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         attention_mask: optional bool tensor of rank 4 that broadcasts to
             `(b, n, t, s)`.
 

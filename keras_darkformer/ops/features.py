@@ -57,19 +57,30 @@ def scaled_geometry(geometry: Any) -> Any:
 
 def log_query_features(query: Any, projections: FeatureProjections) -> Any:
     """`(b, k, x, h) -> (b, k, x, m)`, up to one constant per query."""
-    return ops.matmul(query, projections.query_kernel)
+    return _project(query, projections.query_kernel)
 
 
 def log_key_features(key: Any, projections: FeatureProjections) -> Any:
     """`(b, k, x, h) -> (b, k, x, m)`."""
     _, kernel, bias, norm_kernel = projections
-    log_features = ops.matmul(key, kernel)
+    log_features = _project(key, kernel)
     if bias is not None:
         log_features = log_features + bias[:, None, :]
     if norm_kernel is not None:
-        projected = ops.matmul(key, norm_kernel)
+        projected = _project(key, norm_kernel)
         log_features = log_features - 0.5 * ops.sum(projected * projected, axis=-1, keepdims=True)
     return log_features
+
+
+def _project(inputs: Any, kernel: Any) -> Any:
+    """`(b, k, x, h)` times `(k, h, m)`, head by head."""
+    if kernel.shape[0] == 1:
+        # One head is one plain product. Broadcast over the batch instead, it
+        # comes out wrong on TensorFlow's CPU (oneDNN, TensorFlow 2.21).
+        shape = tuple(ops.shape(inputs))
+        outputs = ops.matmul(ops.reshape(inputs, (-1, shape[-1])), kernel[0])
+        return ops.reshape(outputs, (*shape[:-1], kernel.shape[-1]))
+    return ops.matmul(inputs, kernel)
 
 
 def dark_features(inputs: Any, geometry: Any, projection: Any, *, log_weight: Any = None) -> Any:

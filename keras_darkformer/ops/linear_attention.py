@@ -130,7 +130,7 @@ def _prepare(
         state = initial_state(ops.shape(key)[0], key.shape[2], num_features, value.shape[3])
     value = ops.concatenate([value, ops.ones_like(value[..., :1])], axis=-1)
     if key_mask is not None:
-        key_mask = ops.cast(key_mask, "bool")
+        key_mask = ops.broadcast_to(ops.cast(key_mask, "bool"), _shape(key)[:2])
         attended = key_mask[:, :, None, None]
         key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
     kv_state, key_state, log_scale = state
@@ -278,9 +278,8 @@ def _block(
     states = ops.reshape(states, (batch, kv_heads, chunks + 1, num_features * value_dim))
     states = ops.matmul(_decay(marks), states)
     states = ops.reshape(states, (batch, kv_heads, chunks + 1, num_features, value_dim))
-    states, last = ops.split(states, [chunks], axis=2)
 
-    far = ops.matmul(query, states)
+    far = ops.matmul(query, states[:, :, :-1])
     far = ops.reshape(far, (batch, kv_heads, chunks, groups, chunk, value_dim))
     far = far * ops.exp(before[..., None] - scale)[:, :, :, None, :, None]
 
@@ -290,7 +289,7 @@ def _block(
     scores = ops.reshape(scores, (batch, kv_heads, chunks, rows, chunk))
     near = ops.matmul(scores, value)
     near = ops.reshape(near, (batch, kv_heads, chunks, groups, chunk, value_dim))
-    return (last[:, :, 0], marks[..., -1]), _normalize(near + far)
+    return (states[:, :, -1], marks[..., -1]), _normalize(near + far)
 
 
 def _running_maximum(x: Any) -> Any:

@@ -1,0 +1,138 @@
+"""What tests need to know about the backends; everything else is `keras.ops`."""
+
+import keras
+import pytest
+from keras import ops, tree
+
+BACKEND = keras.backend.backend()
+
+_EAGER, _JIT = pytest.param(False, id="eager"), pytest.param(True, id="jit")
+
+# Values for a parameter `jit`: how a backend's users run a function.
+MODES = {"tensorflow": [_EAGER, _JIT], "jax": [_JIT], "torch": [_EAGER]}[BACKEND]
+
+# Where a test does not care: the way that is quickest for a single call.
+DEFAULT_JIT = BACKEND == "jax"
+
+
+def to_numpy(structure):
+    return tree.map_structure(ops.convert_to_numpy, structure)
+
+
+def compiled(fn):
+    """`fn` through XLA where the backend has it."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(fn, jit_compile=True)
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(fn)
+    return fn
+
+
+def run(fn, *arrays, jit=DEFAULT_JIT):
+    """`fn` of backend tensors, called with and answering NumPy arrays."""
+    tensors = [ops.convert_to_tensor(x) for x in arrays]
+    return to_numpy((compiled(fn) if jit else fn)(*tensors))
+
+
+def differentiated(fn, has_aux=False):
+    """`fn`, a scalar function of backend tensors, as a function to `(value, gradients)`.
+
+    With `has_aux`, `fn` returns `(scalar, anything)` and so does `value`. The
+    gradient by an argument that is not used is zeros.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        def run(*tensors):
+            by_all = tuple(range(len(tensors)))
+            return jax.value_and_grad(fn, argnums=by_all, has_aux=has_aux)(*tensors)
+
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        def run(*tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                value = fn(*tensors)
+            scalar = value[0] if has_aux else value
+            zero = tf.UnconnectedGradients.ZERO
+            return value, tape.gradient(scalar, tensors, unconnected_gradients=zero)
+
+    else:
+        import torch
+
+        def run(*tensors):
+            tensors = [x.detach().clone().requires_grad_() for x in tensors]
+            value = fn(*tensors)
+            scalar = value[0] if has_aux else value
+            gradients = torch.autograd.grad(scalar, tensors, allow_unused=True)
+            zeros = map(torch.zeros_like, tensors)
+            return value, [z if g is None else g for g, z in zip(gradients, zeros, strict=True)]
+
+    return run
+
+
+def value_and_gradients(fn, *arrays, jit=DEFAULT_JIT, has_aux=False):
+    """The value of a scalar function and its gradients by all arguments, as NumPy arrays."""
+    value, gradients = run(differentiated(fn, has_aux), *arrays, jit=jit)
+    return value, list(gradients)
+
+
+def largest_intermediate(fn, *arrays):
+    """Elements of the largest tensor that `fn` makes on its way, results included."""
+    return max(_intermediate_sizes(fn, [ops.convert_to_tensor(x) for x in arrays]))
+
+
+def _intermediate_sizes(fn, tensors):
+    if BACKEND == "jax":
+        import jax
+
+        return _jaxpr_sizes(jax.make_jaxpr(fn)(*tensors).jaxpr)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in tensors]
+        graph = tf.function(fn).get_concrete_function(*specs).graph
+        return _graph_sizes(graph.as_graph_def(add_shapes=True))
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sizes = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            results = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(results) if isinstance(x, torch.Tensor))
+            return results
+
+    with Recorder():
+        fn(*tensors)
+    return sizes
+
+
+def _jaxpr_sizes(jaxpr):
+    sizes = [x.aval.size for equation in jaxpr.eqns for x in equation.outvars]
+    for equation in jaxpr.eqns:
+        for parameter in tree.flatten(list(equation.params.values())):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                sizes += _jaxpr_sizes(inner)
+    return sizes
+
+
+def _graph_sizes(graph):
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    sizes = []
+    for node in nodes:
+        for shape in node.attr["_output_shapes"].list.shape:
+            size = 1
+            for dimension in shape.dim:
+                assert dimension.size >= 0, f"unknown shape: {node.name} {shape}"
+                size *= dimension.size
+            sizes.append(size)
+    return sizes

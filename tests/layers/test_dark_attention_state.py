@@ -1,0 +1,162 @@
+import keras
+import numpy as np
+import pytest
+from backends import DEFAULT_JIT, compiled
+from keras import ops, tree
+
+from keras_darkformer import DarkAttention
+
+from .helpers import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    PADDING,
+    WIDTH,
+    arrays,
+    assert_close,
+    attention,
+    call,
+    differ,
+    dtypes,
+    normal,
+    shapes_and_dtypes,
+)
+
+X = normal(BATCH, LENGTH, WIDTH)
+ropes = pytest.mark.parametrize("rope", [None, 100.0], ids=["", "rope"])
+
+
+def in_pieces(layer, x, sizes, state, mask=None):
+    """The output of causal attention fed piece by piece, and the last state."""
+
+    def step(piece, mask, state):
+        return layer(
+            piece,
+            piece,
+            value_mask=mask,
+            use_causal_mask=True,
+            initial_state=state,
+            return_state=True,
+        )
+
+    step = compiled(step) if DEFAULT_JIT else step
+    outputs, cuts = [], np.cumsum(sizes)[:-1]
+    masks = [None] * len(sizes) if mask is None else np.split(mask, cuts, axis=1)
+    for piece, piece_mask in zip(np.split(x, cuts, axis=1), masks, strict=True):
+        output, state = step(piece, piece_mask, state)
+        outputs.append(output)
+    return ops.concatenate(outputs, axis=1), state
+
+
+@ropes
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("sizes", [[1] * LENGTH, [3, 1, 3]], ids=["token_by_token", "in_pieces"])
+def test_pieces_give_what_the_whole_gives(sizes, masked, rope):
+    layer = attention(rope_max_wavelength=rope)
+    mask = PADDING if masked else None
+    whole = layer(X, X, value_mask=mask, use_causal_mask=True, return_state=True)
+    assert_close(in_pieces(layer, X, sizes, layer.get_initial_state(BATCH), mask), whole, 1e-4)
+
+
+@ropes
+def test_the_initial_state_is_that_of_no_tokens(rope):
+    layer = attention(rope_max_wavelength=rope)
+    expected = in_pieces(layer, X[:, :1], [1], None)
+    assert_close(in_pieces(layer, X[:, :1], [1], layer.get_initial_state(BATCH)), expected)
+
+
+@ropes
+def test_the_state_has_one_shape_and_is_float32_and_batch_first(rope):
+    expected = [((BATCH, 2, 8, 4), "float32"), ((BATCH, 2, 8), "float32"), ((BATCH, 2), "float32")]
+    expected += [((BATCH,), "float32")] if rope else []
+    layer = attention(rope_max_wavelength=rope)
+    state = layer.get_initial_state(BATCH)
+    assert isinstance(state, tuple)
+    for length in (1, 3):
+        assert shapes_and_dtypes(state) == expected
+        _, state = in_pieces(layer, X[:, :length], [length], state)
+        assert isinstance(state, tuple)
+    assert shapes_and_dtypes(state) == expected
+    unbuilt = DarkAttention(**HEADS, rope_max_wavelength=rope)
+    assert shapes_and_dtypes(unbuilt.get_initial_state(BATCH)) == expected
+
+
+@ropes
+def test_rows_of_the_state_may_be_reordered(rope):
+    """As beam search does."""
+    layer = attention(rope_max_wavelength=rope)
+    _, state = in_pieces(layer, X[:, :4], [4], layer.get_initial_state(BATCH))
+    expected, _ = in_pieces(layer, X[:, 4:], [3], state)
+    swapped = tree.map_structure(lambda x: ops.flip(x, axis=0), state)
+    output, _ = in_pieces(layer, X[::-1, 4:].copy(), [3], swapped)
+    assert_close(output, arrays(expected)[::-1])
+
+
+def test_keys_seen_before_are_attended_to():
+    """Without a causal mask: the state is a memory that queries read."""
+    layer = attention()
+    _, state = call(layer, X[:, :1], X[:, :4], return_state=True)
+    output = call(layer, X, X[:, 4:], initial_state=state)
+    assert_close(output, layer(X, X), 1e-4)
+    assert differ(output, call(layer, X, X[:, 4:]))
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "float16"])
+def test_the_state_stays_float32_under_every_policy(dtype):
+    layer = attention(dtype=dtype, rope_max_wavelength=100.0)
+    *state, _ = in_pieces(layer, X[:, :4], [4], None)[1]
+    state = (*state, ops.full((BATCH,), 40_001.0))  # neither half precision holds this position
+    nothing = np.zeros((BATCH, 3), bool)
+    output, after = in_pieces(layer, X[:, 4:], [3], state, nothing)
+    assert dtypes(output) == {dtype.removeprefix("mixed_")}
+    assert dtypes([after, layer.feature_map.geometry, layer.feature_map.projection]) == {"float32"}
+    assert_close(after[:3], state[:3], 0)
+    assert_close(after[3], np.full(BATCH, 40_004.0), 0)
+
+
+def test_half_precision_gives_nearly_the_same_output():
+    full, half = attention(), attention(dtype="mixed_bfloat16")
+    half.set_weights(full.get_weights())
+    expected = arrays(full(X, X, use_causal_mask=True))
+    output = arrays(ops.cast(half(X, X, use_causal_mask=True), "float32"))
+    assert np.abs(output - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@ropes
+def test_a_functional_model_carries_the_state(rope):
+    layer = attention(rope_max_wavelength=rope)
+    token = keras.Input((1, WIDTH))
+    state = [keras.Input(x.shape[1:]) for x in layer.get_initial_state(BATCH)]
+    step = keras.Model(
+        [token, *state],
+        layer(token, token, use_causal_mask=True, initial_state=state, return_state=True),
+    )
+    outputs, state = [], layer.get_initial_state(BATCH)
+    for t in range(3):
+        output, state = step([ops.convert_to_tensor(X[:, t : t + 1]), *state])
+        outputs.append(output)
+    expected = layer(X, X, use_causal_mask=True)[:, :3]
+    assert_close(ops.concatenate(outputs, axis=1), expected, 1e-4)
+
+
+def test_exact_mode_has_no_state():
+    layer = attention(attention_mode="exact")
+    state = layer.get_initial_state(BATCH)
+    for x in (X, keras.KerasTensor(X.shape)):
+        for options in ({"return_state": True}, {"initial_state": state}):
+            with pytest.raises(ValueError, match='`return_state` need `attention_mode="linear"`'):
+                layer(x, x, **options)
+
+
+def test_the_state_is_no_activity_to_regularize():
+    layer = attention(activity_regularizer=keras.regularizers.L2(0.1))
+    layer(X, X)
+    losses = arrays(layer.losses)
+    layer(X, X, return_state=True)
+    assert_close(sum(arrays(layer.losses)), sum(losses))
+
+
+def test_a_state_of_other_sizes_is_refused():
+    state = attention(num_features=16).get_initial_state(BATCH)
+    with pytest.raises(ValueError, match="`initial_state` must be a state"):
+        attention()(X, X, initial_state=state)
