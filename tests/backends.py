@@ -47,14 +47,14 @@ def differentiated(fn, has_aux=False):
     if BACKEND == "jax":
         import jax
 
-        def run(*tensors):
+        def both(*tensors):
             by_all = tuple(range(len(tensors)))
             return jax.value_and_grad(fn, argnums=by_all, has_aux=has_aux)(*tensors)
 
     elif BACKEND == "tensorflow":
         import tensorflow as tf
 
-        def run(*tensors):
+        def both(*tensors):
             with tf.GradientTape() as tape:
                 tape.watch(tensors)
                 value = fn(*tensors)
@@ -65,7 +65,7 @@ def differentiated(fn, has_aux=False):
     else:
         import torch
 
-        def run(*tensors):
+        def both(*tensors):
             tensors = [x.detach().clone().requires_grad_() for x in tensors]
             value = fn(*tensors)
             scalar = value[0] if has_aux else value
@@ -73,7 +73,7 @@ def differentiated(fn, has_aux=False):
             zeros = map(torch.zeros_like, tensors)
             return value, [z if g is None else g for g, z in zip(gradients, zeros, strict=True)]
 
-    return run
+    return both
 
 
 def value_and_gradients(fn, *arrays, jit=DEFAULT_JIT, has_aux=False):

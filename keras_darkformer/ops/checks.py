@@ -6,10 +6,12 @@ from typing import Any
 def check_attention(
     query: Any, key: Any, value: Any, geometry: Any, *, causal: bool, key_mask: Any
 ) -> None:
-    """Shapes of queries, keys, values, geometry and padding mask."""
+    """Shapes of queries, keys, values, geometry and padding mask; `query` may be `None`."""
+    if query is None:
+        query = key
     for name, x, axes in (
-        ("query", query, "(batch, query_length, num_query_heads, head_dim)"),
         ("key", key, "(batch, key_length, num_key_value_heads, head_dim)"),
+        ("query", query, "(batch, query_length, num_query_heads, head_dim)"),
         ("value", value, "(batch, key_length, num_key_value_heads, value_dim)"),
         ("geometry", geometry, "(num_key_value_heads, rank, head_dim)"),
     ):
@@ -76,14 +78,17 @@ def check_features(geometry: Any, projection: Any, log_weight: Any) -> None:
         )
 
 
-def check_state(state: Any, kv_heads: int, num_features: int, value_dim: int) -> None:
-    """Shapes of a recurrent state."""
-    expected = ((kv_heads, num_features, value_dim), (kv_heads, num_features), (kv_heads,))
+def check_state(state: Any, key: Any, value: Any, num_features: int) -> None:
+    """Shapes of a recurrent state that these keys and values go on from."""
+    heads = (key.shape[0], key.shape[2])
+    expected = ((*heads, num_features, value.shape[3]), (*heads, num_features), heads)
     received = tuple(tuple(x.shape) for x in state)
-    if tuple(shape[1:] for shape in received) != expected:
+    if len(received) != len(expected) or any(
+        len(a) != len(b) or any(map(_differ, a, b)) for a, b in zip(received, expected, strict=True)
+    ):
         raise ValueError(
-            "`initial_state` must be a state returned with these sizes: a tuple of shapes "
-            f"{tuple(('batch', *shape) for shape in expected)}. Received: shapes {received}"
+            "`initial_state` must be a state returned for these sizes, a tuple of shapes "
+            f"{expected}. Received: shapes {received}"
         )
 
 

@@ -44,9 +44,10 @@ def dark_attention(
     Masked keys count for nothing, whatever they hold. A query that has no key
     to attend to gives zeros, and passes no gradient.
 
-    All is computed in float32. Features of one query and one key that differ
-    by more than about 80 in the logarithm underflow: scale the geometry down
-    for queries and keys that large.
+    All is computed in float32. Where all of a query's products with the keys'
+    features are smaller than the largest conceivable one by more than about 69
+    in the logarithm, they count as none: scale the geometry down for queries
+    and keys that large.
 
     Args:
         query: float tensor of shape `(b, t, n, h)`.
@@ -99,10 +100,12 @@ def dark_attention(
     """
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     geometry, projection = ops.convert_to_tensor(geometry), ops.convert_to_tensor(projection)
+    if key_mask is not None:
+        key_mask = ops.convert_to_tensor(key_mask)
     check_attention(query, key, value, geometry, causal=causal, key_mask=key_mask)
     check_features(geometry, projection, log_weight)
     if initial_state is not None:
-        check_state(initial_state, key.shape[2], projection.shape[-2], value.shape[3])
+        check_state(initial_state, key, value, projection.shape[-2])
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(
             f"`chunk_size` must be a positive integer or None. Received: {chunk_size!r}"
@@ -150,10 +153,12 @@ def dark_attention_state(
     """
     key, value = ops.convert_to_tensor(key), ops.convert_to_tensor(value)
     geometry, projection = ops.convert_to_tensor(geometry), ops.convert_to_tensor(projection)
-    check_attention(key, key, value, geometry, causal=False, key_mask=key_mask)
+    if key_mask is not None:
+        key_mask = ops.convert_to_tensor(key_mask)
+    check_attention(None, key, value, geometry, causal=False, key_mask=key_mask)
     check_features(geometry, projection, log_weight)
     if initial_state is not None:
-        check_state(initial_state, key.shape[2], projection.shape[-2], value.shape[3])
+        check_state(initial_state, key, value, projection.shape[-2])
     projections = fold_projections(geometry, projection, log_weight)
     return accumulate_state(key, value, projections, key_mask=key_mask, state=initial_state)
 

@@ -52,10 +52,18 @@ def exact_dark_attention(
     """
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     geometry = ops.convert_to_tensor(geometry)
+    if key_mask is not None:
+        key_mask = ops.convert_to_tensor(key_mask)
     check_attention(query, key, value, geometry, causal=causal, key_mask=key_mask)
     dtype = output_dtype(query, key, value)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     visible = _visible(key, causal, key_mask, attention_mask)
+    if key_mask is not None:  # zero times what stands there could be NaN
+        attended = ops.cast(key_mask, "bool")[:, :, None, None]
+        key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
+    if key.shape[2] == 1 and query.shape[2] > 1:  # TensorFlow's does not broadcast one head
+        key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
+        geometry = ops.repeat(geometry, query.shape[2], axis=0)
     query = ops.cast(apply_geometry(query, geometry), dtype)
     key = ops.cast(apply_geometry(key, geometry), dtype)
     # The backends' fused kernels want one size for all three.

@@ -1,0 +1,95 @@
+"""Errors name the argument to blame."""
+
+import numpy as np
+import pytest
+from backends import run
+
+from keras_darkformer.ops import dark_attention, dark_attention_state, exact_dark_attention
+
+SHAPES = {
+    "query": (2, 6, 4, 8),
+    "key": (2, 6, 2, 8),
+    "value": (2, 6, 2, 5),
+    "geometry": (2, 7, 8),
+    "projection": (2, 16, 7),
+}
+EXACT = ("query", "key", "value", "geometry")
+STATE = ("key", "value", "geometry", "projection")
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+def call(function, names, **changes):
+    arguments = {name: zeros(*SHAPES[name]) for name in names}
+    return function(**arguments | changes)
+
+
+# Wrong for every function that takes these arguments.
+BAD_TENSORS = [
+    ({"query": zeros(6, 4, 8)}, "`query` must have shape"),
+    ({"value": zeros(2, 6, 5)}, "`value` must have shape"),
+    ({"geometry": zeros(7, 8)}, "`geometry` must have shape"),
+    ({"query": zeros(2, 6, 4, 9)}, "`query` and `key` must have the same head_dim"),
+    ({"query": zeros(2, 6, 3, 8)}, "heads of `query` must be a multiple"),
+    ({"value": zeros(2, 5, 2, 5)}, "`value` must have the length"),
+    ({"value": zeros(2, 6, 4, 5)}, "`value` must have the length and the heads"),
+    ({"geometry": zeros(1, 7, 8)}, "`geometry` must have shape"),
+    ({"geometry": zeros(2, 7, 9)}, "`geometry` must have shape"),
+    ({"query": zeros(2, 0, 4, 8)}, "`query` and `key` must have at least one token"),
+    ({"query": zeros(2, 5, 4, 8), "causal": True}, "`query` and `key` must have the same length"),
+    ({"key_mask": zeros(2, 5, dtype="bool")}, "`key_mask` must have shape"),
+    ({"key_mask": zeros(3, 6, dtype="bool")}, "`key_mask` must have shape"),
+    ({"key_mask": zeros(2, 1, 1, 6, dtype="bool")}, "`key_mask` must have shape"),
+]
+BAD_FEATURES = [
+    ({"projection": zeros(16)}, "`projection` must have shape"),
+    ({"projection": zeros(16, 8)}, "`projection` must have shape"),
+    ({"projection": zeros(3, 16, 7)}, "`projection` must have shape"),
+    ({"log_weight": zeros(16)}, "`log_weight` must have shape"),
+    ({"log_weight": zeros(2, 15)}, "`log_weight` must have shape"),
+    (
+        {"initial_state": (zeros(2, 2, 16, 4), zeros(2, 2, 16), zeros(2, 2))},
+        "`initial_state` must be",
+    ),
+    ({"initial_state": (zeros(2, 2, 16, 5), zeros(2, 2, 16))}, "`initial_state` must be"),
+]
+BAD_OPTIONS = [
+    ({"chunk_size": 0}, "`chunk_size` must be a positive integer"),
+    ({"chunk_size": 64.0}, "`chunk_size` must be a positive integer"),
+]
+
+
+def test_the_arguments_that_are_changed_here_are_right_unchanged():
+    assert run(lambda: call(dark_attention, SHAPES)).shape == (2, 6, 4, 5)
+    assert run(lambda: call(exact_dark_attention, EXACT)).shape == (2, 6, 4, 5)
+    assert run(lambda: call(dark_attention_state, STATE))[0].shape == (2, 2, 16, 5)
+
+
+def bad_inputs(*cases):
+    return pytest.mark.parametrize(
+        ("changes", "message"), cases, ids=lambda x: "+".join(x) if isinstance(x, dict) else None
+    )
+
+
+@bad_inputs(*BAD_TENSORS, *BAD_FEATURES, *BAD_OPTIONS)
+def test_dark_attention_names_the_argument_that_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(dark_attention, SHAPES, **changes)
+
+
+@bad_inputs(*BAD_TENSORS)
+def test_exact_attention_names_the_argument_that_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(exact_dark_attention, EXACT, **changes)
+
+
+@bad_inputs(
+    ({"key": zeros(6, 2, 8)}, "`key` must have shape"),
+    *((changes, message) for changes, message in BAD_TENSORS if "query" not in changes),
+    *BAD_FEATURES,
+)
+def test_state_names_the_argument_that_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(dark_attention_state, STATE, **changes)
