@@ -126,7 +126,7 @@ class DarkCachedAttention(Mixin):
             state: state of the tokens before, or `None`.
             training: bool.
         """
-        if state is not None and not isinstance(state, tuple | list):
+        if state is not None and not (isinstance(state, tuple | list) and len(state) == 3):
             raise ValueError(
                 "A dark attention layer in linear mode needs a recurrent state as `cache`, but "
                 "got a key/value cache. Generate with the dark causal LM, such as "

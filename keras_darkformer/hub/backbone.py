@@ -68,6 +68,7 @@ class DarkBackbone(Mixin):
         options = cls._resolve(backbone, options)
         backbone.__class__ = cls
         backbone._darken(options)
+        compile_anew(backbone)
         return backbone
 
     @classmethod
@@ -117,6 +118,31 @@ class DarkBackbone(Mixin):
     def get_config(self) -> dict[str, Any]:
         """The stock backbone's config and the options of the conversion."""
         return {**super().get_config(), **self.dark_options.get_config()}
+
+
+def compile_anew(model: Any, like: Any = None) -> None:
+    """Compiles a converted model as it, or the model `like`, was, with a fresh optimizer.
+
+    What was compiled before computes softmax, and the optimizer does not know
+    the new variables.
+    """
+    source = model if like is None else like
+    model.train_function = model.test_function = model.predict_function = None
+    if not source.compiled:
+        return
+    arguments = keras.tree.map_structure(
+        _fresh, dict(source._compile_config.config), none_is_leaf=True
+    )
+    if hasattr(source, "sampler"):
+        arguments["sampler"] = source.sampler
+    model.compile(**arguments)
+
+
+def _fresh(value: Any) -> Any:
+    """An optimizer or metric of the same settings without what it has accumulated."""
+    if isinstance(value, keras.optimizers.Optimizer | keras.metrics.Metric):
+        return value.__class__.from_config(value.get_config())
+    return value
 
 
 def is_dark_preset(preset: str, dark_arguments: dict[str, Any]) -> bool:

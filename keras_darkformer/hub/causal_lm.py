@@ -12,6 +12,7 @@ from keras_darkformer.hub.backbone import (
     DarkBackbone,
     DarkGemma3Backbone,
     DarkGemmaBackbone,
+    compile_anew,
     is_dark_preset,
 )
 from keras_darkformer.hub.options import DarkOptions, Mixin
@@ -33,14 +34,7 @@ class DarkCausalLM(Mixin):
         """Makes a stock model and its backbone dark, in place, and returns it."""
         cls.backbone_cls.take_over(model.backbone, options)
         model.__class__ = cls
-        # What was compiled computes softmax, and the optimizer does not know
-        # the new variables.
-        model.train_function = model.test_function = model.predict_function = None
-        if model.compiled:
-            arguments = dict(model._compile_config.config)
-            optimizer = arguments["optimizer"]
-            arguments["optimizer"] = optimizer.__class__.from_config(optimizer.get_config())
-            model.compile(**arguments, sampler=model.sampler)
+        compile_anew(model)
         return model
 
     @classmethod

@@ -5,7 +5,12 @@ from typing import Any
 
 from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
 
-from keras_darkformer.hub.backbone import DarkBackbone, DarkGemma3Backbone, DarkGemmaBackbone
+from keras_darkformer.hub.backbone import (
+    DarkBackbone,
+    DarkGemma3Backbone,
+    DarkGemmaBackbone,
+    compile_anew,
+)
 from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkGemma3CausalLM, DarkGemmaCausalLM
 from keras_darkformer.hub.options import DarkOptions
 from keras_darkformer.hub.report import conversion_report
@@ -41,8 +46,8 @@ def convert_to_dark(
     gains `feature_map/geometry` and `feature_map/projection`, in float32.
 
     A freshly converted model estimates a different kernel and is worse than
-    the one it came from: finetune it. If the model was compiled, it is compiled again
-    with the same arguments and a fresh optimizer of the same settings.
+    the one it came from: finetune it. If the model was compiled, it is compiled
+    again with the same arguments, a fresh optimizer and fresh metrics.
 
     Args:
         model: a `GemmaCausalLM`, `GemmaBackbone` (Gemma 1 and 2),
@@ -143,6 +148,7 @@ def _copy(model: Any) -> Any:
             "and load it instead, or convert it in place."
         )
     twin.set_weights(backbone.get_weights())
-    if backbone is model:
-        return twin
-    return type(model)(backbone=twin, preprocessor=model.preprocessor, name=model.name)
+    if backbone is not model:
+        twin = type(model)(backbone=twin, preprocessor=model.preprocessor, name=model.name)
+    compile_anew(twin, like=model)
+    return twin

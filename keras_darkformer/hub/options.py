@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from keras_darkformer.layers.dark_attention import ATTENTION_MODES
+from keras_darkformer.ops.checks import positive_integer
 from keras_darkformer.ops.projections import PROJECTIONS
 
 # Base of the classes that turn a stock class dark: type checkers can't know
@@ -42,10 +45,24 @@ class DarkOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_features, int) or self.num_features < 1:
-            raise ValueError(
-                f"`num_features` must be a positive integer. Received: {self.num_features!r}"
-            )
+        """Checks what can be checked before a model is touched."""
+
+        def settle(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        settle("num_features", positive_integer("num_features", self.num_features))
+        if self.chunk_size is not None:
+            settle("chunk_size", positive_integer("chunk_size", self.chunk_size))
+        if not _is_integer(self.seed) or self.seed < 0:
+            raise ValueError(f"`seed` must be an integer, 0 or more. Received: seed={self.seed!r}")
+        settle("seed", int(self.seed))
+        if not isinstance(self.layers, str):
+            if not isinstance(self.layers, Iterable) or not all(map(_is_integer, self.layers)):
+                raise ValueError(
+                    '`layers` must be "global", "all" or a sequence of layer indices. '
+                    f"Received: layers={self.layers!r}"
+                )
+            settle("layers", tuple(int(index) for index in self.layers))
         if self.attention_mode not in ATTENTION_MODES:
             raise ValueError(
                 f"`attention_mode` must be one of {ATTENTION_MODES}. "
@@ -55,8 +72,10 @@ class DarkOptions:
             raise ValueError(
                 f"`projection` must be one of {PROJECTIONS}. Received: {self.projection!r}"
             )
-        if self.geometry_scale is not None and not self.geometry_scale > 0:
-            raise ValueError(f"`geometry_scale` must be positive. Received: {self.geometry_scale}")
+        if self.geometry_scale is not None and not 0 < self.geometry_scale < math.inf:
+            raise ValueError(
+                f"`geometry_scale` must be positive and finite. Received: {self.geometry_scale!r}"
+            )
 
     @classmethod
     def split(cls, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,6 +118,10 @@ def default_geometry_scale(head_dim: int, num_features: int) -> float:
     return min(1.0, math.sqrt(math.log(max(num_features, 2)) / (2.0 * math.sqrt(head_dim))))
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tuple[int, ...]:
     count = len(is_local)
     if isinstance(layers, str):
@@ -109,7 +132,7 @@ def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tu
             )
         chosen = tuple(i for i in range(count) if layers == "all" or not is_local[i])
     else:
-        wrong = [i for i in layers if not isinstance(i, int) or not -count <= i < count]
+        wrong = [i for i in layers if not -count <= i < count]
         if wrong:
             raise ValueError(
                 f"`layers` must hold indices of the model's {count} layers. Received: {wrong}"

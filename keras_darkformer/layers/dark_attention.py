@@ -12,6 +12,7 @@ from keras_darkformer.ops import (
     exact_dark_attention_scores,
     rotary_embedding,
 )
+from keras_darkformer.ops.checks import positive_integer
 
 ATTENTION_MODES = ("linear", "exact")
 
@@ -133,13 +134,9 @@ class DarkAttention(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         if num_key_value_heads is None:
             num_key_value_heads = num_query_heads
-        for name, size in (
-            ("head_dim", head_dim),
-            ("num_query_heads", num_query_heads),
-            ("num_key_value_heads", num_key_value_heads),
-        ):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
+        head_dim = positive_integer("head_dim", head_dim)
+        num_query_heads = positive_integer("num_query_heads", num_query_heads)
+        num_key_value_heads = positive_integer("num_key_value_heads", num_key_value_heads)
         if num_query_heads % num_key_value_heads:
             raise ValueError(
                 "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "

@@ -1,5 +1,6 @@
 """The learned part of DARKFormer: a geometry and the projection drawn for it."""
 
+import math
 import random
 from typing import Any
 
@@ -14,6 +15,7 @@ from keras_darkformer.ops import (
     draw_projection,
     initial_state,
 )
+from keras_darkformer.ops.checks import positive_integer
 from keras_darkformer.ops.projections import PROJECTIONS
 
 
@@ -88,25 +90,18 @@ class DarkFeatureMap(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        rank = head_dim if rank is None else rank
-        for name, size in (
-            ("num_heads", num_heads),
-            ("head_dim", head_dim),
-            ("num_features", num_features),
-            ("rank", rank),
-        ):
-            if not isinstance(size, int | np.integer) or size < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
         if projection not in PROJECTIONS:
             raise ValueError(
                 f"`projection` must be one of {PROJECTIONS}. Received: projection={projection!r}"
             )
-        if not geometry_scale > 0:
-            raise ValueError(f"`geometry_scale` must be positive. Received: {geometry_scale!r}")
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.num_features = num_features
-        self.rank = rank
+        if not 0 < geometry_scale < math.inf:
+            raise ValueError(
+                f"`geometry_scale` must be positive and finite. Received: {geometry_scale!r}"
+            )
+        self.num_heads = positive_integer("num_heads", num_heads)
+        self.head_dim = positive_integer("head_dim", head_dim)
+        self.num_features = positive_integer("num_features", num_features)
+        self.rank = self.head_dim if rank is None else positive_integer("rank", rank)
         self.projection_kind = projection
         self.train_geometry = train_geometry
         self.train_projection = train_projection

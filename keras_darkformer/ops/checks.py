@@ -2,6 +2,15 @@
 
 from typing import Any
 
+import numpy as np
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """`value` as an int; a ValueError that names it if it is none or below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    return int(value)
+
 
 def check_attention(
     query: Any, key: Any, value: Any, geometry: Any, *, causal: bool, key_mask: Any

@@ -5,7 +5,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_darkformer.ops.checks import check_attention, check_features, check_state
+from keras_darkformer.ops.checks import (
+    check_attention,
+    check_features,
+    check_state,
+    positive_integer,
+)
 from keras_darkformer.ops.features import fold_projections
 from keras_darkformer.ops.linear_attention import State, accumulate_state, linear_attention
 
@@ -106,10 +111,8 @@ def dark_attention(
     check_features(geometry, projection, log_weight)
     if initial_state is not None:
         check_state(initial_state, key, value, projection.shape[-2])
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(
-            f"`chunk_size` must be a positive integer or None. Received: {chunk_size!r}"
-        )
+    if chunk_size is not None:
+        chunk_size = positive_integer("chunk_size", chunk_size)
     output, state = linear_attention(
         query,
         key,

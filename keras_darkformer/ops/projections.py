@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_darkformer.ops.checks import positive_integer
+
 PROJECTIONS = ("orthogonal", "gaussian")
 
 
@@ -46,9 +48,7 @@ def draw_projection(
     References:
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
     """
-    for name, size in (("num_features", num_features), ("dim", dim)):
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
+    num_features, dim = positive_integer("num_features", num_features), positive_integer("dim", dim)
     if kind not in PROJECTIONS:
         raise ValueError(f"`kind` must be one of {PROJECTIONS}. Received: kind={kind!r}")
     rng = np.random.default_rng(seed)

@@ -1,0 +1,73 @@
+import io
+import re
+from pydoc_data.topics import topics
+
+import pytest
+from backends import BACKEND
+from keras_hub.models import GemmaCausalLMPreprocessor, GemmaTokenizer
+
+from .models import VOCABULARY
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_backend():
+    """Settings for models this small, here and in fresh processes.
+
+    Torch's threads only get into each other's way, and XLA takes longer to
+    optimise a program than to run it; the tests of ops and layers let it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if BACKEND == "torch":
+            import torch
+
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            patch.setenv("OMP_NUM_THREADS", "1")
+            yield
+            torch.set_num_threads(threads)
+        elif BACKEND == "jax":
+            import jax
+
+            jax.config.update("jax_disable_most_optimizations", True)
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+            yield
+            jax.config.update("jax_disable_most_optimizations", False)
+        else:
+            yield
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Sentences from the text that every Python carries."""
+    words = re.sub(r"\W+", " ", topics["assignment"] + topics["lambda"]).lower().split()
+    return [" ".join(words[i : i + 12]) for i in range(0, len(words) - 12, 12)]
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_proto(texts):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=VOCABULARY,
+        model_type="BPE",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        bos_piece="<bos>",
+        eos_piece="<eos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<end_of_turn>"],
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture
+def preprocessor(sentencepiece_proto):
+    tokenizer = GemmaTokenizer(proto=sentencepiece_proto)
+    return GemmaCausalLMPreprocessor(tokenizer, sequence_length=16)

@@ -1,0 +1,47 @@
+"""Generation by the full forward pass alone: no state, no cache."""
+
+import numpy as np
+
+from .models import outputs
+
+
+def next_logits(model, token_ids, index):
+    """Logits of the token at `index`, all tokens from there on masked."""
+    rows, total = token_ids.shape
+    seen = np.broadcast_to(np.arange(total) < index, token_ids.shape).astype("int32")
+    logits = [
+        # The batch size all tests use: JAX compiles operations once for each.
+        outputs(model, {"token_ids": token_ids[i : i + 3], "padding_mask": seen[i : i + 3]})
+        for i in range(0, rows, 3)
+    ]
+    return np.concatenate(logits)[:, index - 1].astype("float64")
+
+
+def greedy_search(model, prompt):
+    """Every token the argmax of its logits, a row from behind its prompt."""
+    token_ids, given = prompt["token_ids"].copy(), prompt["padding_mask"].astype(bool)
+    for index in range(given.sum(1).min(), token_ids.shape[1]):
+        chosen = next_logits(model, token_ids, index).argmax(-1)
+        token_ids[:, index] = np.where(given[:, index], token_ids[:, index], chosen)
+    return token_ids
+
+
+def beam_search(model, prompt, num_beams):
+    """The sequence of the largest probability among beams, for prompts of one length."""
+    batch, total = prompt["token_ids"].shape
+    (start,) = set(prompt["padding_mask"].sum(1))
+    beams = np.repeat(prompt["token_ids"][:, None], num_beams, axis=1)  # (batch, beam, token)
+    scores = np.full((batch, num_beams), -np.inf)
+    scores[:, 0] = 0.0  # all beams begin alike
+    for index in range(start, total):
+        logits = next_logits(model, beams.reshape(-1, total), index)
+        logits = logits.reshape(batch, num_beams, -1)
+        peak = logits.max(-1, keepdims=True)
+        log_probs = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+        candidates = (scores[..., None] + log_probs).reshape(batch, -1)
+        best = np.argsort(-candidates, axis=1)[:, :num_beams]
+        scores = np.take_along_axis(candidates, best, axis=1)
+        parent, token = np.divmod(best, logits.shape[-1])
+        beams = np.take_along_axis(beams, parent[..., None], axis=1)
+        beams[..., index] = token
+    return beams[np.arange(batch), scores.argmax(1)]
