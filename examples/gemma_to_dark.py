@@ -42,6 +42,7 @@ from matplotlib import pyplot as plt
 ARMS = {
     "exact": "exact softmax",
     "dark": "DARKFormer",
+    "untrained": "same, M not trained",
     "performer": "Performer",
 }
 # Characters per token are bounded by this, so that a window of characters
@@ -60,8 +61,8 @@ def parse_arguments():
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--train-steps", type=int, default=600)
-    parser.add_argument("--finetune-steps", type=int, default=150)
-    parser.add_argument("--finetune-rate", type=float, default=1e-3)
+    parser.add_argument("--finetune-steps", type=int, default=300)
+    parser.add_argument("--finetune-rate", type=float, default=2e-3)
     parser.add_argument("--test-windows", type=int, default=96, help="held-out sequences")
     parser.add_argument("--prompt", default="The statement is")
     parser.add_argument("--generate-length", type=int, default=128, help="tokens")
@@ -160,7 +161,11 @@ def load_arm(arm, preset, args):
     model.preprocessor.sequence_length = args.sequence_length
     if arm == "dark":
         model = convert_to_dark(model, num_features=args.num_features, seed=args.seed)
-    elif arm == "performer":
+    elif arm == "untrained":  # what the learned geometry is worth
+        model = convert_to_dark(
+            model, num_features=args.num_features, train_geometry=False, seed=args.seed
+        )
+    elif arm == "performer":  # the same, and of softmax's own kernel
         model = convert_to_dark(
             model,
             num_features=args.num_features,
@@ -273,11 +278,11 @@ def print_table(rows, args):
 def save_plot(rows, path):
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     (losses, perplexities), (speed, memory) = axes
-    colors = dict(zip(ARMS, ("black", "tab:blue", "tab:orange"), strict=True))
+    colors = dict(zip(ARMS, ("black", "tab:blue", "tab:green", "tab:orange"), strict=True))
     for row in rows:
-        # Performer's states and speed are DARKFormer's: dashes let both be seen.
+        # The linear ones' states and speeds are alike: dashes let all be seen.
         style = {"color": colors[row["arm"]], "label": ARMS[row["arm"]]}
-        dashes = "--" if row["arm"] == "performer" else "-"
+        dashes = {"untrained": "--", "performer": ":"}.get(row["arm"], "-")
         values = np.array(row["finetuning_losses"])
         width = max(1, len(values) // 10)
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
@@ -301,7 +306,7 @@ def save_plot(rows, path):
         perplexities.bar_label(bars, fmt="%.1f", fontsize=8)
     losses.set(xlabel="finetuning step", ylabel="training loss", title="finetuning")
     perplexities.set(ylabel="perplexity", title="held-out text: converted (pale), finetuned")
-    perplexities.set_xticks(positions, [ARMS[row["arm"]] for row in rows])
+    perplexities.set_xticks(positions, [ARMS[row["arm"]] for row in rows], fontsize=8)
     speed.set(xlabel="sequence, tokens", ylabel="tokens per second", title="reading")
     memory.set(xlabel="context, tokens", ylabel="KiB", title="cache or state in generation")
     for axis, lengths in ((speed, READING_LENGTHS), (memory, CACHE_LENGTHS)):
@@ -342,8 +347,8 @@ def main():
     args = parse_arguments()
     keras.utils.set_random_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    parts = split_text(load_text(args.text))
     length = CHARACTERS_PER_TOKEN * args.sequence_length
+    parts = split_text(load_text(args.text), length)
 
     def windows(part, count, seed):
         return sample_windows(parts[part], count, length, args.seed + seed)

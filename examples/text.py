@@ -4,8 +4,6 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-WINDOW = 4096  # characters; every tenth is held out for testing, every tenth for validation
-
 
 def load_text(path: str | None) -> str:
     """A file's text, or by default Python's own help topics (460,000 characters)."""
@@ -15,12 +13,17 @@ def load_text(path: str | None) -> str:
         return file.read()
 
 
-def split_text(text: str) -> dict[str, list[str]]:
-    """Stretches of text for training, validation and testing, spread over the whole."""
+def split_text(text: str, window: int) -> dict[str, list[str]]:
+    """Parts the text into training, validation and test, spread over the whole.
+
+    Of every ten stretches one is held out for validation and one for testing;
+    each holds a few windows of `window` characters.
+    """
+    length = max(4096, 2 * window)
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for number, start in enumerate(range(0, len(text), WINDOW)):
+    for number, start in enumerate(range(0, len(text), length)):
         part = {4: "validation", 9: "test"}.get(number % 10, "train")
-        stretch = text[start : start + WINDOW]
+        stretch = text[start : start + length]
         if part == "train" and number % 10 not in (0, 5) and parts["train"]:
             parts["train"][-1] += stretch  # goes on where the last one ended
         else:
@@ -32,7 +35,7 @@ def sample_windows(stretches: list[str], count: int, length: int, seed: int) -> 
     """Windows of `length` characters, none of which crosses from one stretch into another."""
     stretches = [stretch for stretch in stretches if len(stretch) >= length]
     if not stretches:
-        raise SystemExit(f"The text is too short for windows of {length} characters.")
+        raise SystemExit(f"The text is too short to part: windows have {length} characters.")
     rng = np.random.default_rng(seed)
     room = np.array([len(stretch) - length + 1 for stretch in stretches])
     chosen = rng.choice(len(stretches), size=count, p=room / room.sum())

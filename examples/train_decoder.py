@@ -90,11 +90,11 @@ def main():
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
 
+    size = args.length + 1
     parts = {
         name: [stretch.encode() for stretch in stretches]
-        for name, stretches in split_text(load_text(args.text)).items()
+        for name, stretches in split_text(load_text(args.text), size).items()
     }
-    size = args.length + 1
     train = to_batches(sample_windows(parts["train"], args.steps * args.batch_size, size, 1))
     test = to_batches(sample_windows(parts["test"], 64, size, 2))
 

@@ -61,17 +61,24 @@ class _StandIn:
 class _AfterKerasHub(importlib.abc.MetaPathFinder):
     """Imports `keras_darkformer.hub` right after keras_hub."""
 
+    searching = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "keras_hub":
+        if fullname != "keras_hub" or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                # Not earlier: `find_spec` is also called by those who only ask.
+                sys.meta_path.remove(self)
                 run(module)
                 _import_hub()
 

@@ -45,5 +45,5 @@ def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     )
     assert "A fresh process loaded a DarkGemmaCausalLM and wrote the same text." in printed
     table = json.loads((tmp_path / "results" / "table.json").read_text())
-    assert [row["arm"] for row in table["rows"]] == ["exact", "dark", "performer"]
+    assert [row["arm"] for row in table["rows"]] == ["exact", "dark", "untrained", "performer"]
     assert (tmp_path / "results" / "plot.png").stat().st_size > 10_000

@@ -115,6 +115,21 @@ class DarkBackbone(Mixin):
         backbone = cls.stock_cls.from_preset(preset, load_weights, **others)
         return cls.take_over(backbone, options)
 
+    def enable_lora(
+        self, rank: int, target_layer_names: list[str] | None = None, *, train_geometry: bool = True
+    ) -> None:
+        """Enables LoRA as the stock backbone does, and keeps feature maps trainable.
+
+        Args:
+            rank: int. The rank of the factorization.
+            target_layer_names: names of the layers to adapt; `None` for the
+                stock model's.
+            train_geometry: bool. False freezes the feature maps with the rest.
+        """
+        super().enable_lora(rank, target_layer_names)
+        for index in self.dark_options.layer_indices:
+            self.transformer_layers[index].attention.feature_map.trainable = train_geometry
+
     def get_config(self) -> dict[str, Any]:
         """The stock backbone's config and the options of the conversion."""
         return {**super().get_config(), **self.dark_options.get_config()}

@@ -22,6 +22,16 @@ DARK_CLASSES: dict[type, Any] = {
     Gemma3CausalLM: DarkGemma3CausalLM,
 }
 
+# Families whose logits have terms that no product of features gives.
+INEXPRESSIBLE = {
+    "Bloom": "Its logits have linear position biases (ALiBi).",
+    "Falcon": "Its logits have linear position biases (ALiBi).",
+    "T5": "Its logits have learned relative position biases.",
+    "GptOss": "Its softmax has learned attention sinks.",
+    "Gemma3n": "Its layers share keys and values.",
+    "Gemma4": "Its layers share keys and values.",
+}
+
 
 def convert_to_dark(
     model: Any,
@@ -41,6 +51,8 @@ def convert_to_dark(
 
     The model is converted in place and returned: no second copy of its
     weights is made, and the object passed in is the dark model afterwards.
+    Convert a causal LM whole, not by its backbone: the task around it would
+    not know.
     Pass `copy=True` to leave it as it is and get a converted copy. All
     weights of the stock model stay, under their paths; each converted layer
     gains `feature_map/geometry` and `feature_map/projection`, in float32.
@@ -78,9 +90,10 @@ def convert_to_dark(
         `DarkGemma3CausalLM` or `DarkGemma3Backbone`.
 
     Raises:
-        TypeError: if the model's class is none that can be converted.
-        ValueError: if the model is dark already, can't be expressed (vision
-            or bidirectional attention), or an argument is out of range.
+        ValueError: with the reason, if the model is of no class that can be
+            converted, is dark already or can't be expressed (vision or
+            bidirectional attention), or an argument is out of range. The model
+            is then as it was.
 
     Warns:
         UserWarning: for what the converted layers no longer do: a soft cap of
@@ -128,14 +141,23 @@ def _dark_class(model: Any) -> Any:
             f"`model` is dark already: {type(model).__name__}. A second conversion would lose "
             "what the feature maps have learned."
         )
-    # Subclasses are refused too: whatever they add would be lost silently.
     if type(model) not in DARK_CLASSES:
-        names = ", ".join(cls.__name__ for cls in DARK_CLASSES)
-        raise TypeError(
-            f"`model` must be exactly one of: {names} (from keras_hub.models). "
-            f"Received: {type(model).__module__}.{type(model).__name__}"
+        raise ValueError(
+            f"`model` can't be converted: {type(model).__module__}.{type(model).__name__}. "
+            f"{_reason(type(model))} Convertible are, from keras_hub.models: "
+            f"{', '.join(cls.__name__ for cls in DARK_CLASSES)}."
         )
     return DARK_CLASSES[type(model)]
+
+
+def _reason(cls: type) -> str:
+    stock = next((base for base in cls.__mro__ if base in DARK_CLASSES), None)
+    if stock is not None:
+        return f"It subclasses {stock.__name__}, and what it changes there would be lost silently."
+    for family, reason in INEXPRESSIBLE.items():
+        if cls.__name__.startswith(family):
+            return reason
+    return "There is no conversion for this class."
 
 
 def _copy(model: Any) -> Any:

@@ -14,7 +14,7 @@ class ConversionReport(dict):
 
     Keys:
         model: class name of the model.
-        attention_mode, projection, geometry_scale: as converted.
+        num_features, attention_mode, projection, geometry_scale: as converted.
         layers: list of dicts, one a layer: index, name, kind ("global" or
             "local"), converted, num_features (`None` if left) and
             new_parameters.
@@ -101,6 +101,7 @@ def conversion_report(model: Any) -> ConversionReport:
     maps = [backbone.transformer_layers[i].attention.feature_map for i in options.layer_indices]
     return ConversionReport(
         model=type(model).__name__,
+        num_features=options.num_features,
         attention_mode=options.attention_mode,
         projection=options.projection,
         geometry_scale=options.geometry_scale,

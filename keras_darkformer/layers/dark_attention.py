@@ -21,8 +21,9 @@ ATTENTION_MODES = ("linear", "exact")
 class DarkAttention(keras.layers.Layer):
     """Grouped-query attention with the dark kernel, linear in the length.
 
-    Takes the place of `keras.layers.GroupQueryAttention`: the same arguments,
-    call and masks, with `exp(q . k / sqrt(h))` replaced by the learned kernel
+    Takes the place of `keras.layers.GroupQueryAttention`: the same call and
+    masks and, but for `sliding_window`, `flash_attention` and `use_gate`, the
+    same arguments, with `exp(q . k / sqrt(h))` replaced by the learned kernel
     `exp(q^' Sigma k^)` and that by random features (see `DarkFeatureMap`):
 
         query = x W_q,  key = x W_k,  value = x W_v
@@ -45,6 +46,7 @@ class DarkAttention(keras.layers.Layer):
             attention; `None` picks by shape. It does not change the result.
         rope_max_wavelength: float or `None`. Rotates queries and keys by their
             positions (RoPE) with this wavelength, 10_000 in most models.
+            Masked tokens have no position of their own: padding moves nothing.
         seed: int or `None`. Seeds the projection and the dropout.
         rank, projection, train_geometry, train_projection, geometry_scale:
             as for `DarkFeatureMap`.
@@ -158,7 +160,7 @@ class DarkAttention(keras.layers.Layer):
         self.attention_mode = attention_mode
         self.dropout = dropout
         self.use_bias = use_bias
-        self.chunk_size = chunk_size
+        self.chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
         self.rope_max_wavelength = rope_max_wavelength
         self.seed = seed
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -245,15 +247,26 @@ class DarkAttention(keras.layers.Layer):
     ) -> Any:
         """See the class."""
         self._check_mode(return_attention_scores, initial_state, return_state)
+        self._check_attention_mask(attention_mask, query, value)
         key_mask = merge_masks(value_mask, key_mask)
-        positions = None
-        if self.rope_max_wavelength is not None and initial_state is not None:
-            *initial_state, positions = initial_state
+        if self.attention_mode == "linear" and attention_mask is not None:
+            causal, padding = split_attention_mask(attention_mask)
+            use_causal_mask = use_causal_mask or causal
+            key_mask = merge_masks(key_mask, padding)
+        is_self_attention = use_causal_mask or query is value
         key = value if key is None else key
 
-        query = self._rotate(self.query_dense(query), positions)
-        key = self._rotate(self.key_dense(key), positions)
+        query, key = self.query_dense(query), self.key_dense(key)
         value = drop_tokens(self.token_dropout, self.value_dense(value), training)
+        start = None
+        if self.rope_max_wavelength is not None:
+            if initial_state is not None:
+                *initial_state, start = initial_state
+            positions = _positions(key, key_mask, start)
+            key = rotary_embedding(key, positions, self.rope_max_wavelength)
+            if not is_self_attention:
+                positions = _positions(query, query_mask, start)
+            query = rotary_embedding(query, positions, self.rope_max_wavelength)
 
         if self.attention_mode == "exact":
             masks = {
@@ -263,10 +276,6 @@ class DarkAttention(keras.layers.Layer):
             }
             output = exact_dark_attention(query, key, value, self.feature_map.geometry, **masks)
         else:
-            if attention_mask is not None:
-                causal, padding = split_attention_mask(attention_mask)
-                use_causal_mask = use_causal_mask or causal
-                key_mask = merge_masks(key_mask, padding)
             output = self.feature_map.attend(
                 query,
                 key,
@@ -287,7 +296,7 @@ class DarkAttention(keras.layers.Layer):
             scores = exact_dark_attention_scores(query, key, self.feature_map.geometry, **masks)
             return output, ops.cast(scores, self.compute_dtype)
         if return_state:
-            return output, self._with_position(state, positions, key)
+            return output, self._with_position(state, start, key, key_mask)
         return output
 
     def _check_mode(
@@ -304,21 +313,28 @@ class DarkAttention(keras.layers.Layer):
                 "attention has no state of constant size."
             )
 
-    def _rotate(self, x: Any, start: Any) -> Any:
-        if self.rope_max_wavelength is None:
-            return x
-        positions = ops.arange(ops.shape(x)[1], dtype="float32")
-        if start is not None:
-            positions = start[:, None] + positions
-        return rotary_embedding(x, positions, self.rope_max_wavelength)
+    def _check_attention_mask(self, attention_mask: Any, query: Any, value: Any) -> None:
+        if attention_mask is None or len(attention_mask.shape) < 2:
+            return
+        sizes = (query.shape[1], value.shape[1])
+        if any(
+            None not in (size, expected) and size not in (1, expected)
+            for size, expected in zip(attention_mask.shape[-2:], sizes, strict=True)
+        ):
+            raise ValueError(
+                "`attention_mask` must end in (query_length, key_length) = "
+                f"{sizes}. Received: shape {tuple(attention_mask.shape)}"
+            )
 
-    def _with_position(self, state: Any, start: Any, key: Any) -> Any:
-        """With RoPE, the number of tokens seen travels with the state."""
+    def _with_position(self, state: Any, start: Any, key: Any, key_mask: Any) -> Any:
+        """With RoPE, the number of real tokens seen travels with the state."""
         if self.rope_max_wavelength is None:
             return state
         batch_size, length = ops.shape(key)[:2]
         if start is None:
             start = ops.zeros((batch_size,), dtype="float32")
+        if key_mask is not None:
+            length = ops.sum(ops.cast(key_mask, "float32"), axis=-1)
         return (*state, start + ops.cast(length, "float32"))
 
     def get_initial_state(self, batch_size: Any) -> Any:
@@ -419,6 +435,15 @@ def drop_tokens(dropout: keras.layers.Dropout, value: Any, training: bool | None
     if not dropout.rate:
         return value
     return value * dropout(ops.ones_like(value[..., :1]), training=training)
+
+
+def _positions(x: Any, mask: Any, start: Any) -> Any:
+    """Positions of tokens `(b, t, ...)`, padding not counted, from `start` on."""
+    if mask is None:
+        positions = ops.arange(ops.shape(x)[1], dtype="float32")
+    else:
+        positions = ops.cumsum(ops.cast(mask, "float32"), axis=-1) - 1.0
+    return positions if start is None else start[:, None] + positions
 
 
 def _with_head_axis(mask: Any) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_darkformer.layers.dark_attention import DarkAttention
-from keras_darkformer.layers.masks import merge_masks
+from keras_darkformer.layers.dark_attention import ATTENTION_MODES, DarkAttention
+from keras_darkformer.ops.checks import positive_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
@@ -22,10 +22,6 @@ class DarkTransformerBlock(keras.layers.Layer):
     Args:
         intermediate_dim: int. Width of the feedforward network.
         num_heads: int. Query heads.
-        num_key_value_heads: int, a divisor of `num_heads`; `None` for as many.
-        head_dim: int; `None` for the input's width over `num_heads`.
-        num_features: int. Random features per key/value head.
-        causal: bool. True for a decoder, false for an encoder.
         dropout: float. Dropout of both branches, and of tokens in attention.
         activation: string or callable, of the feedforward network.
         layer_norm_epsilon: float.
@@ -33,6 +29,10 @@ class DarkTransformerBlock(keras.layers.Layer):
         bias_initializer: string or `keras.initializers` initializer.
         normalize_first: bool. Normalize each branch's input (pre-norm), or
             its sum with the residual (post-norm).
+        num_key_value_heads: int, a divisor of `num_heads`; `None` for as many.
+        head_dim: int; `None` for the input's width over `num_heads`.
+        num_features: int. Random features per key/value head.
+        causal: bool. True for a decoder, false for an encoder.
         attention_mode, chunk_size, rope_max_wavelength, seed, rank,
             projection, train_geometry, train_projection, geometry_scale: as
             for `DarkAttention`.
@@ -42,6 +42,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         inputs: `(b, t, d)`.
         padding_mask: bool, `(b, t)`, true = a real token. Without it, the
             mask Keras carries with `inputs` is used.
+        attention_mask: bool, as for `DarkAttention`.
         initial_state: state returned by an earlier call.
         return_state: bool. Also return the state after these tokens.
         training: bool.
@@ -73,17 +74,17 @@ class DarkTransformerBlock(keras.layers.Layer):
         self,
         intermediate_dim: int,
         num_heads: int,
-        *,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        num_features: int = 256,
-        causal: bool = True,
         dropout: float = 0.0,
         activation: Any = "relu",
         layer_norm_epsilon: float = 1e-5,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
         normalize_first: bool = True,
+        *,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        num_features: int = 256,
+        causal: bool = True,
         attention_mode: str = "linear",
         chunk_size: int | None = None,
         rope_max_wavelength: float | None = None,
@@ -98,8 +99,12 @@ class DarkTransformerBlock(keras.layers.Layer):
         # As in `DarkAttention`: a state must arrive in float32.
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
-        self.intermediate_dim = intermediate_dim
-        self.num_heads = num_heads
+        self.intermediate_dim = positive_integer("intermediate_dim", intermediate_dim)
+        self.num_heads = positive_integer("num_heads", num_heads)
+        if attention_mode not in ATTENTION_MODES:
+            raise ValueError(
+                f"`attention_mode` must be one of {ATTENTION_MODES}. Received: {attention_mode!r}"
+            )
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.causal = causal
@@ -110,7 +115,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.normalize_first = normalize_first
         self._attention_config: dict[str, Any] = {
-            "num_features": num_features,
+            "num_features": positive_integer("num_features", num_features),
             "attention_mode": attention_mode,
             "chunk_size": chunk_size,
             "rope_max_wavelength": rope_max_wavelength,
@@ -186,16 +191,16 @@ class DarkTransformerBlock(keras.layers.Layer):
         self,
         inputs: Any,
         padding_mask: Any = None,
+        attention_mask: Any = None,
         initial_state: Any = None,
         return_state: bool = False,
         training: bool | None = None,
         mask: Any = None,
     ) -> Any:
         """See the class."""
-        if mask is None and padding_mask is None:
-            # Beside a state Keras does not pass on the inputs' mask.
-            mask = getattr(inputs, "_keras_mask", None)
-        padding_mask = merge_masks(padding_mask, mask)
+        if padding_mask is None:
+            # Beside other tensors Keras does not pass on the inputs' mask.
+            padding_mask = mask if mask is not None else getattr(inputs, "_keras_mask", None)
         x, state = ops.cast(inputs, self.compute_dtype), None
 
         residual = x
@@ -205,6 +210,7 @@ class DarkTransformerBlock(keras.layers.Layer):
             x,
             x,
             value_mask=padding_mask,
+            attention_mask=attention_mask,
             use_causal_mask=self.causal,
             initial_state=initial_state,
             return_state=return_state,
@@ -241,14 +247,21 @@ class DarkTransformerBlock(keras.layers.Layer):
         self,
         inputs: Any,
         padding_mask: Any = None,
+        attention_mask: Any = None,
         initial_state: Any = None,
         return_state: bool = False,
         training: bool | None = None,
         mask: Any = None,
     ) -> Any:
         """Shapes and dtypes of what `call` returns."""
+        if not self.built:
+            self.build(inputs.shape)
         spec = self.attention.compute_output_spec(
-            inputs, inputs, initial_state=initial_state, return_state=return_state
+            inputs,
+            inputs,
+            attention_mask=attention_mask,
+            initial_state=initial_state,
+            return_state=return_state,
         )
         if return_state:
             return spec

@@ -17,8 +17,8 @@ def split_attention_mask(attention_mask: Any) -> tuple[bool, Any]:
     function.
 
     Args:
-        attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)` or `(t, s)`;
-            a head axis of size 1 is allowed: `(b, 1, t, s)`.
+        attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)`, `(t, s)` or
+            `(b, n, t, s)`, alike for all heads.
 
     Returns:
         `(causal, key_mask)`, `key_mask` of shape `(b or 1, s)`.
@@ -27,15 +27,22 @@ def split_attention_mask(attention_mask: Any) -> tuple[bool, Any]:
         ValueError: if the mask says anything else, or can't be looked at.
     """
     shape = tuple(attention_mask.shape)
-    if len(shape) == 4 and shape[1] == 1:
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(
+            "`attention_mask` must have shape (batch, query_length, key_length), the same with a "
+            f"head axis, or (query_length, key_length). Received: shape {shape}"
+        )
+    if len(shape) == 4:
+        if shape[1] != 1:
+            heads = _values(attention_mask)
+            if heads is None or np.any(heads != heads[:, :1]):
+                raise ValueError(
+                    "Linear attention can't take an `attention_mask` that differs, or may "
+                    f"differ, between heads. Received: a mask of shape {shape}"
+                )
         attention_mask = attention_mask[:, 0]
     elif len(shape) == 2:
         attention_mask = attention_mask[None]
-    elif len(shape) != 3:
-        raise ValueError(
-            "`attention_mask` must have shape (batch, query_length, key_length), the same with a "
-            f"head axis of size 1, or (query_length, key_length). Received: shape {shape}"
-        )
     attention_mask = ops.cast(attention_mask, "bool")
     if attention_mask.shape[1] == 1:
         return False, attention_mask[:, 0]

@@ -133,7 +133,7 @@ def _prepare(
         key_mask = ops.broadcast_to(ops.cast(key_mask, "bool"), _shape(key)[:2])
         attended = key_mask[:, :, None, None]
         key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
-    kv_state, key_state, log_scale = state
+    kv_state, key_state, log_scale = (ops.cast(leaf, "float32") for leaf in state)
     sums = ops.concatenate([kv_state, key_state[..., None]], axis=-1)
     return key, value, key_mask, (sums, log_scale)
 
@@ -313,7 +313,9 @@ def _partition(
 ) -> tuple[Any, Any, int]:
     """Blocks, chunks per block and chunk size that cover `length` with little padding.
 
-    A length known only at run time (TensorFlow) makes one block of many chunks.
+    A length known only at run time (TensorFlow) makes one block of many chunks:
+    XLA there has no gradient of a loop. Its (N, N) decays between chunks are
+    small change up to some hundred thousand tokens.
     """
     if chunk_size is None:
         # Measured on CPU: 64 is best at head_dim 64 and for multi-query heads,

@@ -29,6 +29,13 @@ FOUND = {
     import keras_hub
     model = keras.saving.get_registered_object(saved["registered_name"])(**config)
     """,
+    "keras_hub imported after a look whether it is there": """
+    import importlib.util
+    import keras, keras_darkformer
+    importlib.util.find_spec("keras_hub")
+    import keras_hub
+    model = keras.saving.get_registered_object(saved["registered_name"])(**config)
+    """,
     "keras_hub imported before": """
     import keras, keras_hub
     import keras_darkformer

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 
 KEYS = {
     "model",
+    "num_features",
     "attention_mode",
     "projection",
     "geometry_scale",

@@ -99,3 +99,12 @@ def test_fit_in_mixed_bfloat16_keeps_feature_maps_in_float32(jit):
     assert np.isfinite(losses).all()
     assert moved == trainable(model)
     assert {w.dtype for w in model.weights if "/feature_map/" in w.path} == {"float32"}
+
+
+@pytest.mark.parametrize("train_geometry", [True, False])
+def test_lora_leaves_feature_maps_trainable_unless_told_otherwise(train_geometry):
+    model = dark(gemma())
+    model.backbone.enable_lora(2, train_geometry=train_geometry)
+    trainable = {weight.path.split("/")[-1] for weight in model.trainable_weights}
+    expected = {"lora_kernel_a", "lora_kernel_b"} | ({"geometry"} if train_geometry else set())
+    assert trainable == expected

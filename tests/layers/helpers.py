@@ -136,24 +136,28 @@ def assert_config_is_complete(layer_class, arguments):
 
 def reference_attention(layer, query, value, key=None, *, causal=False, key_mask=None):
     """What a `DarkAttention` in linear mode means, in float64 and from its weights."""
-    positions = np.arange(max(query.shape[1], value.shape[1]))
+    query_positions, key_positions = (np.arange(x.shape[1])[None] for x in (query, value))
+    if key_mask is not None:  # padding has no position
+        key_positions = np.cumsum(key_mask, axis=1) - 1
+    if causal:
+        query_positions = key_positions
 
     def project(dense, x):
         projected = np.einsum("btd,dnh->btnh", x.astype("float64"), arrays(dense.kernel))
         return projected + (0.0 if dense.bias is None else arrays(dense.bias))
 
-    def rotate(x):
+    def rotate(x, positions):
         if layer.rope_max_wavelength is None:
             return x
         half = x.shape[-1] // 2
         frequencies = layer.rope_max_wavelength ** (-np.arange(half) / half)
-        turns = np.exp(1j * positions[: x.shape[1], None, None] * frequencies)
+        turns = np.exp(1j * positions[..., None, None] * frequencies)
         pairs = (x[..., :half] + 1j * x[..., half:]) * turns
         return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
     attended, _ = dark_attention_reference(
-        rotate(project(layer.query_dense, query)),
-        rotate(project(layer.key_dense, value if key is None else key)),
+        rotate(project(layer.query_dense, query), query_positions),
+        rotate(project(layer.key_dense, value if key is None else key), key_positions),
         project(layer.value_dense, value),
         arrays(layer.feature_map.geometry),
         arrays(layer.feature_map.projection),

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, compiled
+from backends import DEFAULT_JIT, compiled, to_numpy
 from keras import ops, tree
 
 from keras_darkformer import DarkAttention
@@ -111,7 +111,7 @@ def test_the_state_stays_float32_under_every_policy(dtype):
     assert dtypes(output) == {dtype.removeprefix("mixed_")}
     assert dtypes([after, layer.feature_map.geometry, layer.feature_map.projection]) == {"float32"}
     assert_close(after[:3], state[:3], 0)
-    assert_close(after[3], np.full(BATCH, 40_004.0), 0)
+    assert_close(after[3], np.full(BATCH, 40_001.0), 0)
 
 
 def test_half_precision_gives_nearly_the_same_output():
@@ -160,3 +160,24 @@ def test_a_state_of_other_sizes_is_refused():
     state = attention(num_features=16).get_initial_state(BATCH)
     with pytest.raises(ValueError, match="`initial_state` must be a state"):
         attention()(X, X, initial_state=state)
+
+
+def test_padding_moves_no_position_when_going_on_from_a_state(rng):
+    layer = DarkAttention(8, 2, num_features=16, rope_max_wavelength=100.0, seed=0)
+    x = rng.standard_normal((1, 9, 16)).astype("float32")
+    padded = np.concatenate([x[:, :4], 0 * x[:, :3], x[:, 4:]], axis=1)
+    real = np.array([[1] * 4 + [0] * 3 + [1] * 5], bool)
+    whole = to_numpy(layer(x, x, use_causal_mask=True))
+
+    output = to_numpy(layer(padded, padded, value_mask=real, use_causal_mask=True))
+    np.testing.assert_allclose(output[real], whole[0], atol=2e-5)
+
+    _, state = layer(
+        padded[:, :7],
+        padded[:, :7],
+        value_mask=real[:, :7],
+        use_causal_mask=True,
+        return_state=True,
+    )
+    rest = layer(x[:, 4:], x[:, 4:], use_causal_mask=True, initial_state=state)
+    np.testing.assert_allclose(to_numpy(rest), whole[:, 4:], atol=2e-5)

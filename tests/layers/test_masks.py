@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_darkformer.layers.masks import merge_masks, split_attention_mask
 
-from .helpers import BATCH, LENGTH, PADDING
+from .helpers import BATCH, LENGTH, PADDING, WIDTH, attention, normal
 
 CAUSAL = np.tri(LENGTH, dtype=bool)
 # No key at the start: with the causal mask the first queries have nothing to attend to.
@@ -86,10 +86,20 @@ def test_other_masks_are_refused(mask):
         split_attention_mask(ops.convert_to_tensor(mask))
 
 
-@pytest.mark.parametrize("shape", [(LENGTH,), (BATCH, 4, LENGTH, LENGTH), (1,) * 5])
+@pytest.mark.parametrize("shape", [(LENGTH,), (1,) * 5])
 def test_shapes_that_are_no_mask_are_refused(shape):
     with pytest.raises(ValueError, match=r"`attention_mask` must have shape .*Received: shape"):
         split_attention_mask(np.ones(shape, bool))
+
+
+def test_heads_may_have_masks_of_their_own_if_these_agree():
+    heads = np.repeat((rows(PADDING) & CAUSAL)[:, None], 4, axis=1)
+    causal, padding = split_attention_mask(heads)
+    assert causal
+    np.testing.assert_array_equal(to_numpy(padding), PADDING)
+    heads[0, 1, 2, 2] = False
+    with pytest.raises(ValueError, match="differs, or may differ, between heads"):
+        split_attention_mask(heads)
 
 
 def test_a_symbolic_mask_is_padding_if_it_has_one_row_and_refused_else():
@@ -120,3 +130,11 @@ def test_merged_masks_apply_together():
         np.testing.assert_array_equal(merge_masks(first, second), PADDING)
     both = merge_masks(ops.convert_to_tensor(PADDING), ops.convert_to_tensor(LEFT_PADDING * 1.0))
     np.testing.assert_array_equal(to_numpy(both), PADDING & LEFT_PADDING)
+
+
+@pytest.mark.parametrize("mode", ["linear", "exact"])
+def test_an_attention_mask_of_another_length_is_refused(mode):
+    x = normal(BATCH, LENGTH, WIDTH)
+    mask = np.ones((BATCH, 3, LENGTH), bool)
+    with pytest.raises(ValueError, match=r"`attention_mask` must end in .*\(7, 7\)"):
+        attention(attention_mode=mode)(x, x, attention_mask=mask)
