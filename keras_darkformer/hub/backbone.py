@@ -1,6 +1,7 @@
 """Backbones of which some or all layers attend in linear time."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import keras
@@ -16,16 +17,59 @@ from keras_darkformer.hub.attention import (
 from keras_darkformer.hub.options import DarkOptions, Mixin
 
 
-class DarkBackbone(Mixin):
+class PresetLoading(Mixin):
+    """`from_preset` of a dark class, for dark presets and for stock ones.
+
+    Attributes:
+        stock_cls: the KerasHub class the dark one is made of.
+    """
+
+    stock_cls: Any
+
+    @classmethod
+    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:
+        """Loads a dark preset as it is, or loads a stock preset and converts it.
+
+        Args:
+            preset: as for the stock class, such as `"gemma_2b_en"`, or a
+                directory `save_to_preset` wrote.
+            load_weights: bool.
+            **kwargs: for a stock preset, the arguments of `convert_to_dark`;
+                others go to `keras_hub`, such as `dtype`.
+
+        Returns:
+            The dark model or backbone.
+
+        Raises:
+            ValueError: if arguments of the conversion are given for a dark
+                preset, which has its own, or the model can't be converted.
+
+        Example:
+
+            model = keras_darkformer.hub.DarkGemmaCausalLM.from_preset(
+                "gemma_2b_en", num_features=256)
+        """
+        dark, others = DarkOptions.split(kwargs)
+        if not issubclass(get_preset_loader(preset).check_backbone_class(), DarkBackbone):
+            options = DarkOptions(**dark)
+            stock = cls.stock_cls.from_preset(preset, load_weights, **others)
+            return cls.take_over(stock, options)
+        if dark:
+            raise ValueError(
+                f"Preset {preset!r} is dark already and is loaded as it was saved. Arguments of "
+                f"the conversion go with stock presets only. Received: {sorted(dark)}"
+            )
+        return super().from_preset(preset, load_weights, **others)
+
+
+class DarkBackbone(PresetLoading):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:
-        stock_cls: the KerasHub backbone this one is made of.
         attention_cls: what its attention layers become.
         dark_options: `DarkOptions`, resolved.
     """
 
-    stock_cls: Any
     attention_cls: type[DarkCachedAttention]
 
     def __init__(
@@ -69,6 +113,12 @@ class DarkBackbone(Mixin):
         backbone.__class__ = cls
         backbone._darken(options)
         compile_anew(backbone)
+        for drop in backbone.dropped():
+            warnings.warn(
+                f"Converting {backbone.name!r} drops from layers {drop['layers']}: "
+                f"{drop['what']}. {drop['why']}",
+                stacklevel=3,
+            )
         return backbone
 
     @classmethod
@@ -91,29 +141,25 @@ class DarkBackbone(Mixin):
             _pass_on_padding_mask(block)
         self.dark_options = options
 
-    @classmethod
-    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:
-        """Loads a dark preset as it is, or loads a stock preset and converts it.
-
-        Args:
-            preset: as for `keras_hub.models.Backbone.from_preset`.
-            load_weights: bool.
-            **kwargs: for a stock preset, the arguments of `convert_to_dark`;
-                others go to `keras_hub`, such as `dtype`.
-
-        Returns:
-            The dark backbone.
-
-        Raises:
-            ValueError: if arguments of the conversion are given for a dark
-                preset, which has its own, or the model can't be converted.
-        """
-        dark, others = DarkOptions.split(kwargs)
-        if is_dark_preset(preset, dark):
-            return super().from_preset(preset, load_weights, **others)
-        options = DarkOptions(**dark)
-        backbone = cls.stock_cls.from_preset(preset, load_weights, **others)
-        return cls.take_over(backbone, options)
+    def dropped(self) -> list[dict[str, Any]]:
+        """What the converted layers no longer do: dicts of `what`, `why` and `layers`."""
+        found: dict[tuple[str, str], list[int]] = {}
+        linear = self.dark_options.attention_mode == "linear"
+        for index in self.dark_options.layer_indices:
+            block = self.transformer_layers[index]
+            if block.logit_soft_cap is not None:
+                what = f"soft cap of the attention logits at {block.logit_soft_cap}"
+                why = "A bounded logit is no dark kernel."
+                found.setdefault((what, why), []).append(index)
+            if linear and block.use_sliding_window_attention:
+                what = f"sliding window of {block.sliding_window_size} tokens"
+                why = "Features sum over all the past; these layers now see all of it."
+                found.setdefault((what, why), []).append(index)
+            if linear and block.dropout:
+                what = "dropout of single attention weights"
+                why = "Linear attention forms none; whole tokens are dropped at the same rate."
+                found.setdefault((what, why), []).append(index)
+        return [{"what": what, "why": why, "layers": where} for (what, why), where in found.items()]
 
     def enable_lora(
         self, rank: int, target_layer_names: list[str] | None = None, *, train_geometry: bool = True
@@ -158,17 +204,6 @@ def _fresh(value: Any) -> Any:
     if isinstance(value, keras.optimizers.Optimizer | keras.metrics.Metric):
         return value.__class__.from_config(value.get_config())
     return value
-
-
-def is_dark_preset(preset: str, dark_arguments: dict[str, Any]) -> bool:
-    """Whether the preset holds a dark model, which then takes no dark arguments."""
-    is_dark = issubclass(get_preset_loader(preset).check_backbone_class(), DarkBackbone)
-    if is_dark and dark_arguments:
-        raise ValueError(
-            f"Preset {preset!r} is dark already and is loaded as it was saved. Arguments of the "
-            f"conversion go with stock presets only. Received: {sorted(dark_arguments)}"
-        )
-    return is_dark
 
 
 def _pass_on_padding_mask(block: Any) -> None:

@@ -12,13 +12,13 @@ from keras_darkformer.hub.backbone import (
     DarkBackbone,
     DarkGemma3Backbone,
     DarkGemmaBackbone,
+    PresetLoading,
     compile_anew,
-    is_dark_preset,
 )
-from keras_darkformer.hub.options import DarkOptions, Mixin
+from keras_darkformer.hub.options import DarkOptions
 
 
-class DarkCausalLM(Mixin):
+class DarkCausalLM(PresetLoading):
     """Turns a KerasHub causal LM, its base class in Python, dark.
 
     Generation carries a tuple with one entry a layer: a recurrent state for
@@ -26,7 +26,6 @@ class DarkCausalLM(Mixin):
     key/value cache for layers left exact.
     """
 
-    stock_cls: Any
     backbone_cls: type[DarkBackbone]
 
     @classmethod
@@ -36,36 +35,6 @@ class DarkCausalLM(Mixin):
         model.__class__ = cls
         compile_anew(model)
         return model
-
-    @classmethod
-    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:
-        """Loads a dark preset as it is, or loads a stock preset and converts it.
-
-        Args:
-            preset: as for `keras_hub.models.CausalLM.from_preset`, such as
-                `"gemma_2b_en"`, or a directory `save_to_preset` wrote.
-            load_weights: bool.
-            **kwargs: for a stock preset, the arguments of `convert_to_dark`;
-                others go to `keras_hub`, such as `dtype`.
-
-        Returns:
-            The dark model.
-
-        Raises:
-            ValueError: if arguments of the conversion are given for a dark
-                preset, which has its own, or the model can't be converted.
-
-        Example:
-
-            model = keras_darkformer.hub.DarkGemmaCausalLM.from_preset(
-                "gemma_2b_en", num_features=256)
-        """
-        dark, others = DarkOptions.split(kwargs)
-        if is_dark_preset(preset, dark):
-            return super().from_preset(preset, load_weights, **others)
-        options = DarkOptions(**dark)
-        model = cls.stock_cls.from_preset(preset, load_weights, **others)
-        return cls.take_over(model, options)
 
     def call_with_cache(
         self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any = None

@@ -1,6 +1,5 @@
 """`convert_to_dark`: softmax attention out, linear attention in."""
 
-import warnings
 from typing import Any
 
 from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
@@ -13,7 +12,6 @@ from keras_darkformer.hub.backbone import (
 )
 from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkGemma3CausalLM, DarkGemmaCausalLM
 from keras_darkformer.hub.options import DarkOptions
-from keras_darkformer.hub.report import conversion_report
 
 DARK_CLASSES: dict[type, Any] = {
     GemmaBackbone: DarkGemmaBackbone,
@@ -123,14 +121,7 @@ def convert_to_dark(
         seed=seed,
     )
     dark_cls = _dark_class(model)
-    model = dark_cls.take_over(_copy(model) if copy else model, options)
-    for drop in conversion_report(model)["dropped"]:
-        warnings.warn(
-            f"Converting {model.name!r} drops from layers {drop['layers']}: {drop['what']}. "
-            f"{drop['why']}",
-            stacklevel=2,
-        )
-    return model
+    return dark_cls.take_over(_copy(model) if copy else model, options)
 
 
 def _dark_class(model: Any) -> Any:

@@ -108,32 +108,13 @@ def conversion_report(model: Any) -> ConversionReport:
         layers=layers,
         converted=list(options.layer_indices),
         left=[layer["index"] for layer in layers if not layer["converted"]],
-        dropped=_dropped(backbone),
+        dropped=backbone.dropped(),
         new_parameters={
             "trainable": _count(w for m in maps for w in m.trainable_weights),
             "non_trainable": _count(w for m in maps for w in m.non_trainable_weights),
         },
         parameters=model.count_params(),
     )
-
-
-def _dropped(backbone: Any) -> list[dict[str, Any]]:
-    found: dict[tuple[str, str], list[int]] = {}
-    linear = backbone.dark_options.attention_mode == "linear"
-    for index in backbone.dark_options.layer_indices:
-        block = backbone.transformer_layers[index]
-        if block.logit_soft_cap is not None:
-            what = f"soft cap of the attention logits at {block.logit_soft_cap}"
-            found.setdefault((what, "A bounded logit is no dark kernel."), []).append(index)
-        if linear and block.use_sliding_window_attention:
-            what = f"sliding window of {block.sliding_window_size} tokens"
-            why = "Features sum over all the past; these layers now see all of it."
-            found.setdefault((what, why), []).append(index)
-        if linear and block.dropout:
-            what = "dropout of single attention weights"
-            why = "Linear attention forms none; whole tokens are dropped at the same rate."
-            found.setdefault((what, why), []).append(index)
-    return [{"what": what, "why": why, "layers": where} for (what, why), where in found.items()]
 
 
 def _count(weights: Any) -> int:

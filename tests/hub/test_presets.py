@@ -18,7 +18,7 @@ from keras_hub.models import (
 
 from keras_darkformer import conversion_report, hub
 
-from .models import dark, feature_maps, gemma, gemma3, inputs, outputs, values
+from .models import dark, feature_maps, gemma, gemma2, gemma3, inputs, outputs, values
 
 BATCH = inputs(14, 5, 9)
 PROMPTS = ["the left", "a"]
@@ -191,3 +191,10 @@ def test_a_preset_loaded_in_bfloat16_keeps_its_geometry_in_float32(kind, saved, 
 def test_a_stock_preset_stays_stock_for_stock_classes(stock, family):
     model = getattr(keras_hub.models, f"{family}CausalLM").from_preset(stock[1])
     assert type(model) in (GemmaCausalLM, Gemma3CausalLM)
+
+
+@pytest.mark.slow
+def test_loading_a_stock_preset_warns_of_what_is_dropped(tmp_path):
+    gemma2(soft_cap=30.0).save_to_preset(str(tmp_path))
+    with pytest.warns(UserWarning, match="soft cap of the attention logits at 30"):
+        hub.DarkGemmaCausalLM.from_preset(str(tmp_path), num_features=8)
