@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_darkformer.layers.dark_attention import ATTENTION_MODES
-from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.projections import PROJECTIONS
 
 # Base of the classes that turn a stock class dark: type checkers can't know
@@ -63,15 +63,8 @@ class DarkOptions:
                     f"Received: layers={self.layers!r}"
                 )
             settle("layers", tuple(int(index) for index in self.layers))
-        if self.attention_mode not in ATTENTION_MODES:
-            raise ValueError(
-                f"`attention_mode` must be one of {ATTENTION_MODES}. "
-                f"Received: {self.attention_mode!r}"
-            )
-        if self.projection not in PROJECTIONS:
-            raise ValueError(
-                f"`projection` must be one of {PROJECTIONS}. Received: {self.projection!r}"
-            )
+        one_of("attention_mode", self.attention_mode, ATTENTION_MODES)
+        one_of("projection", self.projection, PROJECTIONS)
         if self.geometry_scale is not None and not 0 < self.geometry_scale < math.inf:
             raise ValueError(
                 f"`geometry_scale` must be positive and finite. Received: {self.geometry_scale!r}"

@@ -12,7 +12,7 @@ from keras_darkformer.ops import (
     exact_dark_attention_scores,
     rotary_embedding,
 )
-from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.ops.checks import one_of, positive_integer
 
 ATTENTION_MODES = ("linear", "exact")
 
@@ -144,10 +144,6 @@ class DarkAttention(keras.layers.Layer):
                 "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
                 f"num_query_heads={num_query_heads}, num_key_value_heads={num_key_value_heads}"
             )
-        if attention_mode not in ATTENTION_MODES:
-            raise ValueError(
-                f"`attention_mode` must be one of {ATTENTION_MODES}. Received: {attention_mode!r}"
-            )
         if rope_max_wavelength is not None and head_dim % 2:
             raise ValueError(
                 f"`head_dim` must be even with `rope_max_wavelength`. Received: {head_dim}"
@@ -157,7 +153,7 @@ class DarkAttention(keras.layers.Layer):
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
         self.num_features = num_features
-        self.attention_mode = attention_mode
+        self.attention_mode = one_of("attention_mode", attention_mode, ATTENTION_MODES)
         self.dropout = dropout
         self.use_bias = use_bias
         self.chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)

@@ -15,7 +15,7 @@ from keras_darkformer.ops import (
     draw_projection,
     initial_state,
 )
-from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.projections import PROJECTIONS
 
 
@@ -90,10 +90,6 @@ class DarkFeatureMap(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if projection not in PROJECTIONS:
-            raise ValueError(
-                f"`projection` must be one of {PROJECTIONS}. Received: projection={projection!r}"
-            )
         if not 0 < geometry_scale < math.inf:
             raise ValueError(
                 f"`geometry_scale` must be positive and finite. Received: {geometry_scale!r}"
@@ -102,7 +98,7 @@ class DarkFeatureMap(keras.layers.Layer):
         self.head_dim = positive_integer("head_dim", head_dim)
         self.num_features = positive_integer("num_features", num_features)
         self.rank = self.head_dim if rank is None else positive_integer("rank", rank)
-        self.projection_kind = projection
+        self.projection_kind = one_of("projection", projection, PROJECTIONS)
         self.train_geometry = train_geometry
         self.train_projection = train_projection
         self.geometry_scale = geometry_scale

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_darkformer.layers.dark_attention import ATTENTION_MODES, DarkAttention
-from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.ops.checks import one_of, positive_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
@@ -101,10 +101,6 @@ class DarkTransformerBlock(keras.layers.Layer):
         self.supports_masking = True
         self.intermediate_dim = positive_integer("intermediate_dim", intermediate_dim)
         self.num_heads = positive_integer("num_heads", num_heads)
-        if attention_mode not in ATTENTION_MODES:
-            raise ValueError(
-                f"`attention_mode` must be one of {ATTENTION_MODES}. Received: {attention_mode!r}"
-            )
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.causal = causal
@@ -116,7 +112,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         self.normalize_first = normalize_first
         self._attention_config: dict[str, Any] = {
             "num_features": positive_integer("num_features", num_features),
-            "attention_mode": attention_mode,
+            "attention_mode": one_of("attention_mode", attention_mode, ATTENTION_MODES),
             "chunk_size": chunk_size,
             "rope_max_wavelength": rope_max_wavelength,
             "seed": seed,

@@ -12,6 +12,13 @@ def positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value`; a ValueError that names it and the choices if it is none of them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+    return value
+
+
 def check_attention(
     query: Any, key: Any, value: Any, geometry: Any, *, causal: bool, key_mask: Any
 ) -> None:

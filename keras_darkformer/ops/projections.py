@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.ops.checks import one_of, positive_integer
 
 PROJECTIONS = ("orthogonal", "gaussian")
 
@@ -49,8 +49,7 @@ def draw_projection(
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
     """
     num_features, dim = positive_integer("num_features", num_features), positive_integer("dim", dim)
-    if kind not in PROJECTIONS:
-        raise ValueError(f"`kind` must be one of {PROJECTIONS}. Received: kind={kind!r}")
+    one_of("kind", kind, PROJECTIONS)
     rng = np.random.default_rng(seed)
     if kind == "gaussian":
         return rng.standard_normal((num_features, dim)).astype("float32")
