@@ -45,6 +45,7 @@ class DarkCachedAttention(Mixin):
         train_projection: bool = False,
         projection: str = "orthogonal",
         chunk_size: int | None = None,
+        remat: bool | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -59,6 +60,7 @@ class DarkCachedAttention(Mixin):
                 train_projection=train_projection,
                 projection=projection,
                 chunk_size=chunk_size,
+                remat=remat,
                 seed=seed,
             )
         )
@@ -79,6 +81,7 @@ class DarkCachedAttention(Mixin):
     def _configure(self, options: DarkOptions) -> None:
         self.attention_mode = options.attention_mode
         self.chunk_size = options.chunk_size
+        self.remat = options.remat
         # A bounded logit is no kernel of this kind. The block keeps the value.
         self.logit_soft_cap = None
         self.feature_map = DarkFeatureMap(
@@ -143,6 +146,7 @@ class DarkCachedAttention(Mixin):
             initial_state=state,
             return_state=state is not None and code is None,
             chunk_size=self.chunk_size,
+            remat=self.remat,
         )
         if state is None:
             return self.output_dense(output)
@@ -163,6 +167,7 @@ class DarkCachedAttention(Mixin):
             config[name] = feature_map[name]
         config["projection"], config["seed"] = feature_map["projection"], feature_map["seed"]
         config["attention_mode"], config["chunk_size"] = self.attention_mode, self.chunk_size
+        config["remat"] = self.remat
         return {**super().get_config(), **config}
 
 

@@ -83,6 +83,7 @@ class DarkBackbone(PresetLoading):
         train_projection: bool = False,
         projection: str = "orthogonal",
         chunk_size: int | None = None,
+        remat: bool | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -95,6 +96,7 @@ class DarkBackbone(PresetLoading):
             train_projection=train_projection,
             projection=projection,
             chunk_size=chunk_size,
+            remat=remat,
             seed=seed,
         )
         super().__init__(*args, **kwargs)
@@ -230,7 +232,7 @@ class DarkGemmaBackbone(DarkBackbone, GemmaBackbone):
 
     Args:
         num_features, layers, attention_mode, geometry_scale, train_geometry,
-            train_projection, projection, chunk_size, seed: as for
+            train_projection, projection, chunk_size, remat, seed: as for
             `convert_to_dark`.
         *args, **kwargs: as for `keras_hub.models.GemmaBackbone`.
 
@@ -253,7 +255,7 @@ class DarkGemma3Backbone(DarkBackbone, Gemma3Backbone):
 
     Args:
         num_features, layers, attention_mode, geometry_scale, train_geometry,
-            train_projection, projection, chunk_size, seed: as for
+            train_projection, projection, chunk_size, remat, seed: as for
             `convert_to_dark`.
         *args, **kwargs: as for `keras_hub.models.Gemma3Backbone`.
 

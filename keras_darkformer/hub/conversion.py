@@ -42,6 +42,7 @@ def convert_to_dark(
     train_projection: bool = False,
     projection: str = "orthogonal",
     chunk_size: int | None = None,
+    remat: bool | None = None,
     seed: int = 0,
     copy: bool = False,
 ) -> Any:
@@ -80,6 +81,9 @@ def convert_to_dark(
             are learned, no longer random.
         projection: `"orthogonal"` or `"gaussian"`.
         chunk_size: int, tokens handled at once, or `None` to pick by shape.
+        remat: bool. Whether training computes features anew in the backward
+            pass instead of keeping them: less memory, more time. `None` where
+            that is faster (JAX).
         seed: int. Seed of the projections.
         copy: bool. Convert a copy; needs memory for two models.
 
@@ -118,6 +122,7 @@ def convert_to_dark(
         train_projection=train_projection,
         projection=projection,
         chunk_size=chunk_size,
+        remat=remat,
         seed=seed,
     )
     dark_cls = _dark_class(model)

@@ -31,6 +31,7 @@ class DarkOptions:
         train_projection: Whether projections are trainable.
         projection: `"orthogonal"` or `"gaussian"`.
         chunk_size: Tokens handled at once, or `None`.
+        remat: Whether the backward pass recomputes features, or `None`.
         seed: Seed of the projections.
     """
 
@@ -42,6 +43,7 @@ class DarkOptions:
     train_projection: bool = False
     projection: str = "orthogonal"
     chunk_size: int | None = None
+    remat: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -44,6 +44,9 @@ class DarkAttention(keras.layers.Layer):
         use_bias: bool. Whether the projections have biases.
         chunk_size: int or `None`. Tokens handled at once in causal linear
             attention; `None` picks by shape. It does not change the result.
+        remat: bool or `None`. Whether training computes each block of the
+            sequence anew in the backward pass instead of keeping its features;
+            `None` where that is faster. See `ops.dark_attention`.
         rope_max_wavelength: float or `None`. Rotates queries and keys by their
             positions (RoPE) with this wavelength, 10_000 in most models.
             Masked tokens have no position of their own: padding moves nothing.
@@ -115,6 +118,7 @@ class DarkAttention(keras.layers.Layer):
         dropout: float = 0.0,
         use_bias: bool = True,
         chunk_size: int | None = None,
+        remat: bool | None = None,
         rope_max_wavelength: float | None = None,
         seed: int | None = None,
         rank: int | None = None,
@@ -157,6 +161,7 @@ class DarkAttention(keras.layers.Layer):
         self.dropout = dropout
         self.use_bias = use_bias
         self.chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
+        self.remat = remat
         self.rope_max_wavelength = rope_max_wavelength
         self.seed = seed
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -281,6 +286,7 @@ class DarkAttention(keras.layers.Layer):
                 initial_state=initial_state,
                 return_state=return_state,
                 chunk_size=self.chunk_size,
+                remat=self.remat,
             )
             if return_state:
                 output, state = output
@@ -409,6 +415,7 @@ class DarkAttention(keras.layers.Layer):
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "chunk_size": self.chunk_size,
+            "remat": self.remat,
             "rope_max_wavelength": self.rope_max_wavelength,
             "seed": self.seed,
             "rank": self.feature_map.rank,

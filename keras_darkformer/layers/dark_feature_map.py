@@ -168,6 +168,7 @@ class DarkFeatureMap(keras.layers.Layer):
         initial_state: Any = None,
         return_state: bool = False,
         chunk_size: int | None = None,
+        remat: bool | None = None,
     ) -> Any:
         """`ops.dark_attention` with this map's geometry and projection.
 
@@ -180,6 +181,7 @@ class DarkFeatureMap(keras.layers.Layer):
             initial_state: state of the keys before, or `None`.
             return_state: bool.
             chunk_size: int or `None`.
+            remat: bool or `None`.
 
         Returns:
             The output `(b, t, n, v)`, with `return_state` also the state.
@@ -196,6 +198,7 @@ class DarkFeatureMap(keras.layers.Layer):
             initial_state=initial_state,
             return_state=return_state,
             chunk_size=chunk_size,
+            remat=remat,
         )
 
     def accumulate(

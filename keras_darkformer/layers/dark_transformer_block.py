@@ -33,7 +33,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         head_dim: int; `None` for the input's width over `num_heads`.
         num_features: int. Random features per key/value head.
         causal: bool. True for a decoder, false for an encoder.
-        attention_mode, chunk_size, rope_max_wavelength, seed, rank,
+        attention_mode, chunk_size, remat, rope_max_wavelength, seed, rank,
             projection, train_geometry, train_projection, geometry_scale: as
             for `DarkAttention`.
         **kwargs: as for `keras.layers.Layer`.
@@ -87,6 +87,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         causal: bool = True,
         attention_mode: str = "linear",
         chunk_size: int | None = None,
+        remat: bool | None = None,
         rope_max_wavelength: float | None = None,
         seed: int | None = None,
         rank: int | None = None,
@@ -114,6 +115,7 @@ class DarkTransformerBlock(keras.layers.Layer):
             "num_features": positive_integer("num_features", num_features),
             "attention_mode": one_of("attention_mode", attention_mode, ATTENTION_MODES),
             "chunk_size": chunk_size,
+            "remat": remat,
             "rope_max_wavelength": rope_max_wavelength,
             "seed": seed,
             "rank": rank,

@@ -2,11 +2,10 @@
 
 from keras_darkformer.ops.dark_attention import dark_attention, dark_attention_state
 from keras_darkformer.ops.exact_attention import (
-    apply_geometry,
     exact_dark_attention,
     exact_dark_attention_scores,
 )
-from keras_darkformer.ops.features import dark_features
+from keras_darkformer.ops.features import apply_geometry, dark_features
 from keras_darkformer.ops.linear_attention import initial_state
 from keras_darkformer.ops.projections import draw_projection
 from keras_darkformer.ops.rotary import rotary_embedding

@@ -1,16 +1,62 @@
 """The one place where the backends differ."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops, tree
 
+_BACKEND = keras.config.backend()
+
+# The base of the logarithms in `ops`. torch's exp takes 4 times as long on CPU
+# as its exp2, and 10 to 80 times where the result underflows; TensorFlow's
+# exp2 is a general power.
+BASE = math.e if _BACKEND == "tensorflow" else 2.0
+
+# Tokens per block of a long sequence, on CPU: fewer keep a block's tensors in
+# the cache, more spread the cost of starting operations, which is largest in
+# torch. On an accelerator a block must be large enough to fill it.
+BLOCK_LENGTH = 256 if _BACKEND == "jax" else 512
+ACCELERATOR_BLOCK_LENGTH = 4096
+
+
+def block_length() -> int:
+    """Tokens per block on the device that Keras computes on."""
+    if _BACKEND == "torch":
+        import torch
+
+        accelerated = torch.cuda.is_available()
+    elif _BACKEND == "jax":
+        import jax
+
+        accelerated = jax.default_backend() != "cpu"
+    else:
+        import tensorflow as tf
+
+        accelerated = bool(tf.config.list_logical_devices("GPU"))
+    return ACCELERATOR_BLOCK_LENGTH if accelerated else BLOCK_LENGTH
+
+
+def power(exponent: Any) -> Any:
+    """`BASE ** exponent`."""
+    return ops.exp(exponent) if _BACKEND == "tensorflow" else ops.exp2(exponent)
+
+
+def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
+    """`ops.reshape`, which on torch takes 15 microseconds to look for symbolic tensors."""
+    return x.reshape(shape) if _BACKEND == "torch" else ops.reshape(x, shape)
+
 
 def scan(
-    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, length: int
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any,
+    constants: Any,
+    *,
+    remat: bool | None = None,
 ) -> tuple[Any, Any]:
-    """Runs `carry, output = step(carry, input)` over the first axis of `inputs`.
+    """Runs `carry, output = step(carry, input, constants)` over the second axis of `inputs`.
 
     JAX compiles one step and loops over it: unrolled, its compile time grows
     with the length. The others run a Python loop: TensorFlow's `ops.scan` has
@@ -18,19 +64,64 @@ def scan(
     step, which makes the backward pass quadratic (`unstack` does not).
 
     Args:
-        step: function of `(carry, input)` to `(carry, output)`.
+        step: function of `(carry, input, constants)` to `(carry, output)`; it
+            must reach tensors that have gradients through its arguments.
         carry: nested structure of tensors.
-        inputs: nested structure of tensors with a first axis of `length`.
-        length: int, known before the run.
+        inputs: nested structure of tensors whose second axis has a length
+            known before the run.
+        constants: nested structure of tensors.
+        remat: whether the backward pass computes a step anew instead of
+            keeping what it made on the way. `None`: where that is faster. On
+            JAX it is, as soon as there are two steps, since a loop there
+            writes all that it keeps into arrays of its own.
 
     Returns:
-        The last carry, and the outputs stacked along a new first axis.
+        The last carry, and the outputs stacked along a new second axis.
     """
-    if length > 1 and keras.config.backend() == "jax":
-        return ops.scan(step, carry, inputs)
-    leaves = [ops.unstack(leaf, length, axis=0) for leaf in tree.flatten(inputs)]
-    outputs = []
-    for block in zip(*leaves, strict=True):
-        carry, output = step(carry, tree.pack_sequence_as(inputs, list(block)))
-        outputs.append(output)
-    return carry, ops.stack(outputs, axis=0)
+    leaves = tree.flatten(inputs)
+    length = leaves[0].shape[1]
+    loop = length > 1 and _BACKEND == "jax"
+    if loop if remat is None else remat:
+        step = _rematerialized(step)
+    if loop:
+        swapped = tree.map_structure(_swap, inputs)
+        carry, outputs = ops.scan(lambda c, x: step(c, x, constants), carry, swapped)
+        return carry, tree.map_structure(_swap, outputs)
+    unstacked = [ops.unstack(leaf, length, axis=1) for leaf in leaves]
+    steps = []
+    for block in zip(*unstacked, strict=True):
+        carry, output = step(carry, tree.pack_sequence_as(inputs, list(block)), constants)
+        steps.append(output)
+    return carry, tree.map_structure(lambda *blocks: ops.stack(blocks, axis=1), *steps)
+
+
+def _swap(x: Any) -> Any:
+    return ops.swapaxes(x, 0, 1)
+
+
+def _rematerialized(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`keras.remat(step)` for what TensorFlow's does not take: nesting, and booleans in XLA."""
+
+    def rematerialized(*arguments: Any) -> Any:
+        result: Any = None
+        everything = tree.flatten(arguments)
+        dtypes = [
+            None if x is None else keras.backend.standardize_dtype(x.dtype) for x in everything
+        ]
+
+        def flat(*leaves: Any) -> Any:
+            nonlocal result
+            rest = iter(leaves)
+            restored = [None if dtype is None else ops.cast(next(rest), dtype) for dtype in dtypes]
+            result = step(*tree.pack_sequence_as(arguments, restored))
+            return tuple(tree.flatten(result))
+
+        leaves = [
+            ops.cast(x, "int8") if dtype == "bool" else x
+            for x, dtype in zip(everything, dtypes, strict=True)
+            if x is not None
+        ]
+        leaves = keras.remat(flat)(*leaves)  # which sets `result`
+        return tree.pack_sequence_as(result, list(leaves))
+
+    return rematerialized

@@ -22,7 +22,7 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
 def check_attention(
     query: Any, key: Any, value: Any, geometry: Any, *, causal: bool, key_mask: Any
 ) -> None:
-    """Shapes of queries, keys, values, geometry and padding mask; `query` may be `None`."""
+    """Shapes of all but the features; `query` and `geometry` may be `None`."""
     if query is None:
         query = key
     for name, x, axes in (
@@ -31,6 +31,8 @@ def check_attention(
         ("value", value, "(batch, key_length, num_key_value_heads, value_dim)"),
         ("geometry", geometry, "(num_key_value_heads, rank, head_dim)"),
     ):
+        if x is None:
+            continue
         if len(x.shape) != axes.count(",") + 1:
             raise ValueError(f"`{name}` must have shape {axes}. Received: {_show(x)}")
     kv_heads, head_dim = key.shape[2], key.shape[3]
@@ -49,7 +51,7 @@ def check_attention(
             "`value` must have the length and the heads of `key`. "
             f"Received: value {_show(value)}, key {_show(key)}"
         )
-    if (geometry.shape[0], geometry.shape[2]) != (kv_heads, head_dim):
+    if geometry is not None and (geometry.shape[0], geometry.shape[2]) != (kv_heads, head_dim):
         raise ValueError(
             "`geometry` must have shape (num_key_value_heads, rank, head_dim) = "
             f"({kv_heads}, rank, {head_dim}). Received: {_show(geometry)}"
@@ -78,9 +80,10 @@ def check_attention(
             )
 
 
-def check_features(geometry: Any, projection: Any, log_weight: Any) -> None:
-    """Shapes of the projection and of its weights."""
-    kv_heads, rank, _ = geometry.shape
+def check_features(geometry: Any, projection: Any, log_weight: Any, key: Any) -> None:
+    """Shapes of the projection and of its weights; `geometry` may be `None`."""
+    kv_heads, head_dim = key.shape[2:]
+    rank = head_dim if geometry is None else geometry.shape[1]
     shape = tuple(projection.shape)
     if len(shape) not in (2, 3) or shape[-1] != rank or (len(shape) == 3 and shape[0] != kv_heads):
         raise ValueError(

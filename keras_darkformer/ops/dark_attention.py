@@ -1,5 +1,6 @@
 """Attention with the dark kernel, estimated by random features in linear time."""
 
+import math
 from typing import Any
 
 import keras
@@ -11,7 +12,12 @@ from keras_darkformer.ops.checks import (
     check_state,
     positive_integer,
 )
-from keras_darkformer.ops.features import fold_projections
+from keras_darkformer.ops.features import (
+    FeatureProjections,
+    apply_geometry,
+    fold_projections,
+    plain_projections,
+)
 from keras_darkformer.ops.linear_attention import State, accumulate_state, linear_attention
 
 
@@ -28,6 +34,7 @@ def dark_attention(
     initial_state: State | None = None,
     return_state: bool = False,
     chunk_size: int | None = None,
+    remat: bool | None = None,
 ) -> Any:
     """DARKFormer attention, in time and memory linear in the length.
 
@@ -58,7 +65,8 @@ def dark_attention(
         query: float tensor of shape `(b, t, n, h)`.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s, k, v)`.
-        geometry: M, of shape `(k, r, h)`.
+        geometry: M, of shape `(k, r, h)`; `None` for the identity, which is
+            Performer and saves a product per key.
         projection: W, of shape `(k, m, r)`, or `(m, r)` shared by the heads;
             see `draw_projection`.
         log_weight: optional, of shape `(k, m)`: added to the log-features of
@@ -69,7 +77,12 @@ def dark_attention(
             seen before these.
         return_state: bool. Also return the state after these keys.
         chunk_size: optional int, tokens handled at once in the causal form.
-            It changes speed and memory, not the result.
+            It changes speed and memory, not the result; `None` picks it by
+            head size and grouping.
+        remat: bool. Whether the backward pass computes each block of the
+            sequence anew instead of keeping its features: less than half the
+            memory, for about a third more time on TensorFlow and torch. JAX
+            is faster for it, and does so by default (`None`).
 
     Returns:
         The output, of shape `(b, t, n, v)` and the inputs' dtype. With
@@ -104,26 +117,32 @@ def dark_attention(
         - [Transformers are RNNs](https://arxiv.org/abs/2006.16236), for the state
     """
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    geometry, projection = ops.convert_to_tensor(geometry), ops.convert_to_tensor(projection)
+    projection = ops.convert_to_tensor(projection)
+    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
     if key_mask is not None:
         key_mask = ops.convert_to_tensor(key_mask)
     check_attention(query, key, value, geometry, causal=causal, key_mask=key_mask)
-    check_features(geometry, projection, log_weight)
+    check_features(geometry, projection, log_weight, key)
     if initial_state is not None:
         check_state(initial_state, key, value, projection.shape[-2])
     if chunk_size is not None:
         chunk_size = positive_integer("chunk_size", chunk_size)
+    dtype = output_dtype(query, key, value)
+    query, key, projections = _project(
+        query, key, geometry, projection, log_weight, unfold=initial_state is not None
+    )
     output, state = linear_attention(
         query,
         key,
         value,
-        fold_projections(geometry, projection, log_weight),
+        projections,
         causal=causal,
         key_mask=key_mask,
         state=initial_state,
         chunk_size=chunk_size,
+        remat=remat,
     )
-    output = ops.cast(output, output_dtype(query, key, value))
+    output = ops.cast(output, dtype)
     return (output, state) if return_state else output
 
 
@@ -142,7 +161,7 @@ def dark_attention_state(
     Args:
         key: float tensor of shape `(b, s, k, h)`.
         value: float tensor of shape `(b, s, k, v)`.
-        geometry: M, of shape `(k, r, h)`.
+        geometry: M, of shape `(k, r, h)`, or `None` for the identity.
         projection: W, of shape `(k, m, r)` or `(m, r)`.
         log_weight: optional, of shape `(k, m)`.
         key_mask: optional bool tensor of shape `(b, s)`, true = enters the state.
@@ -155,15 +174,37 @@ def dark_attention_state(
         ValueError: if shapes do not fit; the message names the argument.
     """
     key, value = ops.convert_to_tensor(key), ops.convert_to_tensor(value)
-    geometry, projection = ops.convert_to_tensor(geometry), ops.convert_to_tensor(projection)
+    projection = ops.convert_to_tensor(projection)
+    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
     if key_mask is not None:
         key_mask = ops.convert_to_tensor(key_mask)
     check_attention(None, key, value, geometry, causal=False, key_mask=key_mask)
-    check_features(geometry, projection, log_weight)
+    check_features(geometry, projection, log_weight, key)
     if initial_state is not None:
         check_state(initial_state, key, value, projection.shape[-2])
-    projections = fold_projections(geometry, projection, log_weight)
+    _, key, projections = _project(
+        None, key, geometry, projection, log_weight, unfold=initial_state is not None
+    )
     return accumulate_state(key, value, projections, key_mask=key_mask, state=initial_state)
+
+
+def _project(
+    query: Any, key: Any, geometry: Any, projection: Any, log_weight: Any, *, unfold: bool
+) -> tuple[Any, Any, FeatureProjections]:
+    """Queries and keys, and what makes log-features of them.
+
+    In generation, with so few queries that folding M and W would cost more
+    than all the rest, they are applied one after the other.
+    """
+    num_heads, head_dim = key.shape[2:]
+    if geometry is not None:
+        queries = key if query is None else query
+        sizes = (queries.shape[0], queries.shape[1], queries.shape[2] // num_heads)
+        if not unfold or None in sizes or math.prod(sizes) >= projection.shape[-2]:
+            return query, key, fold_projections(geometry, projection, log_weight)
+        query = None if query is None else apply_geometry(query, geometry)
+        key = apply_geometry(key, geometry)
+    return query, key, plain_projections(projection, num_heads, head_dim, log_weight)
 
 
 def output_dtype(*tensors: Any) -> str:

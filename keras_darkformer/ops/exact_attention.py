@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_darkformer.ops.checks import check_attention
 from keras_darkformer.ops.dark_attention import output_dtype
+from keras_darkformer.ops.features import apply_geometry
 
 
 def exact_dark_attention(
@@ -123,17 +124,6 @@ def exact_dark_attention_scores(
     alive = ops.any(visible, axis=-1, keepdims=True)
     mask = ops.logical_or(visible, ops.logical_not(alive))
     return ops.where(alive, ops.softmax(ops.where(mask, logits, -1e30)), 0.0)
-
-
-def apply_geometry(inputs: Any, geometry: Any) -> Any:
-    """`M x` in float32: `(b, t, n, h) -> (b, t, n, r)`, head i by M of head i // (n / k)."""
-    shape = tuple(ops.shape(inputs))
-    kv_heads, rank, head_dim = geometry.shape
-    inputs = ops.reshape(inputs, (*shape[:2], kv_heads, shape[2] // kv_heads, head_dim))
-    outputs = ops.einsum(
-        "btkgh,krh->btkgr", ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
-    )
-    return ops.reshape(outputs, (*shape[:3], rank))
 
 
 def _visible(key: Any, causal: bool, key_mask: Any, attention_mask: Any) -> Any:

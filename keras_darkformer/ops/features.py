@@ -6,9 +6,12 @@ g = n / k query heads per key/value head, h head_dim, r rank, m features,
 v value dimension.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
+
+from keras_darkformer.ops.backend import BASE, reshape
 
 
 class FeatureProjections(NamedTuple):
@@ -17,42 +20,63 @@ class FeatureProjections(NamedTuple):
     With `A_q`, `A_k`, `a` and `N` the fields below,
 
         log phi_q(q) = q A_q
-        log phi_k(k) = k A_k + a - |k N|^2 / 2
+        log phi_k(k) = k A_k + a - |k N|^2
 
-    Attention divides by its own normaliser, so whatever a query's features
-    have in common (`|M q^|^2 / 2`, `m^(-1/2)`) cancels and is left out.
+    in logarithms to the base `backend.BASE`. Attention divides by its own
+    normaliser, so whatever a query's features have in common (`|M q^|^2 / 2`,
+    `m^(-1/2)`) cancels and is left out.
 
     Attributes:
         query_kernel: `A_q`, of shape `(k, h, m)`.
         key_kernel: `A_k`, of shape `(k, h, m)`.
         key_bias: `a`, of shape `(k, m)`, or `None` for zeros.
-        key_norm_kernel: `N`, of shape `(k, h, r)`, or `None` for no norm term.
+        key_norm_kernel: `N`, of shape `(k, h, r)`, or a scalar for that times
+            the identity.
     """
 
     query_kernel: Any
     key_kernel: Any
-    key_bias: Any = None
-    key_norm_kernel: Any = None
+    key_bias: Any
+    key_norm_kernel: Any
 
 
 def fold_projections(geometry: Any, projection: Any, log_weight: Any = None) -> FeatureProjections:
     """Folds geometry M and projection W into one matrix per head, in float32.
 
     `w . M x^ = x . (h^(-1/4) M' w')`: one product of size `h x m` a token
-    instead of `h x r` and `r x m`. A weight added to both log-features is, in
-    the ratio, twice that weight added to the key's alone.
+    instead of `h x r` and `r x m`.
     """
-    geometry = scaled_geometry(geometry)
+    scale = geometry.shape[-1] ** -0.25
+    geometry = ops.cast(geometry, "float32")
     projection = ops.cast(projection, "float32")
     equation = "krh,mr->khm" if len(projection.shape) == 2 else "krh,kmr->khm"
-    kernel = ops.einsum(equation, geometry, projection)
-    key_bias = None if log_weight is None else 2.0 * ops.cast(log_weight, "float32")
-    return FeatureProjections(kernel, kernel, key_bias, ops.transpose(geometry, (0, 2, 1)))
+    kernel = ops.einsum(equation, geometry, projection) * (scale / math.log(BASE))
+    norm_kernel = ops.transpose(geometry, (0, 2, 1)) * (scale * math.sqrt(0.5 / math.log(BASE)))
+    return FeatureProjections(kernel, kernel, _key_bias(log_weight), norm_kernel)
 
 
-def scaled_geometry(geometry: Any) -> Any:
-    """`h^(-1/4) M` in float32: M applied to x then equals M applied to x^."""
-    return ops.cast(geometry, "float32") * geometry.shape[-1] ** -0.25
+def plain_projections(
+    projection: Any, num_heads: int, head_dim: int, log_weight: Any = None
+) -> FeatureProjections:
+    """The same for inputs that geometry has been applied to: W alone.
+
+    Args:
+        projection: `(k, m, r)` or `(m, r)`.
+        num_heads: int, k.
+        head_dim: int, the h of `x^ = h^(-1/4) x`.
+        log_weight: `(k, m)` or `None`.
+    """
+    scale = head_dim**-0.25
+    kernel = ops.swapaxes(ops.cast(projection, "float32"), -1, -2) * (scale / math.log(BASE))
+    kernel = ops.broadcast_to(kernel, (num_heads, *kernel.shape[-2:]))
+    norm_kernel = ops.convert_to_tensor(scale * math.sqrt(0.5 / math.log(BASE)), dtype="float32")
+    return FeatureProjections(kernel, kernel, _key_bias(log_weight), norm_kernel)
+
+
+def _key_bias(log_weight: Any) -> Any:
+    # A weight added to both log-features is, in the ratio, twice that weight
+    # added to the key's alone.
+    return None if log_weight is None else ops.cast(log_weight, "float32") * (2 / math.log(BASE))
 
 
 def log_query_features(query: Any, projections: FeatureProjections) -> Any:
@@ -60,16 +84,14 @@ def log_query_features(query: Any, projections: FeatureProjections) -> Any:
     return _project(query, projections.query_kernel)
 
 
-def log_key_features(key: Any, projections: FeatureProjections) -> Any:
-    """`(b, k, x, h) -> (b, k, x, m)`."""
+def log_key_features(key: Any, projections: FeatureProjections) -> tuple[Any, Any]:
+    """`(b, k, x, h) -> (b, k, x, m), (b, k, x)`: the log-features are the sum of both."""
     _, kernel, bias, norm_kernel = projections
     log_features = _project(key, kernel)
     if bias is not None:
         log_features = log_features + bias[:, None, :]
-    if norm_kernel is not None:
-        projected = _project(key, norm_kernel)
-        log_features = log_features - 0.5 * ops.sum(projected * projected, axis=-1, keepdims=True)
-    return log_features
+    projected = _project(key, norm_kernel) if len(norm_kernel.shape) else key * norm_kernel
+    return log_features, -ops.sum(projected * projected, axis=-1)
 
 
 def _project(inputs: Any, kernel: Any) -> Any:
@@ -78,9 +100,20 @@ def _project(inputs: Any, kernel: Any) -> Any:
         # One head is one plain product. Broadcast over the batch instead, it
         # comes out wrong on TensorFlow's CPU (oneDNN, TensorFlow 2.21).
         shape = tuple(ops.shape(inputs))
-        outputs = ops.matmul(ops.reshape(inputs, (-1, shape[-1])), kernel[0])
-        return ops.reshape(outputs, (*shape[:-1], kernel.shape[-1]))
-    return ops.matmul(inputs, kernel)
+        outputs = reshape(inputs, (-1, shape[-1])) @ kernel[0]
+        return reshape(outputs, (*shape[:-1], kernel.shape[-1]))
+    return inputs @ kernel
+
+
+def apply_geometry(inputs: Any, geometry: Any) -> Any:
+    """`M x` in float32: `(b, t, n, h) -> (b, t, n, r)`, head i by M of head i // (n / k)."""
+    shape = tuple(ops.shape(inputs))
+    kv_heads, rank, head_dim = geometry.shape
+    inputs = reshape(inputs, (*shape[:2], kv_heads, shape[2] // kv_heads, head_dim))
+    outputs = ops.einsum(
+        "btkgh,krh->btkgr", ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
+    )
+    return reshape(outputs, (*shape[:3], rank))
 
 
 def dark_features(inputs: Any, geometry: Any, projection: Any, *, log_weight: Any = None) -> Any:
@@ -117,7 +150,8 @@ def dark_features(inputs: Any, geometry: Any, projection: Any, *, log_weight: An
     geometry = ops.convert_to_tensor(geometry)
     projections = fold_projections(geometry, projection)
     inputs = ops.transpose(ops.cast(inputs, "float32"), (0, 2, 1, 3))
-    log_features = log_key_features(inputs, projections)
+    logits, log_scale = log_key_features(inputs, projections)
+    log_features = (logits + log_scale[..., None]) * math.log(BASE)
     if log_weight is not None:
         log_features = log_features + ops.cast(log_weight, "float32")[:, None, :]
     num_features = projections.key_kernel.shape[-1]

@@ -34,6 +34,7 @@ DARK = {
     "train_projection": True,
     "projection": "gaussian",
     "chunk_size": 4,
+    "remat": True,
     "seed": 3,
 }
 GEMMA3 = {

@@ -334,6 +334,7 @@ def test_config_holds_every_argument():
         "dropout": 0.25,
         "use_bias": False,
         "chunk_size": 3,
+        "remat": True,
         "rope_max_wavelength": 50.0,
         "seed": 5,
         "rank": 3,

@@ -96,6 +96,35 @@ def test_chunk_size_does_not_change_the_gradients():
         assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("jit", MODES)
+@pytest.mark.parametrize("remat", [True, False], ids=["remat", "kept"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_remat_changes_neither_output_nor_gradients(causal, remat, jit):
+    case = Case(length=1100, heads=(2, 1), causal=causal, masked=True, weighted=True)
+    output, gradients = attend_with_gradients(case, remat=remat, jit=jit)
+    expected, expected_gradients = reference(case)
+    assert_close(output, expected)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_no_geometry_is_the_identity(causal):
+    case = Case(length=200, heads=(4, 2), causal=causal, **ODD | {"rank": None})
+    arrays = case.replaced(geometry=np.stack([np.eye(case.head_dim, dtype="float32")] * 2))
+    expected, expected_gradients = dark_attention_reference(
+        *arrays, **case.options, upstream=case.upstream
+    )
+
+    def function(query, key, value, _, **options):
+        return dark_attention(query, key, value, None, **options)
+
+    output, gradients = attend_with_gradients(case, function=function)
+    assert_close(output, expected)
+    for gradient, expected_gradient in zip(gradients[:3], expected_gradients[:3], strict=True):
+        assert_close(gradient, expected_gradient)
+
+
 def attention_of(dtype):
     """`dark_attention` with inputs cast to `dtype`; it checks the dtypes it returns."""
 
