@@ -14,15 +14,16 @@ _BACKEND = keras.config.backend()
 # exp2 is a general power.
 BASE = math.e if _BACKEND == "tensorflow" else 2.0
 
-# Tokens per block of a long sequence, on CPU: fewer keep a block's tensors in
-# the cache, more spread the cost of starting operations, which is largest in
-# torch. On an accelerator a block must be large enough to fill it.
+# Tokens per block of a long causal sequence. Measured on CPU: fewer keep a
+# block's tensors in the cache, more spread the cost of starting operations,
+# which is largest in torch. On an accelerator, where it is not measured, a
+# block must be large enough to fill it.
 BLOCK_LENGTH = 256 if _BACKEND == "jax" else 512
 ACCELERATOR_BLOCK_LENGTH = 4096
 
 
 def block_length() -> int:
-    """Tokens per block on the device that Keras computes on."""
+    """Tokens per block of a causal sequence on the device that Keras computes on."""
     if _BACKEND == "torch":
         import torch
 

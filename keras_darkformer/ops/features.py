@@ -90,7 +90,9 @@ def log_key_features(key: Any, projections: FeatureProjections) -> tuple[Any, An
     log_features = _project(key, kernel)
     if bias is not None:
         log_features = log_features + bias[:, None, :]
-    projected = _project(key, norm_kernel) if len(norm_kernel.shape) else key * norm_kernel
+    if len(norm_kernel.shape) == 0:
+        return log_features, ops.sum(key * key, axis=-1) * -(norm_kernel * norm_kernel)
+    projected = _project(key, norm_kernel)
     return log_features, -ops.sum(projected * projected, axis=-1)
 
 

@@ -1,0 +1,316 @@
+"""What the benchmarks share: running on three backends, timing, memory, results.
+
+Import this before Keras: it settles the backend. Linux only.
+
+Times on the CPU are of one thread pinned to one core (`one_thread`), and are
+the processor time this process used, so that whatever else the machine does
+counts less. Times on a GPU are wall-clock, with the device waited for.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent
+RESULTS = BENCHMARKS / "results"
+XLA_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def backend():
+    return os.environ["KERAS_BACKEND"]
+
+
+@functools.cache
+def accelerator():
+    """The name of the GPU the backend computes on, or `None`. Starts the backend."""
+    if backend() == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.device_kind
+    if backend() == "tensorflow":
+        import tensorflow as tf
+
+        gpus = tf.config.list_physical_devices("GPU")
+        return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else None
+
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+# === One thread ===
+
+
+def one_thread():
+    """Keeps this process to one thread on one core; on a GPU it may use all cores.
+
+    Call it first: libraries read these settings when they are loaded.
+    """
+    loaded = {"numpy", "keras", "jax", "tensorflow", "torch"} & sys.modules.keys()
+    if loaded:
+        raise RuntimeError(f"`one_thread` comes too late, after the import of {sorted(loaded)}")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if XLA_ONE_THREAD not in flags:  # set already in a process of `in_process`
+        os.environ["XLA_FLAGS"] = f"{flags} {XLA_ONE_THREAD}".strip()
+    if backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    if backend() == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    if accelerator():  # known only now; its compilers may use what cores there are
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cores)
+
+
+# === Running ===
+
+
+def compiled(function, *, compile=False, donate=()):
+    """The function as this backend runs it fast.
+
+    Args:
+        function: takes and returns tensors.
+        compile: on torch, use `torch.compile`; otherwise it stays eager, as
+            Keras runs it.
+        donate: on JAX, positions of arguments whose memory the result may take.
+    """
+    if backend() == "jax":
+        import jax
+
+        return jax.jit(function, donate_argnums=donate)
+    if backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    if compile:
+        import torch
+
+        return torch.compile(function)
+    return function
+
+
+def differentiated(function, *, compile=False):
+    """A function that returns the gradients of a scalar function by all its arguments."""
+    if backend() == "jax":
+        import jax
+
+        @jax.jit
+        def gradient(*arguments):
+            return jax.grad(function, argnums=tuple(range(len(arguments))))(*arguments)
+
+        return gradient
+    if backend() == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def gradient(*arguments):
+            with tf.GradientTape() as tape:
+                tape.watch(arguments)
+                result = function(*arguments)
+            return tape.gradient(result, arguments)
+
+        return gradient
+
+    import torch
+
+    function = compiled(function, compile=compile)
+
+    def gradient(*arguments):
+        arguments = [argument.detach().requires_grad_() for argument in arguments]
+        return torch.autograd.grad(function(*arguments), arguments)
+
+    return gradient
+
+
+def finish(results):
+    """Waits until the device has computed `results`."""
+    if backend() == "jax":
+        import jax
+
+        jax.block_until_ready(results)
+    elif backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.test.experimental.sync_devices()
+    elif accelerator():
+        import torch
+
+        torch.cuda.synchronize()
+
+
+# === Time ===
+
+
+def default_clock():
+    return time.perf_counter if accelerator() else time.process_time
+
+
+def interleaved(functions, repeats, clock=None, warmups=2, settle=False):
+    """Times functions without arguments in turn, so that a slow minute hits all alike.
+
+    Args:
+        functions: dict of functions.
+        repeats: int. Rounds.
+        clock: function that returns seconds, or `None` for `default_clock()`.
+        warmups: int. Calls of each before, not timed; they compile.
+        settle: bool. Before every call that is timed make one that is not, so
+            that a short function does not pay for what the one before it, a
+            long one maybe, left in the processor's caches.
+
+    Returns:
+        A dict of lists of seconds.
+    """
+    clock = clock or default_clock()
+    for function in functions.values():
+        for _ in range(warmups):
+            finish(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            if settle:
+                finish(function())
+            started = clock()
+            finish(function())
+            seconds[name].append(clock() - started)
+    return seconds
+
+
+def summary(seconds):
+    """Median, and as spread the interquartile range, of seconds, in milliseconds."""
+    low = median = high = seconds[0]
+    if len(seconds) > 1:
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"median": round(1000 * median, 4), "spread": round(1000 * (high - low), 4)}
+
+
+# === Memory ===
+
+
+def peak():
+    """Peak memory in bytes: of the GPU, or resident memory on the CPU.
+
+    It is the peak since `reset_peak`; JAX on a GPU knows only the one since
+    the process began.
+    """
+    if not accelerator():
+        status = pathlib.Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    if backend() == "jax":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def reset_peak():
+    """Lets `peak` begin at what is in use now."""
+    if not accelerator():
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    elif backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    elif backend() == "torch":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def in_process(arguments):
+    """Runs this script with other arguments; returns the JSON of the last line it prints.
+
+    Processes share a GPU badly: let the one that calls this not start its
+    backend before the last of them is done.
+    """
+    command = [sys.executable, sys.argv[0], *(str(argument) for argument in arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{command[1:]} ended with {run.returncode}:\n{run.stderr[-4000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# === Results ===
+
+
+def environment(*packages):
+    """Versions and machine, for the results.
+
+    Args:
+        *packages: distributions whose versions are listed too if they are
+            installed.
+    """
+    import keras
+    import numpy as np
+
+    versions = {
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        backend(): importlib.import_module(backend()).__version__,
+    }
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    machine = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    if accelerator():
+        machine["accelerator"] = accelerator()
+    return {"versions": versions, "machine": machine}
+
+
+def processor():
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()  # Arm names no model there
+
+
+def write(name, payload, variant=""):
+    """Writes results/NAME_BACKEND.json, on a GPU results/NAME_BACKEND_gpu.json.
+
+    `variant`, such as "compile", keeps apart what is measured in several ways.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    parts = [name, backend(), "gpu" if accelerator() else "", variant]
+    path = RESULTS / f"{'_'.join(part for part in parts if part)}.json"
+    path.write_text(json.dumps(payload, indent=1) + "\n")
+    print(f"wrote {path.relative_to(BENCHMARKS.parent)}")
+
+
+def print_table(columns, rows):
+    """Prints rows of cells under column names, aligned."""
+    rows = [[str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

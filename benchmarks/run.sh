@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sets up .venv, runs the benchmarks, writes benchmarks/README.md from what they found.
+#
+#   bash benchmarks/run.sh          # TensorFlow, JAX and PyTorch, one after another
+#   bash benchmarks/run.sh torch    # one of them; the page keeps the others' results
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+backends=("$@")
+[ ${#backends[@]} -gt 0 ] || backends=(tensorflow jax torch)
+
+# All three, since KerasHub needs TensorFlow and the peers need PyTorch.
+source tests/environment.sh tensorflow,jax,torch,benchmarks
+
+export TF_CPP_MIN_LOG_LEVEL=3
+failed=()
+for backend in "${backends[@]}"; do
+    for benchmark in attention decode model; do
+        echo "=== $benchmark, $backend"
+        KERAS_BACKEND="$backend" python "benchmarks/$benchmark.py" || failed+=("$benchmark/$backend")
+    done
+done
+python benchmarks/report.py
+[ ${#failed[@]} -eq 0 ] || {
+    echo "Failed: ${failed[*]}; the page shows these as they were before, if at all." >&2
+    exit 1
+}
