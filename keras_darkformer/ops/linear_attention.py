@@ -3,15 +3,19 @@
 One operation in three equal forms, all of them behind `linear_attention`:
 
 - parallel: every query sees every key (bidirectional and cross attention);
-- chunked: causal, by blocks of chunks, a state carried from block to block;
-- recurrent: one token against the state, which is the parallel form with one
-  key.
+- chunked: causal, by chunks;
+- recurrent: one key against the state.
 
-Every exponential is taken of a number that is at most zero. Queries are
-shifted by the maximum over their features; keys by a running maximum R_t over
-the tokens seen so far, since one maximum over the whole sequence would let a
-future key push the past below the smallest float. Maxima cancel between
-numerator and denominator, so they are constants to the gradient.
+The first two go through long sequences in blocks, whose tensors fit a cache,
+and carry a state from block to block.
+
+Every exponential is taken of a number that is at most zero. Queries and keys
+are shifted by the largest of their own log-features. What that leaves of a key
+is its log-scale, one number, which also takes the norm |M k|^2 / 2; pairs of a
+query and a key are weighted by exp(log-scale - R_t), R_t the largest log-scale
+that query t sees. One maximum over the whole sequence would let a future key
+push the past below the smallest float. All of them cancel between numerator
+and denominator, so they are constants to the gradient.
 
 The shapes' letters are those of `ops.features`; besides, N chunks of C tokens
 make a block.
