@@ -392,16 +392,11 @@ def floor_table(found):
         for (label, shape, sees), share in shares.items()
     ]
     columns = ["backend", "shape", "sees", *(f"{length:,} tokens" for length in lengths)]
-    rates = {
-        label: [row["matmul_gflops"] for other, row in rows if other == label]
-        for label in found["attention"]
-    }
     rates = "; ".join(
-        f"{named(label)} {span(values, lambda n: f'{n:,}')}"
-        for label, values in rates.items()
-        if values
+        f"{named(label)} {payload['matmul_gflops']}"
+        for label, payload in found["attention"].items()
     )
-    return f"{table(columns, lines)}\n\nThe rate, in GFLOP/s, measured beside each row: {rates}."
+    return f"{table(columns, lines)}\n\nThe rate, in GFLOP/s, the best of the run's rows: {rates}."
 
 
 def crossover_table(found):
