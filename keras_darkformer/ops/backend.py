@@ -20,10 +20,13 @@ BASE = math.e if _BACKEND == "tensorflow" else 2.0
 # block must be large enough to fill it.
 BLOCK_LENGTH = 256 if _BACKEND == "jax" else 512
 ACCELERATOR_BLOCK_LENGTH = 4096
+MOST_BLOCKS = 16
 
 
-def block_length() -> int:
+def block_length(length: int) -> int:
     """Tokens per block of a causal sequence on the device that Keras computes on."""
+    # TensorFlow unrolls the blocks: more of them take minutes to compile.
+    least = -(-length // MOST_BLOCKS) if _BACKEND == "tensorflow" else 1
     if _BACKEND == "torch":
         import torch
 
@@ -36,7 +39,7 @@ def block_length() -> int:
         import tensorflow as tf
 
         accelerated = bool(tf.config.list_logical_devices("GPU"))
-    return ACCELERATOR_BLOCK_LENGTH if accelerated else BLOCK_LENGTH
+    return max(least, ACCELERATOR_BLOCK_LENGTH if accelerated else BLOCK_LENGTH)
 
 
 def power(exponent: Any) -> Any:

@@ -390,7 +390,7 @@ def _blocks(length: Any) -> tuple[int, Any]:
     known only at run time (TensorFlow) makes one block: XLA there has no
     gradient of a loop.
     """
-    blocks = -(-length // (2 * block_length())) if isinstance(length, int) else 1
+    blocks = -(-length // (2 * block_length(length))) if isinstance(length, int) else 1
     return blocks, -(-length // blocks)
 
 
@@ -420,7 +420,7 @@ def _partition(
         return 1, (length + chunk_size - 1) // chunk_size, chunk_size
     chunk_size = min(chunk_size, length)
     chunks = -(-length // chunk_size)
-    blocks = -(-chunks * chunk_size // max(block_length(), chunk_size))
+    blocks = -(-chunks * chunk_size // max(block_length(length), chunk_size))
     return blocks, -(-chunks // blocks), chunk_size
 
 
