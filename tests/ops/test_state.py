@@ -83,6 +83,17 @@ def test_state_is_the_sum_over_keys_of_features_and_of_features_times_values(cau
         assert_close(actual, sums)
 
 
+@causal_or_not
+def test_what_fills_up_the_last_block_is_not_in_the_state(causal):
+    case = Case(length=1103, heads=(1, 1), causal=causal)
+    output, state = whole(case)
+    assert_close(output, reference(case)[0])
+    _, key, value, geometry = case.arrays
+    expected = dark_state_reference(key, value, geometry, case.options["projection"])
+    for actual, sums in zip(unscaled(state), expected, strict=True):
+        assert_close(actual, sums)
+
+
 def test_sequence_in_pieces_gives_the_outputs_of_the_whole():
     # The first piece is masked in one row: it starts with nothing to attend to.
     case = Case(length=301, heads=(4, 2), causal=True, weighted=True, **ODD)
