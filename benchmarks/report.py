@@ -605,7 +605,8 @@ def method_words(found):
         " Inputs are random, one sequence a batch. Peak memory is what a call adds to its inputs, "
         "or for a whole model to the model; each figure comes from a process of its own."
     )
-    return wrapped(words)
+    remarks = unique(payload["remark"] for payload in payloads if "remark" in payload)
+    return wrapped(" ".join([words, *remarks]))
 
 
 def ways_words(found):
