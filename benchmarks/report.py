@@ -783,8 +783,6 @@ GPU = """\
 ```bash
 source .venv/bin/activate    # of run.sh, with builds of PyTorch and JAX that know the GPU
 KERAS_BACKEND=torch python benchmarks/attention.py --dtype bfloat16
-# Every run writes attention_BACKEND_gpu.json; keep this one under another name.
-mv benchmarks/results/attention_torch_gpu.json benchmarks/results/attention_torch_gpu_eager.json
 KERAS_BACKEND=torch python benchmarks/attention.py --dtype bfloat16 --compile
 KERAS_BACKEND=jax python benchmarks/attention.py --dtype bfloat16
 python benchmarks/report.py  # reads every attention_BACKEND_gpu*.json
