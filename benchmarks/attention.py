@@ -324,38 +324,43 @@ def multiplications(shape, length, causal):
 
 
 def time_row(label, length, causal, gradients, args):
-    shape = SHAPES[label]
+    ways = ways_of(SHAPES[label], length, causal, dtype=args.dtype, compile=args.compile)
+    if gradients:
+        return row_of(ways, "dark", label, length, causal, gradients, args)
+    del ways["dark_remat"]
+    ways["matmul"] = matmul_way()
+    return row_of(ways, "dark", label, length, causal, gradients, args)
+
+
+def layer_row(label, length, gradients, args):
+    ways = layer_ways(SHAPES[label], length, args.dtype)
+    row = row_of(ways, "layer_dark", label, length, True, gradients, args)
+    return {**row, "layer": True}
+
+
+def row_of(ways, ours, label, length, causal, gradients, args):
+    """Times the ways that are not left out, now or at a smaller length."""
+    exhausted = args.exhausted.setdefault((ours, label, causal, gradients), set())
     skipped = {}
-    ways = {}
-    for name, way in ways_of(shape, length, causal, dtype=args.dtype, compile=args.compile).items():
-        reason = left_out(name, shape, length, causal, gradients, args)
-        if name in args.exhausted.get((label, causal, gradients), ()):
+    for name in ways:
+        reason = left_out(name, SHAPES[label], length, causal, gradients, args)
+        if name in exhausted:
             reason = "took too long at a smaller length"
-        if name == "dark_remat" and not gradients:
-            continue
         if reason:
             skipped[name] = reason
-        else:
-            ways[name] = way
-    if not gradients:
-        ways["matmul"] = matmul_way()
+    ways = {name: way for name, way in ways.items() if name not in skipped}
     times, repeats = time_ways(ways, gradients, args, skipped)
-    args.exhausted.setdefault((label, causal, gradients), set()).update(
-        name for name in skipped if "GiB" not in skipped[name]
-    )
-    row = {
+    exhausted.update(name for name in skipped if "GiB" not in skipped[name])
+    return {
         "shape": label,
         "length": length,
         "causal": causal,
         "pass": "forward + backward" if gradients else "forward",
         "repeats": repeats,
         "times": times,
-        "ratios": ratios(times, "dark"),
+        "ratios": ratios(times, ours),
         "skipped": skipped,
     }
-    if {"dark_identity", "performer_pytorch"} <= times.keys():
-        row["identity_ratios"] = ratios(times, "dark_identity")
-    return row
 
 
 def add_floor_shares(rows):
@@ -376,30 +381,6 @@ def add_floor_shares(rows):
             floor = count / MATMUL**3 * seconds
             row["floor_share"] = round(1000 * floor / row["times"]["dark"]["median"], 3)
     return round(2e-9 * MATMUL**3 / seconds)
-
-
-def layer_row(label, length, gradients, args):
-    shape = SHAPES[label]
-    skipped = {}
-    ways = {}
-    for name, way in layer_ways(shape, length, args.dtype).items():
-        reason = left_out(name, shape, length, True, gradients, args)
-        if reason:
-            skipped[name] = reason
-        else:
-            ways[name] = way
-    times, repeats = time_ways(ways, gradients, args, skipped)
-    return {
-        "shape": label,
-        "length": length,
-        "causal": True,
-        "layer": True,
-        "pass": "forward + backward" if gradients else "forward",
-        "repeats": repeats,
-        "times": times,
-        "ratios": ratios(times, "layer_dark"),
-        "skipped": skipped,
-    }
 
 
 def ratios(times, ours):

@@ -110,39 +110,6 @@ def compiled(function, *, compile=False, donate=()):
     return function
 
 
-def differentiated(function, *, compile=False):
-    """A function that returns the gradients of a scalar function by all its arguments."""
-    if backend() == "jax":
-        import jax
-
-        @jax.jit
-        def gradient(*arguments):
-            return jax.grad(function, argnums=tuple(range(len(arguments))))(*arguments)
-
-        return gradient
-    if backend() == "tensorflow":
-        import tensorflow as tf
-
-        @tf.function(jit_compile=True)
-        def gradient(*arguments):
-            with tf.GradientTape() as tape:
-                tape.watch(arguments)
-                result = function(*arguments)
-            return tape.gradient(result, arguments)
-
-        return gradient
-
-    import torch
-
-    function = compiled(function, compile=compile)
-
-    def gradient(*arguments):
-        arguments = [argument.detach().requires_grad_() for argument in arguments]
-        return torch.autograd.grad(function(*arguments), arguments)
-
-    return gradient
-
-
 def finish(results):
     """Waits until the device has computed `results`."""
     if backend() == "jax":

@@ -1,5 +1,6 @@
 """The one place where the backends differ."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,19 +28,22 @@ def block_length(length: int) -> int:
     """Tokens per block of a causal sequence on the device that Keras computes on."""
     # TensorFlow unrolls the blocks: more of them take minutes to compile.
     least = -(-length // MOST_BLOCKS) if _BACKEND == "tensorflow" else 1
+    return max(least, ACCELERATOR_BLOCK_LENGTH if _accelerated() else BLOCK_LENGTH)
+
+
+@functools.cache
+def _accelerated() -> bool:
     if _BACKEND == "torch":
         import torch
 
-        accelerated = torch.cuda.is_available()
-    elif _BACKEND == "jax":
+        return torch.cuda.is_available()
+    if _BACKEND == "jax":
         import jax
 
-        accelerated = jax.default_backend() != "cpu"
-    else:
-        import tensorflow as tf
+        return jax.default_backend() != "cpu"
+    import tensorflow as tf
 
-        accelerated = bool(tf.config.list_logical_devices("GPU"))
-    return max(least, ACCELERATOR_BLOCK_LENGTH if accelerated else BLOCK_LENGTH)
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def power(exponent: Any) -> Any:

@@ -103,7 +103,7 @@ def linear_attention(
     """
     if key.shape[1] == 1 and state is not None:
         return _recurrent(query, key, value, key_mask, projections, state)
-    packed = _pack(_initial_state(key, value, projections) if state is None else state)
+    packed = _pack(state, key, value, projections)
     if causal and key.shape[1] != 1:
         output, packed = _chunked(
             query, key, value, key_mask, projections, packed, chunk_size, remat
@@ -124,13 +124,8 @@ def accumulate_state(
     remat: bool | None = None,
 ) -> State:
     """The state after more keys, without reading it: `linear_attention` less its output."""
-    packed = _pack(_initial_state(key, value, projections) if state is None else state)
+    packed = _pack(state, key, value, projections)
     return _unpack(_absorb(key, value, key_mask, projections, packed, remat))
-
-
-def _initial_state(key: Any, value: Any, projections: FeatureProjections) -> State:
-    num_features = projections.key_kernel.shape[-1]
-    return initial_state(ops.shape(key)[0], key.shape[2], num_features, value.shape[3])
 
 
 def _recurrent(
@@ -164,7 +159,12 @@ def _recurrent(
 # the base that the backend is fastest in.
 
 
-def _pack(state: State) -> tuple[Any, Any]:
+def _pack(
+    state: State | None, key: Any, value: Any, projections: FeatureProjections
+) -> tuple[Any, Any]:
+    if state is None:
+        num_features = projections.key_kernel.shape[-1]
+        state = initial_state(ops.shape(key)[0], key.shape[2], num_features, value.shape[3])
     kv_state, key_state, log_scale = (ops.cast(leaf, "float32") for leaf in state)
     sums = ops.concatenate([kv_state, key_state[..., None]], axis=-1)
     return sums, log_scale * (1 / math.log(BASE))
