@@ -7,9 +7,19 @@ or together with keras_hub: the rest works without KerasHub.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_darkformer import layers, ops
+from keras_darkformer import layers, ops, training
 from keras_darkformer._lazy_hub import register_hub_lazily
 from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
+from keras_darkformer.training import (
+    ApproximationLogger,
+    LossSpikeCounter,
+    RedrawProjections,
+    approximation_report,
+    calibrate,
+    distil,
+    teacher_targets,
+    transfer_attention,
+)
 
 if TYPE_CHECKING:
     from keras_darkformer import hub
@@ -18,14 +28,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApproximationLogger",
     "DarkAttention",
     "DarkFeatureMap",
     "DarkTransformerBlock",
+    "LossSpikeCounter",
+    "RedrawProjections",
+    "approximation_report",
+    "calibrate",
     "conversion_report",
     "convert_to_dark",
+    "distil",
     "hub",
     "layers",
     "ops",
+    "teacher_targets",
+    "training",
+    "transfer_attention",
 ]
 
 

@@ -13,12 +13,25 @@ from keras_hub.src.models.gemma3.gemma3_attention import CachedGemma3Attention
 from keras_darkformer.hub.options import DarkOptions, Mixin
 from keras_darkformer.layers import DarkFeatureMap
 from keras_darkformer.layers.dark_attention import drop_tokens
-from keras_darkformer.ops import apply_geometry
+from keras_darkformer.layers.observation import Observation, Observer
 
 # A prompt is prefilled in one pass, but only its first tokens may enter the
 # state: the sampler feeds the others again, one by one. Both facts go through
 # unmodified decoder blocks as one padding mask of these codes.
 PAD, ATTEND, WRITE = 0, 1, 2
+
+FEATURE_MAP_OPTIONS = (
+    "num_features",
+    "geometry_scale",
+    "train_geometry",
+    "train_projection",
+    "projection",
+    "tie_geometry",
+    "rope_geometry",
+    "sliding_window",
+    "window_only",
+    "seed",
+)
 
 
 class DarkCachedAttention(Mixin):
@@ -44,6 +57,11 @@ class DarkCachedAttention(Mixin):
         train_geometry: bool = True,
         train_projection: bool = False,
         projection: str = "orthogonal",
+        tie_geometry: bool = True,
+        rope_geometry: str = "after",
+        feature_form: str = "random",
+        sliding_window: int | None = None,
+        window_only: bool = False,
         chunk_size: int | None = None,
         remat: bool | None = None,
         seed: int = 0,
@@ -59,26 +77,34 @@ class DarkCachedAttention(Mixin):
                 train_geometry=train_geometry,
                 train_projection=train_projection,
                 projection=projection,
+                tie_geometry=tie_geometry,
+                rope_geometry=rope_geometry,
+                sliding_window=sliding_window,
+                window_only=window_only,
                 chunk_size=chunk_size,
                 remat=remat,
                 seed=seed,
-            )
+            ),
+            feature_form,
         )
 
     @classmethod
-    def take_over(cls, attention: Any, options: DarkOptions) -> Any:
+    def take_over(cls, attention: Any, options: DarkOptions, feature_form: str = "random") -> Any:
         """Makes a built stock layer dark, in place: no weight is copied or moved."""
         attention.__class__ = cls
         attention.autocast = False
         attention._tracker.unlock()
         try:
-            attention._configure(options)
+            attention._configure(options, feature_form)
             attention._build_feature_map(attention.path)
         finally:
             attention._lock_state()
         return attention
 
-    def _configure(self, options: DarkOptions) -> None:
+    def _configure(self, options: DarkOptions, feature_form: str) -> None:
+        # Set by those who calibrate or judge the layer, see `observed`.
+        self.observer: Observer | None = None
+        self.position_offset: Any = None
         self.attention_mode = options.attention_mode
         self.chunk_size = options.chunk_size
         self.remat = options.remat
@@ -92,6 +118,12 @@ class DarkCachedAttention(Mixin):
             train_geometry=options.train_geometry,
             train_projection=options.train_projection,
             geometry_scale=1.0 if options.geometry_scale is None else options.geometry_scale,
+            tie_geometry=options.tie_geometry,
+            rope_geometry=options.rope_geometry,
+            form=feature_form,
+            sliding_window=options.sliding_window,
+            window_only=options.window_only,
+            num_query_heads=self.num_query_heads,
             seed=options.seed,
             dtype="float32",
             name="feature_map",
@@ -108,35 +140,65 @@ class DarkCachedAttention(Mixin):
                 stack.enter_context(keras.name_scope(part))
             self.feature_map.build()
 
-    def _apply_rope(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        x = super()._apply_rope(x, *args, **kwargs)
-        if self.attention_mode == "exact":
-            x = ops.cast(apply_geometry(x, self.feature_map.geometry), x.dtype)
-        return x
+    def _apply_rope(self, x: Any, start_index: Any = 0, **kwargs: Any) -> Any:
+        if self.attention_mode == "exact":  # in linear mode `_attend` sees to it
+            x = self.feature_map.before_rotation(x)
+        return super()._apply_rope(x, start_index, **kwargs)
+
+    def _compute_attention(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._compute_attention(self.feature_map.exact_query(query), *args, **kwargs)
 
     def _attend(
-        self, query: Any, key: Any, value: Any, code: Any, state: Any, training: bool
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        code: Any,
+        state: Any,
+        start_index: Any,
+        training: bool,
     ) -> Any:
         """Linear attention and output projection; with a state also the next state.
 
         Args:
-            query: `(b, t, n, h)`, rotated.
-            key: `(b, t, k, h)`, rotated.
+            query: `(b, t, n, h)`, before the rotation.
+            key: `(b, t, k, h)`, before the rotation.
             value: `(b, t, k, h)`.
             code: `(b, t)`, or `None` where every token counts. Without a
                 state a padding mask; with one, tokens are `PAD`, `ATTEND`
                 (seen, but not kept) or `WRITE`.
             state: state of the tokens before, or `None`.
+            start_index: position of the first token.
             training: bool.
         """
-        if state is not None and not (isinstance(state, tuple | list) and len(state) == 3):
+        if self.position_offset is not None:
+            start_index = start_index + self.position_offset
+        attends = None if code is None else ops.greater(ops.cast(code, "int32"), PAD)
+
+        def rotate(x: Any) -> Any:
+            return self._apply_rope(x, start_index)
+
+        if self.observer is not None:
+            observation = Observation(
+                query,
+                key,
+                value,
+                rotate,
+                rotate,
+                causal=True,
+                key_mask=attends,
+                attention_mask=self._local_mask(ops.shape(key)[1]),
+            )
+            return self.output_dense(self.observer(self, observation))
+        query = rotate(self.feature_map.before_rotation(query))
+        key = rotate(self.feature_map.before_rotation(key))
+        if state is not None and not (isinstance(state, tuple | list) and len(state) >= 3):
             raise ValueError(
                 "A dark attention layer in linear mode needs a recurrent state as `cache`, but "
                 "got a key/value cache. Generate with the dark causal LM, such as "
                 "`keras_darkformer.hub.DarkGemmaCausalLM`, around this backbone."
             )
         value = drop_tokens(self.dropout_layer, value, training)
-        attends = None if code is None else ops.greater(ops.cast(code, "int32"), PAD)
         output = self.feature_map.attend(
             query,
             key,
@@ -157,15 +219,23 @@ class DarkCachedAttention(Mixin):
             state = self.feature_map.accumulate(key, value, key_mask=writes, initial_state=state)
         return self.output_dense(output), tuple(state)
 
+    def _local_mask(self, length: Any) -> Any:
+        """What the stock layer's sliding window, if it has one, lets a query see."""
+        if not self.use_sliding_window_attention:
+            return None
+        index = ops.arange(length, dtype="int32")
+        near = index[:, None] - index[None, :] < self.sliding_window_size
+        return near[None, None]
+
     def get_config(self) -> dict[str, Any]:
         """The stock layer's constructor arguments, which it does not list, and ours."""
         stock = inspect.signature(self.stock_cls).parameters
         config = {name: getattr(self, name) for name in stock if hasattr(self, name)}
         config["kernel_initializer"] = keras.initializers.serialize(self._kernel_initializer)
         feature_map = self.feature_map.get_config()
-        for name in ("num_features", "geometry_scale", "train_geometry", "train_projection"):
+        for name in FEATURE_MAP_OPTIONS:
             config[name] = feature_map[name]
-        config["projection"], config["seed"] = feature_map["projection"], feature_map["seed"]
+        config["feature_form"] = feature_map["form"]
         config["attention_mode"], config["chunk_size"] = self.attention_mode, self.chunk_size
         config["remat"] = self.remat
         return {**super().get_config(), **config}
@@ -188,9 +258,8 @@ class DarkGemmaAttention(DarkCachedAttention, CachedGemmaAttention):
         """The stock layer's call; in linear mode `cache` is a state, the mask `(b, t)`."""
         if self.attention_mode == "exact":
             return super().call(x, attention_mask, cache, cache_update_index, training)
-        query = self._apply_rope(self.query_dense(x), cache_update_index)
-        key = self._apply_rope(self.key_dense(x), cache_update_index)
-        return self._attend(query, key, self.value_dense(x), attention_mask, cache, training)
+        query, key, value = self.query_dense(x), self.key_dense(x), self.value_dense(x)
+        return self._attend(query, key, value, attention_mask, cache, cache_update_index, training)
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
@@ -213,12 +282,10 @@ class DarkGemma3Attention(DarkCachedAttention, CachedGemma3Attention):
             return super().call(
                 x, attention_mask, cache, cache_update_index, cache_update_mask, training
             )
-        query, key = self.query_dense(x), self.key_dense(x)
+        query, key, value = self.query_dense(x), self.key_dense(x), self.value_dense(x)
         if self.use_query_key_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = self._apply_rope(query, cache_update_index)
-        key = self._apply_rope(key, cache_update_index)
-        return self._attend(query, key, self.value_dense(x), attention_mask, cache, training)
+        return self._attend(query, key, value, attention_mask, cache, cache_update_index, training)
 
 
 def layer_seed(seed: int, index: int) -> int:

@@ -8,6 +8,7 @@ import keras
 from keras_hub.models import Gemma3Backbone, GemmaBackbone
 from keras_hub.src.utils.preset_utils import get_preset_loader
 
+from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.attention import (
     DarkCachedAttention,
     DarkGemma3Attention,
@@ -82,6 +83,11 @@ class DarkBackbone(PresetLoading):
         train_geometry: bool = True,
         train_projection: bool = False,
         projection: str = "orthogonal",
+        tie_geometry: bool = True,
+        rope_geometry: str = "after",
+        sliding_window: int | None = None,
+        window_only: bool = False,
+        feature_forms: Any = None,
         chunk_size: int | None = None,
         remat: bool | None = None,
         seed: int = 0,
@@ -95,6 +101,11 @@ class DarkBackbone(PresetLoading):
             train_geometry=train_geometry,
             train_projection=train_projection,
             projection=projection,
+            tie_geometry=tie_geometry,
+            rope_geometry=rope_geometry,
+            sliding_window=sliding_window,
+            window_only=window_only,
+            feature_forms=feature_forms,
             chunk_size=chunk_size,
             remat=remat,
             seed=seed,
@@ -136,10 +147,11 @@ class DarkBackbone(PresetLoading):
         return options.resolve(is_local, backbone.head_dim)
 
     def _darken(self, options: DarkOptions) -> None:
-        for index in options.layer_indices:
+        forms = options.feature_forms or ()
+        for index, form in zip(options.layer_indices, forms, strict=True):
             block = self.transformer_layers[index]
-            seed = layer_seed(options.seed, index)
-            self.attention_cls.take_over(block.attention, dataclasses.replace(options, seed=seed))
+            of_layer = dataclasses.replace(options, seed=layer_seed(options.seed, index))
+            self.attention_cls.take_over(block.attention, of_layer, form)
             _pass_on_padding_mask(block)
         self.dark_options = options
 
@@ -175,37 +187,22 @@ class DarkBackbone(PresetLoading):
             train_geometry: bool. False freezes the feature maps with the rest.
         """
         super().enable_lora(rank, target_layer_names)
-        for index in self.dark_options.layer_indices:
-            self.transformer_layers[index].attention.feature_map.trainable = train_geometry
+        for layer in self.dark_layers:
+            layer.feature_map.trainable = train_geometry
 
     def get_config(self) -> dict[str, Any]:
         """The stock backbone's config and the options of the conversion."""
-        return {**super().get_config(), **self.dark_options.get_config()}
+        options = self.dark_options.get_config()
+        # Calibration changes the forms.
+        options["feature_forms"] = [layer.feature_map.form for layer in self.dark_layers]
+        return {**super().get_config(), **options}
 
-
-def compile_anew(model: Any, like: Any = None) -> None:
-    """Compiles a converted model as it, or the model `like`, was, with a fresh optimizer.
-
-    What was compiled before computes softmax, and the optimizer does not know
-    the new variables.
-    """
-    source = model if like is None else like
-    model.train_function = model.test_function = model.predict_function = None
-    if not source.compiled:
-        return
-    arguments = keras.tree.map_structure(
-        _fresh, dict(source._compile_config.config), none_is_leaf=True
-    )
-    if hasattr(source, "sampler"):
-        arguments["sampler"] = source.sampler
-    model.compile(**arguments)
-
-
-def _fresh(value: Any) -> Any:
-    """An optimizer or metric of the same settings without what it has accumulated."""
-    if isinstance(value, keras.optimizers.Optimizer | keras.metrics.Metric):
-        return value.__class__.from_config(value.get_config())
-    return value
+    @property
+    def dark_layers(self) -> list[Any]:
+        """The attention layers that were converted."""
+        return [
+            self.transformer_layers[index].attention for index in self.dark_options.layer_indices
+        ]
 
 
 def _pass_on_padding_mask(block: Any) -> None:
@@ -232,8 +229,11 @@ class DarkGemmaBackbone(DarkBackbone, GemmaBackbone):
 
     Args:
         num_features, layers, attention_mode, geometry_scale, train_geometry,
-            train_projection, projection, chunk_size, remat, seed: as for
+            train_projection, projection, tie_geometry, rope_geometry,
+            sliding_window, window_only, chunk_size, remat, seed: as for
             `convert_to_dark`.
+        feature_forms: forms of the converted layers' feature maps, what
+            calibration made of them.
         *args, **kwargs: as for `keras_hub.models.GemmaBackbone`.
 
     Example:
@@ -255,8 +255,11 @@ class DarkGemma3Backbone(DarkBackbone, Gemma3Backbone):
 
     Args:
         num_features, layers, attention_mode, geometry_scale, train_geometry,
-            train_projection, projection, chunk_size, remat, seed: as for
+            train_projection, projection, tie_geometry, rope_geometry,
+            sliding_window, window_only, chunk_size, remat, seed: as for
             `convert_to_dark`.
+        feature_forms: forms of the converted layers' feature maps, what
+            calibration made of them.
         *args, **kwargs: as for `keras_hub.models.Gemma3Backbone`.
 
     Example:

@@ -7,13 +7,13 @@ from keras import ops
 from keras_hub.models import Gemma3CausalLM, GemmaCausalLM
 from keras_hub.src.utils.tensor_utils import any_equal
 
+from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.attention import ATTEND, PAD, WRITE, DarkCachedAttention
 from keras_darkformer.hub.backbone import (
     DarkBackbone,
     DarkGemma3Backbone,
     DarkGemmaBackbone,
     PresetLoading,
-    compile_anew,
 )
 from keras_darkformer.hub.options import DarkOptions
 

@@ -4,11 +4,11 @@ from typing import Any
 
 from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
 
+from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.backbone import (
     DarkBackbone,
     DarkGemma3Backbone,
     DarkGemmaBackbone,
-    compile_anew,
 )
 from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkGemma3CausalLM, DarkGemmaCausalLM
 from keras_darkformer.hub.options import DarkOptions
@@ -41,6 +41,10 @@ def convert_to_dark(
     train_geometry: bool = True,
     train_projection: bool = False,
     projection: str = "orthogonal",
+    tie_geometry: bool = True,
+    rope_geometry: str = "after",
+    sliding_window: int | None = None,
+    window_only: bool = False,
     chunk_size: int | None = None,
     remat: bool | None = None,
     seed: int = 0,
@@ -57,8 +61,9 @@ def convert_to_dark(
     gains `feature_map/geometry` and `feature_map/projection`, in float32.
 
     A freshly converted model estimates a different kernel and is worse than
-    the one it came from: finetune it. If the model was compiled, it is compiled
-    again with the same arguments, a fresh optimizer and fresh metrics.
+    the one it came from: `calibrate` it, then `transfer_attention` or `distil`.
+    If the model was compiled, it is compiled again with the same arguments, a
+    fresh optimizer and fresh metrics.
 
     Args:
         model: a `GemmaCausalLM`, `GemmaBackbone` (Gemma 1 and 2),
@@ -79,7 +84,15 @@ def convert_to_dark(
         train_geometry: bool. False, with `geometry_scale=1.0`, is Performer.
         train_projection: bool. Also trains the projection; then the features
             are learned, no longer random.
-        projection: `"orthogonal"` or `"gaussian"`.
+        projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`.
+        tie_geometry: bool. One geometry for queries and keys, as in the paper,
+            or one each, which fits better.
+        rope_geometry: `"after"` the rotation, `"before"` it, or `"planes"`,
+            one scalar per rotary plane; see `DarkFeatureMap`.
+        sliding_window: int. The last tokens, met with softmax's own kernel;
+            features stand for those further back only. `None` for none.
+        window_only: bool. With a sliding window: leaves the features out, to
+            measure the window alone.
         chunk_size: int, tokens handled at once, or `None` to pick by shape.
         remat: bool. Whether training computes features anew in the backward
             pass instead of keeping them: less memory, more time. `None` where
@@ -121,6 +134,10 @@ def convert_to_dark(
         train_geometry=train_geometry,
         train_projection=train_projection,
         projection=projection,
+        tie_geometry=tie_geometry,
+        rope_geometry=rope_geometry,
+        sliding_window=sliding_window,
+        window_only=window_only,
         chunk_size=chunk_size,
         remat=remat,
         seed=seed,

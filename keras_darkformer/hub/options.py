@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_darkformer.layers.dark_attention import ATTENTION_MODES
+from keras_darkformer.layers.dark_feature_map import ROPE_GEOMETRIES
 from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.projections import PROJECTIONS
 
@@ -29,7 +30,13 @@ class DarkOptions:
             for `default_geometry_scale`.
         train_geometry: Whether geometries are trainable.
         train_projection: Whether projections are trainable.
-        projection: `"orthogonal"` or `"gaussian"`.
+        projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`.
+        tie_geometry: Whether queries and keys share a geometry.
+        rope_geometry: `"after"`, `"before"` or `"planes"`.
+        sliding_window: Tokens met with the exact kernel, or `None`.
+        window_only: Whether the features are left out.
+        feature_forms: Forms of the converted layers' feature maps, what
+            calibration made of them; `None` for all `"random"`.
         chunk_size: Tokens handled at once, or `None`.
         remat: Whether the backward pass recomputes features, or `None`.
         seed: Seed of the projections.
@@ -42,6 +49,11 @@ class DarkOptions:
     train_geometry: bool = True
     train_projection: bool = False
     projection: str = "orthogonal"
+    tie_geometry: bool = True
+    rope_geometry: str = "after"
+    sliding_window: int | None = None
+    window_only: bool = False
+    feature_forms: Sequence[str] | None = None
     chunk_size: int | None = None
     remat: bool | None = None
     seed: int = 0
@@ -55,6 +67,10 @@ class DarkOptions:
         settle("num_features", positive_integer("num_features", self.num_features))
         if self.chunk_size is not None:
             settle("chunk_size", positive_integer("chunk_size", self.chunk_size))
+        if self.sliding_window is not None:
+            settle("sliding_window", positive_integer("sliding_window", self.sliding_window))
+        elif self.window_only:
+            raise ValueError("`window_only=True` needs a `sliding_window`.")
         if not _is_integer(self.seed) or self.seed < 0:
             raise ValueError(f"`seed` must be an integer, 0 or more. Received: seed={self.seed!r}")
         settle("seed", int(self.seed))
@@ -67,6 +83,9 @@ class DarkOptions:
             settle("layers", tuple(int(index) for index in self.layers))
         one_of("attention_mode", self.attention_mode, ATTENTION_MODES)
         one_of("projection", self.projection, PROJECTIONS)
+        one_of("rope_geometry", self.rope_geometry, ROPE_GEOMETRIES)
+        if self.rope_geometry != "after" and not self.tie_geometry:
+            raise ValueError(f'`rope_geometry="{self.rope_geometry}"` needs `tie_geometry=True`.')
         if self.geometry_scale is not None and not 0 < self.geometry_scale < math.inf:
             raise ValueError(
                 f"`geometry_scale` must be positive and finite. Received: {self.geometry_scale!r}"
@@ -84,8 +103,15 @@ class DarkOptions:
         scale = self.geometry_scale
         if scale is None:
             scale = default_geometry_scale(head_dim, self.num_features)
+        layers = _resolve_layers(self.layers, is_local)
+        forms = ("random",) * len(layers) if self.feature_forms is None else self.feature_forms
+        if len(forms) != len(layers):
+            raise ValueError(
+                f"`feature_forms` must have one entry for each of the {len(layers)} converted "
+                f"layers. Received: {self.feature_forms!r}"
+            )
         return dataclasses.replace(
-            self, layers=_resolve_layers(self.layers, is_local), geometry_scale=float(scale)
+            self, layers=layers, geometry_scale=float(scale), feature_forms=tuple(forms)
         )
 
     @property
@@ -98,6 +124,8 @@ class DarkOptions:
         config = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             config["layers"] = list(self.layers)
+        if self.feature_forms is not None:
+            config["feature_forms"] = list(self.feature_forms)
         return config
 
 

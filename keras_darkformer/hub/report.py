@@ -98,7 +98,7 @@ def conversion_report(model: Any) -> ConversionReport:
                 "new_parameters": attention.feature_map.count_params() if converted else 0,
             }
         )
-    maps = [backbone.transformer_layers[i].attention.feature_map for i in options.layer_indices]
+    maps = [layer.feature_map for layer in backbone.dark_layers]
     return ConversionReport(
         model=type(model).__name__,
         num_features=options.num_features,

@@ -1,5 +1,6 @@
 """Grouped-query attention in linear time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ from keras import ops
 
 from keras_darkformer.layers.dark_feature_map import DarkFeatureMap
 from keras_darkformer.layers.masks import merge_masks, split_attention_mask
+from keras_darkformer.layers.observation import Observation, Observer
 from keras_darkformer.ops import (
     exact_dark_attention,
     exact_dark_attention_scores,
@@ -51,8 +53,14 @@ class DarkAttention(keras.layers.Layer):
             positions (RoPE) with this wavelength, 10_000 in most models.
             Masked tokens have no position of their own: padding moves nothing.
         seed: int or `None`. Seeds the projection and the dropout.
-        rank, projection, train_geometry, train_projection, geometry_scale:
-            as for `DarkFeatureMap`.
+        sliding_window: int or `None`. Each query meets its last
+            `sliding_window` keys with softmax's kernel, and features only
+            stand for those further back. Linear mode, causal calls only.
+        window_only: bool. With a sliding window: leaves the features out, to
+            measure the window alone.
+        rank, projection, train_geometry, train_projection, geometry_scale,
+            tie_geometry, rope_geometry: as for `DarkFeatureMap`.
+        feature_form: the `form` of the feature map: what calibration left.
         kernel_initializer, bias_initializer, kernel_regularizer,
             bias_regularizer, activity_regularizer, kernel_constraint,
             bias_constraint: of the four projections, as in
@@ -126,6 +134,11 @@ class DarkAttention(keras.layers.Layer):
         train_geometry: bool = True,
         train_projection: bool = False,
         geometry_scale: float = 1.0,
+        tie_geometry: bool = True,
+        rope_geometry: str = "after",
+        feature_form: str = "random",
+        sliding_window: int | None = None,
+        window_only: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
         kernel_regularizer: Any = None,
@@ -181,10 +194,19 @@ class DarkAttention(keras.layers.Layer):
             train_geometry=train_geometry,
             train_projection=train_projection,
             geometry_scale=geometry_scale,
+            tie_geometry=tie_geometry,
+            rope_geometry=rope_geometry,
+            form=feature_form,
+            sliding_window=sliding_window,
+            window_only=window_only,
+            num_query_heads=num_query_heads,
             seed=seed,
             dtype=self.dtype_policy,
             name="feature_map",
         )
+        # Set by those who calibrate or judge the layer, see `observed`.
+        self.observer: Observer | None = None
+        self.position_offset: Any = None
 
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         """Creates the four projections and the feature map."""
@@ -260,22 +282,25 @@ class DarkAttention(keras.layers.Layer):
         query, key = self.query_dense(query), self.key_dense(key)
         value = drop_tokens(self.token_dropout, self.value_dense(value), training)
         start = None
-        if self.rope_max_wavelength is not None:
-            if initial_state is not None:
-                *initial_state, start = initial_state
-            positions = _positions(key, key_mask, start)
-            key = rotary_embedding(key, positions, self.rope_max_wavelength)
-            if not is_self_attention:
-                positions = _positions(query, query_mask, start)
-            query = rotary_embedding(query, positions, self.rope_max_wavelength)
+        if self.rope_max_wavelength is not None and initial_state is not None:
+            *initial_state, start = initial_state
+        rotate_key = self._rotation(key, key_mask, start)
+        rotate_query = rotate_key if is_self_attention else self._rotation(query, query_mask, start)
+        masks = {
+            "causal": use_causal_mask,
+            "key_mask": key_mask,
+            "attention_mask": _with_head_axis(attention_mask),
+        }
+        if self.observer is not None:
+            observation = Observation(query, key, value, rotate_query, rotate_key, **masks)
+            output = self.observer(self, observation)
+            return self.output_dense(output)
 
+        query = rotate_query(self.feature_map.before_rotation(query))
+        key = rotate_key(self.feature_map.before_rotation(key))
         if self.attention_mode == "exact":
-            masks = {
-                "causal": use_causal_mask,
-                "key_mask": key_mask,
-                "attention_mask": _with_head_axis(attention_mask),
-            }
-            output = exact_dark_attention(query, key, value, self.feature_map.geometry, **masks)
+            query = self.feature_map.exact_query(query)
+            output = exact_dark_attention(query, key, value, **masks)
         else:
             output = self.feature_map.attend(
                 query,
@@ -295,7 +320,7 @@ class DarkAttention(keras.layers.Layer):
         output = self.output_dense(output)
 
         if return_attention_scores:
-            scores = exact_dark_attention_scores(query, key, self.feature_map.geometry, **masks)
+            scores = exact_dark_attention_scores(query, key, **masks)
             return output, ops.cast(scores, self.compute_dtype)
         if return_state:
             return output, self._with_position(state, start, key, key_mask)
@@ -328,6 +353,21 @@ class DarkAttention(keras.layers.Layer):
                 f"{sizes}. Received: shape {tuple(attention_mask.shape)}"
             )
 
+    def _rotation(self, x: Any, mask: Any, start: Any) -> Callable[[Any], Any]:
+        """A function that rotates `(b, t, ...)` by positions; padding has none, from `start` on."""
+        wavelength = self.rope_max_wavelength
+        if wavelength is None:
+            return lambda inputs: inputs
+        if mask is None:
+            positions = ops.arange(ops.shape(x)[1], dtype="float32")
+        else:
+            positions = ops.cumsum(ops.cast(mask, "float32"), axis=-1) - 1.0
+        if start is not None:
+            positions = start[:, None] + positions
+        if self.position_offset is not None:
+            positions = positions + ops.cast(self.position_offset, "float32")
+        return lambda inputs: rotary_embedding(inputs, positions, wavelength)
+
     def _with_position(self, state: Any, start: Any, key: Any, key_mask: Any) -> Any:
         """With RoPE, the number of real tokens seen travels with the state."""
         if self.rope_max_wavelength is None:
@@ -347,7 +387,9 @@ class DarkAttention(keras.layers.Layer):
 
         Returns:
             A tuple of float32 tensors, batch first: `(b, k, m, h)`,
-            `(b, k, m)`, `(b, k)`, and with RoPE the tokens seen, `(b,)`.
+            `(b, k, m)`, `(b, k)`, with a sliding window its keys and values
+            `(b, W, k, h)` and which there are `(b, W)`, and with RoPE the
+            tokens seen, `(b,)`.
         """
         state = self.feature_map.get_initial_state(batch_size)
         if self.rope_max_wavelength is None:
@@ -389,12 +431,12 @@ class DarkAttention(keras.layers.Layer):
         return output
 
     def _state_spec(self, batch_size: Any) -> Any:
-        heads, features = self.num_key_value_heads, self.num_features
-        shapes: list[tuple[Any, ...]] = [
-            (heads, features, self.head_dim),
-            (heads, features),
-            (heads,),
-        ]
+        heads, features, head_dim = self.num_key_value_heads, self.num_features, self.head_dim
+        shapes: list[tuple[Any, ...]] = [(heads, features, head_dim), (heads, features), (heads,)]
+        window = self.feature_map.sliding_window
+        if window is not None:
+            kept = [(window, heads, head_dim), (window, heads, head_dim), (window,)]
+            shapes = kept if self.feature_map.window_only else shapes + kept
         if self.rope_max_wavelength is not None:
             shapes.append(())
         return tuple(keras.KerasTensor((batch_size, *shape), dtype="float32") for shape in shapes)
@@ -423,6 +465,11 @@ class DarkAttention(keras.layers.Layer):
             "train_geometry": self.feature_map.train_geometry,
             "train_projection": self.feature_map.train_projection,
             "geometry_scale": self.feature_map.geometry_scale,
+            "tie_geometry": self.feature_map.tie_geometry,
+            "rope_geometry": self.feature_map.rope_geometry,
+            "feature_form": self.feature_map.form,
+            "sliding_window": self.feature_map.sliding_window,
+            "window_only": self.feature_map.window_only,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
@@ -438,15 +485,6 @@ def drop_tokens(dropout: keras.layers.Dropout, value: Any, training: bool | None
     if not dropout.rate:
         return value
     return value * dropout(ops.ones_like(value[..., :1]), training=training)
-
-
-def _positions(x: Any, mask: Any, start: Any) -> Any:
-    """Positions of tokens `(b, t, ...)`, padding not counted, from `start` on."""
-    if mask is None:
-        positions = ops.arange(ops.shape(x)[1], dtype="float32")
-    else:
-        positions = ops.cumsum(ops.cast(mask, "float32"), axis=-1) - 1.0
-    return positions if start is None else start[:, None] + positions
 
 
 def _with_head_axis(mask: Any) -> Any:

@@ -34,8 +34,9 @@ class DarkTransformerBlock(keras.layers.Layer):
         num_features: int. Random features per key/value head.
         causal: bool. True for a decoder, false for an encoder.
         attention_mode, chunk_size, remat, rope_max_wavelength, seed, rank,
-            projection, train_geometry, train_projection, geometry_scale: as
-            for `DarkAttention`.
+            projection, train_geometry, train_projection, geometry_scale,
+            tie_geometry, rope_geometry, feature_form, sliding_window,
+            window_only: as for `DarkAttention`.
         **kwargs: as for `keras.layers.Layer`.
 
     Call arguments:
@@ -95,6 +96,11 @@ class DarkTransformerBlock(keras.layers.Layer):
         train_geometry: bool = True,
         train_projection: bool = False,
         geometry_scale: float = 1.0,
+        tie_geometry: bool = True,
+        rope_geometry: str = "after",
+        feature_form: str = "random",
+        sliding_window: int | None = None,
+        window_only: bool = False,
         **kwargs: Any,
     ) -> None:
         # As in `DarkAttention`: a state must arrive in float32.
@@ -123,6 +129,11 @@ class DarkTransformerBlock(keras.layers.Layer):
             "train_geometry": train_geometry,
             "train_projection": train_projection,
             "geometry_scale": geometry_scale,
+            "tie_geometry": tie_geometry,
+            "rope_geometry": rope_geometry,
+            "feature_form": feature_form,
+            "sliding_window": sliding_window,
+            "window_only": window_only,
         }
 
     def build(self, input_shape: Any) -> None:
@@ -267,6 +278,8 @@ class DarkTransformerBlock(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """All constructor arguments."""
+        if self.built:  # calibration changes the form
+            self._attention_config["feature_form"] = self.attention.feature_map.form
         return {
             **super().get_config(),
             "intermediate_dim": self.intermediate_dim,

@@ -1,13 +1,18 @@
 """Pure functions of tensors: the mathematics, without layers or variables."""
 
-from keras_darkformer.ops.dark_attention import dark_attention, dark_attention_state
+from keras_darkformer.ops.dark_attention import (
+    dark_attention,
+    dark_attention_state,
+    feature_attention,
+    feature_attention_state,
+)
 from keras_darkformer.ops.exact_attention import (
     exact_dark_attention,
     exact_dark_attention_scores,
 )
 from keras_darkformer.ops.features import apply_geometry, dark_features
 from keras_darkformer.ops.linear_attention import initial_state
-from keras_darkformer.ops.projections import draw_projection
+from keras_darkformer.ops.projections import draw_projection, proposal_log_weight
 from keras_darkformer.ops.rotary import rotary_embedding
 
 __all__ = [
@@ -18,6 +23,9 @@ __all__ = [
     "draw_projection",
     "exact_dark_attention",
     "exact_dark_attention_scores",
+    "feature_attention",
+    "feature_attention_state",
     "initial_state",
+    "proposal_log_weight",
     "rotary_embedding",
 ]

@@ -19,20 +19,15 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_attention(
-    query: Any, key: Any, value: Any, geometry: Any, *, causal: bool, key_mask: Any
-) -> None:
-    """Shapes of all but the features; `query` and `geometry` may be `None`."""
+def check_attention(query: Any, key: Any, value: Any, *, causal: bool, key_mask: Any) -> None:
+    """Shapes of all but the features; `query` may be `None`."""
     if query is None:
         query = key
     for name, x, axes in (
         ("key", key, "(batch, key_length, num_key_value_heads, head_dim)"),
         ("query", query, "(batch, query_length, num_query_heads, head_dim)"),
         ("value", value, "(batch, key_length, num_key_value_heads, value_dim)"),
-        ("geometry", geometry, "(num_key_value_heads, rank, head_dim)"),
     ):
-        if x is None:
-            continue
         if len(x.shape) != axes.count(",") + 1:
             raise ValueError(f"`{name}` must have shape {axes}. Received: {_show(x)}")
     kv_heads, head_dim = key.shape[2], key.shape[3]
@@ -50,11 +45,6 @@ def check_attention(
         raise ValueError(
             "`value` must have the length and the heads of `key`. "
             f"Received: value {_show(value)}, key {_show(key)}"
-        )
-    if geometry is not None and (geometry.shape[0], geometry.shape[2]) != (kv_heads, head_dim):
-        raise ValueError(
-            "`geometry` must have shape (num_key_value_heads, rank, head_dim) = "
-            f"({kv_heads}, rank, {head_dim}). Received: {_show(geometry)}"
         )
     if key.shape[1] == 0 or query.shape[1] == 0:
         raise ValueError(
@@ -80,10 +70,28 @@ def check_attention(
             )
 
 
-def check_features(geometry: Any, projection: Any, log_weight: Any, key: Any) -> None:
-    """Shapes of the projection and of its weights; `geometry` may be `None`."""
+def check_geometry(name: str, geometry: Any, kv_heads: int, head_dim: int) -> None:
+    """Shape of a geometry, which may be `None`."""
+    shape = None if geometry is None else tuple(geometry.shape)
+    if shape is not None and (len(shape) != 3 or (shape[0], shape[2]) != (kv_heads, head_dim)):
+        raise ValueError(
+            f"`{name}` must have shape (num_key_value_heads, rank, head_dim) = "
+            f"({kv_heads}, rank, {head_dim}). Received: shape {shape}"
+        )
+
+
+def check_features(feature_map: Any, key: Any) -> None:
+    """Shapes of what a `FeatureMap` holds; all but the projection may be `None`."""
     kv_heads, head_dim = key.shape[2:]
+    geometry, projection, query_geometry, log_weight, query_shift, key_shift = feature_map
+    check_geometry("geometry", geometry, kv_heads, head_dim)
+    check_geometry("query_geometry", query_geometry, kv_heads, head_dim)
     rank = head_dim if geometry is None else geometry.shape[1]
+    if query_geometry is not None and query_geometry.shape[1] != rank:
+        raise ValueError(
+            f"`query_geometry` must have the rank of `geometry`, {rank}. "
+            f"Received: {_show(query_geometry)}"
+        )
     shape = tuple(projection.shape)
     if len(shape) not in (2, 3) or shape[-1] != rank or (len(shape) == 3 and shape[0] != kv_heads):
         raise ValueError(
@@ -95,12 +103,65 @@ def check_features(geometry: Any, projection: Any, log_weight: Any, key: Any) ->
             "`log_weight` must have shape (num_key_value_heads, num_features) = "
             f"({kv_heads}, {shape[-2]}). Received: shape {tuple(log_weight.shape)}"
         )
+    for name, shift in (("query_shift", query_shift), ("key_shift", key_shift)):
+        if shift is not None and tuple(shift.shape) != (kv_heads, head_dim):
+            raise ValueError(
+                f"`{name}` must have shape (num_key_value_heads, head_dim) = "
+                f"({kv_heads}, {head_dim}). Received: shape {tuple(shift.shape)}"
+            )
 
 
-def check_state(state: Any, key: Any, value: Any, num_features: int) -> None:
+def check_direct_features(query_kernel: Any, key_kernel: Any, key_bias: Any, key: Any) -> None:
+    """Shapes of kernels that are not made of geometry and projection."""
+    kv_heads, head_dim = key.shape[2:]
+    num_features = key_kernel.shape[-1]
+    for name, x, shape in (
+        ("key_kernel", key_kernel, (kv_heads, head_dim, num_features)),
+        ("query_kernel", query_kernel, (kv_heads, head_dim, num_features)),
+        ("key_bias", key_bias, (kv_heads, num_features)),
+    ):
+        if tuple(x.shape) != shape:
+            axes = "(num_key_value_heads, head_dim, num_features)"
+            if name == "key_bias":
+                axes = "(num_key_value_heads, num_features)"
+            raise ValueError(f"`{name}` must have shape {axes} = {shape}. Received: {_show(x)}")
+
+
+def check_window(
+    sliding_window: Any, window_only: bool, far_offset: Any, query: Any, causal: bool
+) -> None:
+    """What goes with a sliding window, and what needs one."""
+    if sliding_window is None:
+        if window_only or far_offset is not None:
+            raise ValueError("`window_only` and `far_offset` need a `sliding_window`.")
+        return
+    positive_integer("sliding_window", sliding_window)
+    if not causal:
+        raise ValueError(
+            "`sliding_window` needs `causal=True`: it holds the last tokens before a query."
+        )
+    if far_offset is not None and tuple(far_offset.shape) != (query.shape[2],):
+        raise ValueError(
+            f"`far_offset` must have shape (num_query_heads,) = ({query.shape[2]},). "
+            f"Received: shape {tuple(far_offset.shape)}"
+        )
+
+
+def check_state(state: Any, key: Any, value: Any, num_features: int, window: Any = None) -> None:
     """Shapes of a recurrent state that these keys and values go on from."""
-    heads = (key.shape[0], key.shape[2])
-    expected = ((*heads, num_features, value.shape[3]), (*heads, num_features), heads)
+    batch, kv_heads = heads = (key.shape[0], key.shape[2])
+    expected: tuple[tuple[Any, ...], ...] = (
+        (*heads, num_features, value.shape[3]),
+        (*heads, num_features),
+        heads,
+    )
+    if window is not None:
+        kept = (
+            (batch, window.size, kv_heads, key.shape[3]),
+            (batch, window.size, kv_heads, value.shape[3]),
+            (batch, window.size),
+        )
+        expected = kept if window.only else (*expected, *kept)
     received = tuple(tuple(x.shape) for x in state)
     if len(received) != len(expected) or any(
         len(a) != len(b) or any(map(_differ, a, b)) for a, b in zip(received, expected, strict=True)

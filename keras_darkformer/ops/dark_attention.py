@@ -8,15 +8,19 @@ from keras import ops
 
 from keras_darkformer.ops.checks import (
     check_attention,
+    check_direct_features,
     check_features,
     check_state,
+    check_window,
     positive_integer,
 )
 from keras_darkformer.ops.features import (
+    FeatureMap,
     FeatureProjections,
-    apply_geometry,
+    Window,
+    direct_projections,
     fold_projections,
-    plain_projections,
+    fold_window,
 )
 from keras_darkformer.ops.linear_attention import State, accumulate_state, linear_attention
 
@@ -28,7 +32,13 @@ def dark_attention(
     geometry: Any,
     projection: Any,
     *,
+    query_geometry: Any = None,
     log_weight: Any = None,
+    query_shift: Any = None,
+    key_shift: Any = None,
+    sliding_window: int | None = None,
+    window_only: bool = False,
+    far_offset: Any = None,
     causal: bool = False,
     key_mask: Any = None,
     initial_state: State | None = None,
@@ -53,6 +63,17 @@ def dark_attention(
     generation: a sequence fed in pieces, each with the state the last one
     returned, gives the outputs of the whole.
 
+    What fits the features to data leaves the kernel as it is. Directions may be
+    drawn from another distribution than `N(0, I)`, with the logarithm of the
+    density ratio as `log_weight` (see `proposal_log_weight`). Queries and keys
+    may be centred, exactly: with `b` and `c` their shifts, the kernel is
+    `exp((q^ - b)' Sigma (k^ - c) + b . k^)`, softmax's for `Sigma = I`.
+
+    With `sliding_window`, each query meets its last `sliding_window` keys with
+    softmax's own `exp(q . k / sqrt(h))`, and only those further back through
+    features; both parts share one normaliser, and `far_offset` shifts the
+    logarithm of the far part's weights.
+
     Masked keys count for nothing, whatever they hold. A query that has no key
     to attend to gives zeros, and passes no gradient.
 
@@ -69,8 +90,17 @@ def dark_attention(
             Performer and saves a product per key.
         projection: W, of shape `(k, m, r)`, or `(m, r)` shared by the heads;
             see `draw_projection`.
+        query_geometry: optional, of shape `(k, r, h)`: a geometry of the
+            queries' own; the kernel is then `exp(q^' M_q' M_k k^)`.
         log_weight: optional, of shape `(k, m)`: added to the log-features of
             both queries and keys.
+        query_shift: optional `b`, of shape `(k, h)`, on the scale of `q^`.
+        key_shift: optional `c`, of shape `(k, h)`, on the scale of `k^`.
+        sliding_window: optional int W. Query t meets keys t - W + 1 to t
+            exactly; needs `causal=True`.
+        window_only: bool. With `sliding_window`: leave the far part out, to
+            measure the window alone.
+        far_offset: optional, of shape `(n,)`, with `sliding_window`.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         initial_state: optional state returned by an earlier call: the keys
@@ -89,7 +119,9 @@ def dark_attention(
         The output, of shape `(b, t, n, v)` and the inputs' dtype. With
         `return_state`, `(output, state)`: the state is a tuple of float32
         tensors of shapes `(b, k, m, v)`, `(b, k, m)` and `(b, k)`, whatever
-        the length.
+        the length; a sliding window adds its keys `(b, W, k, h)`, values
+        `(b, W, k, v)` and which of them there are, `(b, W)` (with
+        `window_only` these are all).
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
@@ -116,35 +148,36 @@ def dark_attention(
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
         - [Transformers are RNNs](https://arxiv.org/abs/2006.16236), for the state
+        - [LoLCATs](https://arxiv.org/abs/2410.10254), for window and features
+          under one normaliser
     """
-    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    projection = ops.convert_to_tensor(projection)
-    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
-    if key_mask is not None:
-        key_mask = ops.convert_to_tensor(key_mask)
-    check_attention(query, key, value, geometry, causal=causal, key_mask=key_mask)
-    check_features(geometry, projection, log_weight, key)
-    if initial_state is not None:
-        check_state(initial_state, key, value, projection.shape[-2])
-    if chunk_size is not None:
-        chunk_size = positive_integer("chunk_size", chunk_size)
-    dtype = output_dtype(query, key, value)
-    query, key, projections = _project(
-        query, key, geometry, projection, log_weight, unfold=initial_state is not None
+    query, key, value, key_mask = _tensors(query, key, value, key_mask)
+    check_attention(query, key, value, causal=causal, key_mask=key_mask)
+    feature_map = FeatureMap(
+        *_tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
-    output, state = linear_attention(
+    check_features(feature_map, key)
+    check_window(sliding_window, window_only, far_offset, query, causal)
+    sizes = key.shape[2:]
+    window = None
+    if sliding_window is not None:
+        window = fold_window(
+            feature_map, *sizes, query.shape[2], sliding_window, far_offset, only=window_only
+        )
+    factored = initial_state is not None and _few(query, feature_map.projection)
+    return _attend(
         query,
         key,
         value,
-        projections,
+        fold_projections(feature_map, *sizes, factored=factored),
+        window=window,
         causal=causal,
         key_mask=key_mask,
-        state=initial_state,
+        initial_state=initial_state,
+        return_state=return_state,
         chunk_size=chunk_size,
         remat=remat,
     )
-    output = ops.cast(output, dtype)
-    return (output, state) if return_state else output
 
 
 def dark_attention_state(
@@ -153,7 +186,12 @@ def dark_attention_state(
     geometry: Any,
     projection: Any,
     *,
+    query_geometry: Any = None,
     log_weight: Any = None,
+    query_shift: Any = None,
+    key_shift: Any = None,
+    sliding_window: int | None = None,
+    window_only: bool = False,
     key_mask: Any = None,
     initial_state: State | None = None,
 ) -> State:
@@ -164,7 +202,121 @@ def dark_attention_state(
         value: float tensor of shape `(b, s, k, v)`.
         geometry: M, of shape `(k, r, h)`, or `None` for the identity.
         projection: W, of shape `(k, m, r)` or `(m, r)`.
-        log_weight: optional, of shape `(k, m)`.
+        key_mask: optional bool tensor of shape `(b, s)`, true = enters the
+            state. With a sliding window, masked keys behind all others leave
+            no trace; before others they take a place in the window.
+        initial_state: optional state of the keys before these.
+        query_geometry, log_weight, query_shift, key_shift, sliding_window,
+            window_only: as for `dark_attention`.
+
+    Returns:
+        The state, as described at `dark_attention`.
+
+    Raises:
+        ValueError: if shapes do not fit; the message names the argument.
+    """
+    key, value, key_mask = _tensors(key, value, key_mask)
+    check_attention(None, key, value, causal=False, key_mask=key_mask)
+    feature_map = FeatureMap(
+        *_tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
+    )
+    check_features(feature_map, key)
+    check_window(sliding_window, window_only, None, None, True)
+    sizes = key.shape[2:]
+    window = None
+    if sliding_window is not None:
+        window = fold_window(feature_map, *sizes, sizes[0], sliding_window, None, only=window_only)
+    factored = initial_state is not None and _few(key, feature_map.projection)
+    projections = fold_projections(feature_map, *sizes, factored=factored)
+    return _accumulate(key, value, projections, window, key_mask, initial_state)
+
+
+def feature_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    query_kernel: Any,
+    key_kernel: Any,
+    key_bias: Any,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+    remat: bool | None = None,
+) -> Any:
+    """Attention with exponential features of any kernel, in linear time.
+
+        phi_q[j](q) = exp(q . A_q[:, j])
+        phi_k[j](k) = exp(k . A_k[:, j] + a_j)
+        output_t = sum_s phi_q(q_t) . phi_k(k_s) v_s / sum_s phi_q(q_t) . phi_k(k_s)
+
+    The form of features that are fitted or learned rather than drawn:
+    `DarkFeatureMap.calibrate(method="clusters")` makes such, and with
+    `A_k = A_q = [W', -W']` they are Hedgehog's.
+
+    Args:
+        query: float tensor of shape `(b, t, n, h)`.
+        key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
+        value: float tensor of shape `(b, s, k, v)`.
+        query_kernel: `A_q`, of shape `(k, h, m)`.
+        key_kernel: `A_k`, of shape `(k, h, m)`.
+        key_bias: `a`, of shape `(k, m)`.
+        causal, key_mask, initial_state, return_state, chunk_size, remat: as
+            for `dark_attention`.
+
+    Returns:
+        As `dark_attention`.
+
+    Raises:
+        ValueError: if shapes do not fit; the message names the argument.
+
+    Example:
+
+    >>> q, k, v = (np.random.normal(size=(1, 100, 2, 8)) for _ in range(3))
+    >>> kernel = np.random.normal(size=(2, 8, 16))
+    >>> feature_attention(q, k, v, kernel, kernel, np.zeros((2, 16)), causal=True).shape
+    (1, 100, 2, 8)
+
+    References:
+        - [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347)
+    """
+    query, key, value, key_mask = _tensors(query, key, value, key_mask)
+    check_attention(query, key, value, causal=causal, key_mask=key_mask)
+    kernels = _tensors(query_kernel, key_kernel, key_bias)
+    check_direct_features(*kernels, key)
+    return _attend(
+        query,
+        key,
+        value,
+        direct_projections(*kernels),
+        window=None,
+        causal=causal,
+        key_mask=key_mask,
+        initial_state=initial_state,
+        return_state=return_state,
+        chunk_size=chunk_size,
+        remat=remat,
+    )
+
+
+def feature_attention_state(
+    key: Any,
+    value: Any,
+    key_kernel: Any,
+    key_bias: Any,
+    *,
+    key_mask: Any = None,
+    initial_state: State | None = None,
+) -> State:
+    """The state `feature_attention` would return, without the cost of its output.
+
+    Args:
+        key: float tensor of shape `(b, s, k, h)`.
+        value: float tensor of shape `(b, s, k, v)`.
+        key_kernel: `A_k`, of shape `(k, h, m)`.
+        key_bias: `a`, of shape `(k, m)`.
         key_mask: optional bool tensor of shape `(b, s)`, true = enters the state.
         initial_state: optional state of the keys before these.
 
@@ -174,38 +326,70 @@ def dark_attention_state(
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
     """
-    key, value = ops.convert_to_tensor(key), ops.convert_to_tensor(value)
-    projection = ops.convert_to_tensor(projection)
-    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
-    if key_mask is not None:
-        key_mask = ops.convert_to_tensor(key_mask)
-    check_attention(None, key, value, geometry, causal=False, key_mask=key_mask)
-    check_features(geometry, projection, log_weight, key)
+    key, value, key_mask = _tensors(key, value, key_mask)
+    check_attention(None, key, value, causal=False, key_mask=key_mask)
+    kernels = _tensors(key_kernel, key_kernel, key_bias)
+    check_direct_features(*kernels, key)
+    return _accumulate(key, value, direct_projections(*kernels), None, key_mask, initial_state)
+
+
+def _attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    projections: FeatureProjections,
+    *,
+    window: Window | None,
+    causal: bool,
+    key_mask: Any,
+    initial_state: State | None,
+    return_state: bool,
+    chunk_size: int | None,
+    remat: bool | None,
+) -> Any:
     if initial_state is not None:
-        check_state(initial_state, key, value, projection.shape[-2])
-    _, key, projections = _project(
-        None, key, geometry, projection, log_weight, unfold=initial_state is not None
+        check_state(initial_state, key, value, projections.num_features, window)
+    if chunk_size is not None:
+        chunk_size = positive_integer("chunk_size", chunk_size)
+    output, state = linear_attention(
+        query,
+        key,
+        value,
+        projections,
+        causal=causal,
+        key_mask=key_mask,
+        state=initial_state,
+        chunk_size=chunk_size,
+        remat=remat,
+        window=window,
     )
-    return accumulate_state(key, value, projections, key_mask=key_mask, state=initial_state)
+    output = ops.cast(output, output_dtype(query, key, value))
+    return (output, state) if return_state else output
 
 
-def _project(
-    query: Any, key: Any, geometry: Any, projection: Any, log_weight: Any, *, unfold: bool
-) -> tuple[Any, Any, FeatureProjections]:
-    """Queries and keys, and what makes log-features of them.
+def _accumulate(
+    key: Any,
+    value: Any,
+    projections: FeatureProjections,
+    window: Window | None,
+    key_mask: Any,
+    initial_state: State | None,
+) -> State:
+    if initial_state is not None:
+        check_state(initial_state, key, value, projections.num_features, window)
+    return accumulate_state(
+        key, value, projections, key_mask=key_mask, state=initial_state, window=window
+    )
 
-    In generation, with so few queries that folding M and W would cost more
-    than all the rest, they are applied one after the other.
-    """
-    num_heads, head_dim = key.shape[2:]
-    if geometry is not None:
-        queries = key if query is None else query
-        sizes = (queries.shape[0], queries.shape[1], queries.shape[2] // num_heads)
-        if not unfold or None in sizes or math.prod(sizes) >= projection.shape[-2]:
-            return query, key, fold_projections(geometry, projection, log_weight)
-        query = None if query is None else apply_geometry(query, geometry)
-        key = apply_geometry(key, geometry)
-    return query, key, plain_projections(projection, num_heads, head_dim, log_weight)
+
+def _tensors(*arrays: Any) -> tuple[Any, ...]:
+    return tuple(None if x is None else ops.convert_to_tensor(x) for x in arrays)
+
+
+def _few(inputs: Any, projection: Any) -> bool:
+    """Whether folding M and W would cost more than applying both to these tokens."""
+    sizes = inputs.shape[:3]
+    return None not in sizes and math.prod(sizes) < projection.shape[-2]
 
 
 def output_dtype(*tensors: Any) -> str:

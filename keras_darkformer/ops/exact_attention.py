@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_darkformer.ops.checks import check_attention
+from keras_darkformer.ops.checks import check_attention, check_geometry
 from keras_darkformer.ops.dark_attention import output_dtype
 from keras_darkformer.ops.features import apply_geometry
 
@@ -13,7 +13,7 @@ def exact_dark_attention(
     query: Any,
     key: Any,
     value: Any,
-    geometry: Any,
+    geometry: Any = None,
     *,
     causal: bool = False,
     key_mask: Any = None,
@@ -29,7 +29,7 @@ def exact_dark_attention(
         query: float tensor of shape `(b, t, n, h)`.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s, k, v)`.
-        geometry: M, of shape `(k, r, h)`.
+        geometry: M, of shape `(k, r, h)`; `None` for the identity.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         attention_mask: optional bool tensor of rank 4, true = attend, that
@@ -52,10 +52,11 @@ def exact_dark_attention(
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    geometry = ops.convert_to_tensor(geometry)
+    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
     if key_mask is not None:
         key_mask = ops.convert_to_tensor(key_mask)
-    check_attention(query, key, value, geometry, causal=causal, key_mask=key_mask)
+    check_attention(query, key, value, causal=causal, key_mask=key_mask)
+    check_geometry("geometry", geometry, *key.shape[2:])
     dtype = output_dtype(query, key, value)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     visible = _visible(key, causal, key_mask, attention_mask)
@@ -64,11 +65,13 @@ def exact_dark_attention(
         key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
     if key.shape[2] == 1 and query.shape[2] > 1:  # TensorFlow's does not broadcast one head
         key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
-        geometry = ops.repeat(geometry, query.shape[2], axis=0)
-    query = ops.cast(apply_geometry(query, geometry), dtype)
-    key = ops.cast(apply_geometry(key, geometry), dtype)
+        if geometry is not None:
+            geometry = ops.repeat(geometry, query.shape[2], axis=0)
+    if geometry is not None:
+        query, key = apply_geometry(query, geometry), apply_geometry(key, geometry)
+    query, key = ops.cast(query, dtype), ops.cast(key, dtype)
     # The backends' fused kernels want one size for all three.
-    width = max(geometry.shape[1], value_dim)
+    width = max(query.shape[-1], value_dim)
     query, key, value = (_widen(x, width) for x in (query, key, ops.cast(value, dtype)))
     scale = head_dim**-0.5
     if visible is None:
@@ -85,7 +88,7 @@ def exact_dark_attention(
 def exact_dark_attention_scores(
     query: Any,
     key: Any,
-    geometry: Any,
+    geometry: Any = None,
     *,
     causal: bool = False,
     key_mask: Any = None,
@@ -96,7 +99,7 @@ def exact_dark_attention_scores(
     Args:
         query: float tensor of shape `(b, t, n, h)`.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
-        geometry: M, of shape `(k, r, h)`.
+        geometry: M, of shape `(k, r, h)`; `None` for the identity.
         causal: bool.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         attention_mask: optional bool tensor of rank 4 that broadcasts to
@@ -110,11 +113,14 @@ def exact_dark_attention_scores(
         ValueError: if shapes do not fit; the message names the argument.
     """
     query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    geometry = ops.convert_to_tensor(geometry)
-    check_attention(query, key, key, geometry, causal=causal, key_mask=key_mask)
+    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
+    check_attention(query, key, key, causal=causal, key_mask=key_mask)
+    check_geometry("geometry", geometry, *key.shape[2:])
     head_dim, groups = query.shape[-1], query.shape[2] // key.shape[2]
-    projected_key = ops.repeat(apply_geometry(key, geometry), groups, axis=2)
-    logits = ops.einsum("btnr,bsnr->bnts", apply_geometry(query, geometry), projected_key)
+    if geometry is not None:
+        query, key = apply_geometry(query, geometry), apply_geometry(key, geometry)
+    query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    logits = ops.einsum("btnr,bsnr->bnts", query, ops.repeat(key, groups, axis=2))
     logits = logits * head_dim**-0.5
     visible = _visible(key, causal, key_mask, attention_mask)
     if visible is None and causal:

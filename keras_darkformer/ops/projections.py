@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_darkformer.ops.checks import one_of, positive_integer
 
-PROJECTIONS = ("orthogonal", "gaussian")
+PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
 
 
 def draw_projection(
@@ -23,6 +23,8 @@ def draw_projection(
     makes them orthogonal within blocks of `dim` rows, each row keeping the
     length of an independent Gaussian vector; features from it have a variance
     no larger than independent ones (Choromanski et al., 2021, theorem 2).
+    `"antithetic"` draws half of the rows orthogonal and adds their negatives:
+    what the one overestimates the other tends to underestimate.
 
     NumPy draws them, whatever the Keras backend, so one seed gives one
     projection everywhere.
@@ -30,7 +32,7 @@ def draw_projection(
     Args:
         num_features: int. The number of features m.
         dim: int. The dimension r of the vectors that are projected.
-        kind: `"orthogonal"` or `"gaussian"`.
+        kind: `"orthogonal"`, `"gaussian"` or `"antithetic"`.
         seed: int, sequence of ints, `numpy.random.Generator` (which is
             advanced) or `None` for a fresh draw.
 
@@ -51,12 +53,57 @@ def draw_projection(
     num_features, dim = positive_integer("num_features", num_features), positive_integer("dim", dim)
     one_of("kind", kind, PROJECTIONS)
     rng = np.random.default_rng(seed)
+    if kind == "antithetic":
+        half = draw_projection(-(-num_features // 2), dim, seed=rng)
+        return np.concatenate([half, -half])[:num_features]
     if kind == "gaussian":
         return rng.standard_normal((num_features, dim)).astype("float32")
     num_blocks = -(-num_features // dim)
     directions = np.concatenate([_random_rotation(rng, dim) for _ in range(num_blocks)])
     lengths = np.linalg.norm(rng.standard_normal((num_features, dim)), axis=1, keepdims=True)
     return (lengths * directions[:num_features]).astype("float32")
+
+
+def proposal_log_weight(projection: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """What keeps features unbiased whose directions are not drawn from `N(0, I)`.
+
+    With `w = S e`, `e ~ N(0, I)` and `S = diag(scale)`, the logarithm of the
+    density ratio of `N(0, I)` to `N(0, S S')`, one half for the query's
+    log-feature and one for the key's:
+
+        l(w) = (log|det S| + (|e|^2 - |w|^2) / 2) / 2
+
+    The paper's theorem 3.2 gives the `S` of least variance for normal data;
+    `DarkFeatureMap.calibrate` chooses among several.
+
+    Args:
+        projection: W, rows w, of shape `(..., m, r)`.
+        scale: the diagonal of S, positive, of shape `(..., r)`.
+
+    Returns:
+        A float32 array of shape `(..., m)`: the `log_weight` of
+        `dark_attention`.
+
+    Raises:
+        ValueError: if a scale is not positive and finite.
+
+    Example:
+
+    >>> scale = np.full(8, 1.2)
+    >>> projection = scale * draw_projection(64, 8, seed=0)
+    >>> proposal_log_weight(projection, scale).shape
+    (64,)
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+    """
+    projection, scale = np.asarray(projection, "float64"), np.asarray(scale, "float64")
+    if not np.all(scale > 0) or not np.all(np.isfinite(scale)):
+        raise ValueError(f"`scale` must be positive and finite. Received: {scale}")
+    scale = scale[..., None, :]
+    squares = projection**2 * (1 / scale**2 - 1)
+    log_weight = 0.5 * np.log(scale).sum(axis=-1) + 0.25 * squares.sum(axis=-1)
+    return log_weight.astype("float32")
 
 
 def _random_rotation(rng: np.random.Generator, dim: int) -> np.ndarray:

@@ -110,12 +110,21 @@ def weight_names(weights):
     return [weight.path.partition("/")[2] or weight.path for weight in weights]
 
 
-def assert_config_is_complete(layer_class, arguments):
-    """Every constructor argument, given here away from its default, survives `from_config`."""
+def assert_config_is_complete(layer_class, arguments, instead=None):
+    """Every constructor argument, given here away from its default, survives `from_config`.
+
+    `instead` holds arguments for a second layer: some exclude each other.
+    """
     parameters = list(inspect.signature(layer_class).parameters.values())[:-1]  # but **kwargs
     assert [p.name for p in parameters] == list(arguments)
-    assert not [p.name for p in parameters if arguments[p.name] == p.default]
+    same = [p.name for p in parameters if arguments[p.name] == p.default]
+    assert same == [name for name in same if (instead or {}).get(name) is not None]
+    assert_config_restores(layer_class, arguments)
+    if instead is not None:
+        assert_config_restores(layer_class, arguments | instead)
 
+
+def assert_config_restores(layer_class, arguments):
     layer = layer_class(**arguments, name="mine", dtype="mixed_bfloat16", trainable=False)
     config = layer.get_config()
     for name, value in arguments.items():

@@ -342,6 +342,11 @@ def test_config_holds_every_argument():
         "train_geometry": False,
         "train_projection": True,
         "geometry_scale": 0.5,
+        "tie_geometry": False,
+        "rope_geometry": "after",
+        "feature_form": "centered",
+        "sliding_window": 7,
+        "window_only": True,
         "kernel_initializer": keras.initializers.RandomNormal(stddev=0.1, seed=1),
         "bias_initializer": keras.initializers.Constant(0.5),
         "kernel_regularizer": keras.regularizers.L1(0.1),
@@ -350,4 +355,5 @@ def test_config_holds_every_argument():
         "kernel_constraint": keras.constraints.MaxNorm(2.0),
         "bias_constraint": keras.constraints.NonNeg(),
     }
-    assert_config_is_complete(DarkAttention, arguments)
+    instead = {"rank": 6, "tie_geometry": True, "rope_geometry": "planes"}
+    assert_config_is_complete(DarkAttention, arguments, instead)

@@ -169,9 +169,16 @@ def test_config_holds_every_argument():
         "train_geometry": False,
         "train_projection": True,
         "geometry_scale": 0.5,
+        "tie_geometry": False,
+        "rope_geometry": "after",
+        "form": "centered",
+        "sliding_window": 7,
+        "window_only": True,
+        "num_query_heads": 6,
         "seed": 11,
     }
-    assert_config_is_complete(DarkFeatureMap, arguments)
+    instead = {"rank": 4, "tie_geometry": True, "rope_geometry": "planes"}
+    assert_config_is_complete(DarkFeatureMap, arguments, instead)
 
 
 def test_config_holds_the_seed_that_was_drawn():

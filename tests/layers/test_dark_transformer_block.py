@@ -277,8 +277,14 @@ def test_config_holds_every_argument():
         "train_geometry": False,
         "train_projection": True,
         "geometry_scale": 0.5,
+        "tie_geometry": False,
+        "rope_geometry": "after",
+        "feature_form": "centered",
+        "sliding_window": 7,
+        "window_only": True,
     }
-    assert_config_is_complete(DarkTransformerBlock, arguments)
+    instead = {"rank": 6, "tie_geometry": True, "rope_geometry": "planes"}
+    assert_config_is_complete(DarkTransformerBlock, arguments, instead)
 
 
 def test_a_width_that_heads_do_not_divide_needs_a_head_dim():

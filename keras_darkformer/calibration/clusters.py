@@ -1,0 +1,148 @@
+"""Features from a k-means of the queries: attention as a mixture of typical maps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_darkformer.calibration.geometries import spectrum
+from keras_darkformer.calibration.projections import Projections
+from keras_darkformer.calibration.sequences import Attended, exact_weights, samples, softmax
+
+RIDGE = 1e-9  # relative to the mean eigenvalue: keeps solves defined, too small to be felt
+
+
+def clusters(
+    query: np.ndarray,
+    key: np.ndarray,
+    num_features: int,
+    tau: float = 0.3,
+    *,
+    query_mask: np.ndarray | None = None,
+    key_mask: np.ndarray | None = None,
+    causal: bool = False,
+    rounds: int = 20,
+    ridge: float = 0.3,
+    max_queries: int = 10_000,
+    seed: int = 0,
+) -> Projections:
+    """Features whose queries' side gates between typical attention maps.
+
+    k-means of the queries gives m typical queries `w_j`. The key feature j is the attention map of
+    `w_j`, and the query feature says how much of that map a query wants: attention becomes a
+    mixture of m maps. With `x = q^ - b`, `y = k^ - c`, the metric of the k-means is the covariance
+    of y as attention weighs it, so distances are differences of logits.
+
+    Args:
+        tau: float. How sharply queries are told apart; 1 is the posterior of normal clusters.
+        causal: bool. Attention maps and metric over the keys up to each query.
+        rounds: int. Rounds of k-means.
+        ridge: float. How strongly the `w_j` are held at the mean query of their cluster.
+        max_queries: int. Queries used.
+        seed: int. Everything random: which queries are used and where k-means starts.
+    """
+    parts = samples(query, key, query_mask, key_mask, causal, max_queries, seed)
+    hat = key.shape[-1] ** -0.25
+    b = hat * np.concatenate([part.query for part in parts]).mean(axis=0)
+    y = hat * np.concatenate([part.key for part in parts])
+    c = y.mean(axis=0)
+    x = hat * np.concatenate([part.query for part in parts]) - b
+    y = y - c
+
+    values, vectors = spectrum(_logit_metric(parts))
+    labels, counts = kmeans(x @ (vectors * np.sqrt(values)), num_features, rounds, seed)
+    means = _cluster_means(x, labels, num_features)
+    centres, counts = _split_empty(means, counts)
+
+    within = _second_moment(x - means[labels])
+    spread = within + 0.03 * _second_moment(x)
+    u = tau * np.linalg.solve(_loaded(spread, 0.01 * np.trace(within) / len(b)), centres.T).T
+    prior = -0.5 * np.sum(u * centres, axis=1) + np.log(counts / len(x))
+    w = centres + _correction(softmax(x @ u.T + prior), x, centres, ridge)
+
+    logits = y @ (w + b).T
+    peak = logits.max(axis=0)
+    bias = prior - peak - np.log(np.mean(np.exp(logits - peak), axis=0))
+    bias = bias - u @ b - (w + b) @ c  # shifts, as constants per feature
+    return Projections(hat * u.T, hat * (w + b).T, bias)
+
+
+def _logit_metric(parts: Sequence[Attended]) -> np.ndarray:
+    """Covariance of `k^`: half that within a query's softmax, half that within a sequence."""
+    head_dim = parts[0].key.shape[-1]
+    attended, plain = np.zeros((2, head_dim, head_dim))
+    num_queries = sum(len(part.query) for part in parts)
+    num_keys = sum(len(part.key) for part in parts)
+    for part in parts:
+        centred = part.key - part.key.mean(axis=0)
+        weights = exact_weights(part)
+        outputs = weights @ centred
+        attended += (centred * weights.sum(axis=0)[:, None]).T @ centred - outputs.T @ outputs
+        plain += centred.T @ centred
+    return 0.5 * (attended / num_queries + plain / num_keys) / np.sqrt(head_dim)
+
+
+def kmeans(
+    points: np.ndarray, num_clusters: int, rounds: int = 20, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lloyd's algorithm. Empty clusters restart at the points furthest from their centres.
+
+    Returns:
+        `(labels (n,), counts (num_clusters,))`; counts are 0 where distinct points are too few.
+    """
+    rng = np.random.default_rng(seed)
+    centres = points[rng.choice(len(points), num_clusters, replace=num_clusters > len(points))]
+    squares = np.sum(points**2, axis=1)
+    for _ in range(max(rounds, 1)):
+        distances = np.sum(centres**2, axis=1) - 2 * points @ centres.T
+        labels = np.argmin(distances, axis=1)
+        counts = np.bincount(labels, minlength=num_clusters)
+        centres = _cluster_means(points, labels, num_clusters)
+        empty = np.flatnonzero(counts == 0)
+        if len(empty):
+            error = squares + distances[np.arange(len(points)), labels]
+            furthest = np.argsort(-error, kind="stable")[: len(empty)]
+            centres[empty[: len(furthest)]] = points[furthest]
+    return labels, counts
+
+
+def _cluster_means(points: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Means of the points with each label, zero where there are none."""
+    means = np.zeros((num_clusters, points.shape[1]))
+    order = np.argsort(labels, kind="stable")
+    present, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    means[present] = np.add.reduceat(points[order], starts, axis=0) / counts[:, None]
+    return means
+
+
+def _split_empty(centres: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns empty clusters into copies of the largest, which share its points: the same sum."""
+    centres, counts = centres.copy(), counts.astype("float64")
+    full = np.flatnonzero(counts > 0)
+    copies = np.ones(len(full), int)
+    for index in np.flatnonzero(counts == 0):
+        largest = np.argmax(counts[full] / copies)
+        centres[index] = centres[full[largest]]
+        counts[index] = -1 - largest  # whose copy it is, until all copies are known
+        copies[largest] += 1
+    is_copy = counts < 0
+    source = np.where(is_copy, -1 - counts, 0).astype(int)
+    shared = counts[full] / copies
+    counts[full] = shared
+    return centres, np.where(is_copy, shared[source], counts)
+
+
+def _correction(gate: np.ndarray, x: np.ndarray, centres: np.ndarray, ridge: float) -> np.ndarray:
+    """Moves `w` so that the gates' mean of `w` is the query itself, to first order its logits."""
+    n, m = gate.shape
+    gram = gate.T @ gate + ridge * n / m * np.eye(m)
+    return np.linalg.solve(gram, gate.T @ (x - gate @ centres))
+
+
+def _second_moment(x: np.ndarray) -> np.ndarray:
+    return x.T @ x / len(x)
+
+
+def _loaded(matrix: np.ndarray, ridge: float) -> np.ndarray:
+    """Adds a ridge, and as much more as keeps the matrix invertible whatever the data."""
+    ridge = ridge + RIDGE * np.trace(matrix) / len(matrix) + np.finfo("float64").tiny ** 0.5
+    return matrix + ridge * np.eye(len(matrix))

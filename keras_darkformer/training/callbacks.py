@@ -1,0 +1,160 @@
+"""Keras callbacks for models with dark attention."""
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.training.data import dark_layers
+
+
+class RedrawProjections(keras.callbacks.Callback):
+    """Draws the projections of all dark layers anew as training goes on.
+
+    Fixed draws let the model learn around their errors: its features become
+    learned features. New draws keep it honest to the kernel.
+
+    Args:
+        every: int. Training steps between draws.
+        seed: int. Of the draws.
+        model: the model with dark layers, where `fit` is called on another
+            that holds it; `None` for the one that is fitted.
+
+    Example:
+
+        model.fit(data, callbacks=[RedrawProjections(every=100)])
+
+    References:
+        - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794), section 4.2
+    """
+
+    def __init__(self, every: int, *, seed: int = 0, model: Any = None) -> None:
+        super().__init__()
+        self.every = positive_integer("every", every)
+        self.seed = seed
+        self.steps = 0
+        self.holder = model
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Draws after every `every`-th step."""
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        if hasattr(self.model, "jax_state_sync"):  # else JAX trains on from its own copy
+            self.model.jax_state_sync()
+        layers = dark_layers(self.model if self.holder is None else self.holder)
+        for index, layer in enumerate(layers.values()):
+            sequence = np.random.SeedSequence([self.seed, self.steps, index])
+            layer.feature_map.redraw(int(sequence.generate_state(1)[0]))
+
+
+class LossSpikeCounter(keras.callbacks.Callback):
+    """Counts steps whose loss jumps: above the median of the last ten by a margin, or not finite.
+
+    `logs` of later callbacks and the history of `fit` gain `"loss_spikes"`, the
+    count so far.
+
+    Args:
+        margin: float. In nats.
+        window: int. Steps the median is taken over.
+
+    Attributes:
+        spikes: numbers of the steps, from 0.
+    """
+
+    def __init__(self, margin: float = 0.3, window: int = 10) -> None:
+        super().__init__()
+        self.margin = margin
+        self.recent: deque[float] = deque(maxlen=positive_integer("window", window))
+        self.spikes: list[int] = []
+        self._step = 0
+        self._sum = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Keras reports the mean since here."""
+        self._sum, self._count = 0.0, 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Takes the step's own loss from the running mean."""
+        mean = float((logs or {})["loss"])
+        self._count += 1
+        loss = mean * self._count - self._sum
+        if math.isfinite(loss):
+            self._sum += loss
+        full = len(self.recent) == self.recent.maxlen
+        spike = not math.isfinite(loss)
+        if full and not spike:
+            spike = loss > statistics.median(self.recent) + self.margin
+        if spike:
+            self.spikes.append(self._step)
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        self._step += 1
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Writes the count into the history."""
+        if logs is not None:
+            logs["loss_spikes"] = len(self.spikes)
+
+
+class ApproximationLogger(keras.callbacks.Callback):
+    """Writes how far dark layers are from exact softmax to TensorBoard, epoch by epoch.
+
+    Scalars `approximation/relative_error/<layer>` and `approximation/kl/<layer>`,
+    means over the heads; also into the history of `fit`, as
+    `"approximation_error"` and `"approximation_kl"`, means over the layers.
+    Needs TensorFlow's summaries, whatever the backend.
+
+    Args:
+        data: held-out data, as for `approximation_report`.
+        log_dir: directory TensorBoard reads; `None` writes the history only.
+        every: int. Epochs between looks.
+        **options: for `approximation_report`.
+
+    Example:
+
+        model.fit(data, epochs=5, callbacks=[ApproximationLogger(held_out, "logs")])
+    """
+
+    def __init__(self, data: Any, log_dir: Any = None, *, every: int = 1, **options: Any) -> None:
+        super().__init__()
+        self.data = data
+        self.every = positive_integer("every", every)
+        self.options = options
+        self._writer = None
+        if log_dir is not None:
+            try:
+                import tensorflow as tf
+            except ImportError as error:
+                raise ImportError(
+                    "`ApproximationLogger` writes TensorBoard summaries with TensorFlow: "
+                    "pip install tensorflow, or pass `log_dir=None`."
+                ) from error
+            self._summary = tf.summary
+            self._writer = tf.summary.create_file_writer(str(log_dir))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Looks, and writes."""
+        from keras_darkformer.training.report import approximation_report
+
+        if (epoch + 1) % self.every:
+            return
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        report = approximation_report(self.model, self.data, **self.options)
+        means = report.summary()
+        if logs is not None:
+            logs["approximation_error"] = means["relative_error"]["dark"]
+            logs["approximation_kl"] = means["kl"]["dark"]
+        if self._writer is None:
+            return
+        with self._writer.as_default(step=epoch):
+            for layer in report["layers"]:
+                for key in ("relative_error", "kl"):
+                    value = float(np.mean([head[key]["dark"] for head in layer["heads"]]))
+                    self._summary.scalar(f"approximation/{key}/{layer['name']}", value)
+        self._writer.flush()

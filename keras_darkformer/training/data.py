@@ -1,0 +1,143 @@
+"""Models and data as the routines of this package take them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_darkformer.layers import DarkAttention
+
+
+def dark_layers(model: Any) -> dict[str, Any]:
+    """The dark attention layers of a model in the order they run, by their names.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    backbone = getattr(model, "backbone", model)
+    if hasattr(backbone, "dark_layers"):
+        indices = backbone.dark_options.layer_indices
+        return {f"layer_{i}": x for i, x in zip(indices, backbone.dark_layers, strict=True)}
+    found = [layer for layer in model._flatten_layers() if isinstance(layer, DarkAttention)]
+    if not found:
+        raise ValueError(
+            "`model` must have dark attention layers: a model made by `convert_to_dark`, or one "
+            f"with `DarkAttention` in it. Received: {type(model).__name__}, which has none."
+        )
+    names = [layer.path if layer.path else layer.name for layer in found]
+    return dict(zip(names, found, strict=True))
+
+
+def run(model: Any, inputs: Any) -> Any:
+    """Runs the layers of a model, of a causal LM without its logits."""
+    return getattr(model, "backbone", model)(inputs, training=False)
+
+
+def batches(model: Any, data: Any, batch_size: int = 8) -> Iterator[Any]:
+    """Inputs for `model`, batch by batch, from what `fit` takes.
+
+    Args:
+        model: a Keras model, or a KerasHub task with a preprocessor for text.
+        data: a list or array of strings, arrays or dicts of arrays (cut into
+            batches), or an iterable of batches such as a `tf.data.Dataset`, a
+            `keras.utils.PyDataset` or a `DataLoader`; of tuples the first
+            element counts.
+        batch_size: rows per batch of data that has none.
+    """
+    count = 0
+    for batch in _raw_batches(data, batch_size):
+        inputs = batch[0] if isinstance(batch, tuple | list) and not _is_text(batch) else batch
+        if _is_text(inputs):
+            inputs = _preprocess(model, inputs)
+        count += 1
+        yield keras.tree.map_structure(_array, inputs)
+    if not count:
+        raise ValueError("`data` has no batches.")
+
+
+def _raw_batches(data: Any, batch_size: int) -> Iterator[Any]:
+    if isinstance(data, str):
+        raise ValueError("`data` must be a list of strings or batches. Received: one string")
+    if isinstance(data, keras.utils.PyDataset):
+        yield from (data[index] for index in range(len(data)))
+        return
+    if isinstance(data, tuple):
+        data = data[0]
+    if _is_text(data) or isinstance(data, Mapping) or hasattr(data, "shape"):
+        rows = {len(leaf) for leaf in keras.tree.flatten(data)} if not _is_text(data) else {0}
+        if len(rows) != 1:
+            raise ValueError(f"Arrays in `data` must have the same number of rows: {sorted(rows)}")
+        total = len(data) if _is_text(data) else rows.pop()
+        for start in range(0, total, batch_size):
+            part = slice(start, start + batch_size)
+            if _is_text(data):
+                yield data[part]
+            else:
+                yield keras.tree.map_structure(lambda x, part=part: x[part], data)
+        return
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            "`data` must be strings, arrays, a dict of arrays or an iterable of batches. "
+            f"Received: {type(data).__name__}"
+        )
+    yield from data
+
+
+def _is_text(data: Any) -> bool:
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        return len(data) > 0 and all(isinstance(x, str) for x in data)
+    kind = getattr(data, "dtype", None)
+    return kind is not None and (
+        str(kind) in ("object", "<dtype: 'string'>", "string")
+        or getattr(kind, "kind", "") in ("U", "S")
+    )
+
+
+def _preprocess(model: Any, text: Any) -> Any:
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is None:
+        raise ValueError(
+            "`data` holds text, which needs a model with a preprocessor. Received: "
+            f"{type(model).__name__} without one"
+        )
+    inputs = preprocessor(list(text) if isinstance(text, Sequence) else text)
+    return inputs[0] if isinstance(inputs, tuple | list) else inputs
+
+
+def _array(x: Any) -> Any:
+    return x if isinstance(x, np.ndarray) else keras.ops.convert_to_numpy(x)
+
+
+def position_offsets(
+    position_offset: int | tuple[int, int] | None, seed: int
+) -> Iterator[int | None]:
+    """An offset for every batch: `None`, or random ones up to and with the bound.
+
+    Raises:
+        ValueError: if the bounds are no integers of 0 or more, in order.
+    """
+    if position_offset is None:
+        while True:
+            yield None
+    low, high = (0, position_offset) if isinstance(position_offset, int) else position_offset
+    rng = np.random.default_rng(seed)
+    while True:
+        yield int(rng.integers(low, high + 1))
+
+
+def check_position_offset(position_offset: Any) -> None:
+    """Raises a ValueError unless it is `None`, an int or a pair of ints, from 0 up."""
+    bounds = (0, position_offset) if isinstance(position_offset, int) else position_offset
+    if bounds is None:
+        return
+    if (
+        not isinstance(bounds, tuple | list)
+        or len(bounds) != 2
+        or not all(isinstance(x, int | np.integer) for x in bounds)
+        or not 0 <= bounds[0] <= bounds[1]
+    ):
+        raise ValueError(
+            "`position_offset` must be `None`, the largest offset or a (smallest, largest) pair "
+            f"of integers, 0 or more. Received: {position_offset!r}"
+        )

@@ -1,0 +1,308 @@
+"""Attention transfer: every layer's features learn that layer's own softmax."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_darkformer.layers.observation import Observation, observed
+from keras_darkformer.ops.checks import one_of, positive_integer
+from keras_darkformer.ops.scores import visible_pairs
+from keras_darkformer.training.callbacks import RedrawProjections
+from keras_darkformer.training.data import (
+    batches,
+    check_position_offset,
+    dark_layers,
+    position_offsets,
+    run,
+)
+
+OBJECTIVES = ("kl", "mse")
+
+
+def transfer_attention(
+    model: Any,
+    data: Any,
+    *,
+    steps: int = 100,
+    objective: str = "kl",
+    learning_rate: float = 3e-3,
+    optimizer: Any = None,
+    redraw: bool = False,
+    position_offset: int | tuple[int, int] | None = None,
+    validation_data: Any = None,
+    validate_every: int = 20,
+    patience: int = 3,
+    batch_size: int = 8,
+    callbacks: Any = None,
+    seed: int = 0,
+    verbose: Any = "auto",
+) -> keras.callbacks.History:
+    """Trains the feature maps of a model, each against the exact softmax of its own layer.
+
+    Teacher-forced: every layer computes exact attention and hands that on, so
+    all layers see what they see in the model before conversion, and all learn
+    in one pass, with nothing but their feature maps trained. The model itself
+    is the teacher: there is no second copy of the weights. Quadratic in the
+    length of the batches, as exact attention is.
+
+    The projections stay as drawn, so part of what is learned makes up for just
+    these draws; `redraw=True` draws anew every step and so learns less, but
+    what holds for any draw.
+
+    Args:
+        model: made by `convert_to_dark`, or with `DarkAttention` layers;
+            `calibrate` it first. Its `compile` settings stay.
+        data: as for `calibrate`; gone through again where it ends before
+            `steps` do.
+        steps: int. Batches.
+        objective: `"kl"`, the divergence from exact attention weights to those
+            of the features, or `"mse"`, the squared error of attention's
+            output relative to the output's square.
+        learning_rate: float. Peak of a cosine schedule.
+        optimizer: a `keras.optimizers.Optimizer` instead of Adam with that
+            schedule and gradients clipped to norm 1.
+        redraw: bool. Draw the projections anew after every step.
+        position_offset: as for `calibrate`.
+        validation_data: held-out data, as `data`. The weights with the lowest
+            loss on it are kept, and training stops after `patience`
+            validations without a lower one.
+        validate_every: int. Steps between validations.
+        patience: int. Validations.
+        batch_size: int. For data without batches.
+        callbacks: Keras callbacks of the fit.
+        seed: int. Of position offsets and redraws.
+        verbose: as for `keras.Model.fit`.
+
+    Returns:
+        The `History` of the fit: per epoch of `validate_every` steps, the mean
+        loss and each layer's.
+
+    Raises:
+        ValueError: if an argument is out of range, the model has no dark layer
+            or none whose feature map is trainable.
+
+    Example:
+
+        calibrate(model, texts)
+        transfer_attention(model, texts, steps=100, validation_data=held_out)
+
+    References:
+        - [LoLCATs](https://arxiv.org/abs/2410.10254), attention transfer
+        - [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347)
+    """
+    steps = positive_integer("steps", steps)
+    validate_every = min(positive_integer("validate_every", validate_every), steps)
+    positive_integer("patience", patience)
+    one_of("objective", objective, OBJECTIVES)
+    check_position_offset(position_offset)
+    transfer = AttentionTransfer(model, objective)
+    if optimizer is None:
+        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+        optimizer = keras.optimizers.Adam(schedule, clipnorm=1.0)
+    transfer.compile(optimizer=optimizer)
+    callbacks = list(callbacks or ())
+    if redraw:
+        callbacks.append(RedrawProjections(every=1, seed=seed, model=model))
+    held_out = None
+    if validation_data is not None:
+        held_out = list(_with_offsets(model, validation_data, batch_size, position_offset, seed))
+        callbacks.append(_KeepBest(patience))
+    epochs = -(-steps // validate_every)
+    examples = _with_offsets(model, data, batch_size, position_offset, seed, repeat=True)
+    return transfer.fit(
+        examples,
+        epochs=epochs,
+        steps_per_epoch=validate_every,
+        validation_data=None if held_out is None else _Batches(held_out),
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+
+
+def _with_offsets(
+    model: Any,
+    data: Any,
+    batch_size: int,
+    position_offset: Any,
+    seed: int,
+    repeat: bool = False,
+) -> Iterator[Any]:
+    """Batches as `AttentionTransfer` takes them, for ever with `repeat`."""
+    offsets = position_offsets(position_offset, seed)
+    while True:
+        for inputs in batches(model, data, batch_size):
+            offset = next(offsets)
+            rows = len(keras.tree.flatten(inputs)[0])
+            offset = np.full(rows, 0 if offset is None else offset, "int32")
+            yield ({"inputs": inputs, "position_offset": offset},)
+        if not repeat:
+            return
+
+
+class _Batches(keras.utils.PyDataset):
+    """Batches kept in memory, gone through as often as asked."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.kept[index]
+
+
+class AttentionTransfer(keras.Model):
+    """A model whose output is the loss of each of its dark attention layers.
+
+    Args:
+        model: the model with dark layers.
+        objective: `"kl"` or `"mse"`.
+    """
+
+    def __init__(self, model: Any, objective: str) -> None:
+        super().__init__(name="attention_transfer")
+        self.model = model
+        self.dark_layers = dark_layers(model)
+        self.objective = objective
+        self.layer_losses = [keras.metrics.Mean(name=name) for name in self.dark_layers]
+        if not self.trainable_variables:
+            raise ValueError(
+                "No feature map of `model` is trainable. Convert it with `train_geometry=True` "
+                "(the default), and set `trainable = True` on feature maps that were frozen."
+            )
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """What is trained: the feature maps, and of these what is trainable."""
+        maps = [layer.feature_map for layer in self.dark_layers.values()]
+        return [v for feature_map in maps for v in feature_map.trainable_variables]
+
+    @property
+    def non_trainable_variables(self) -> list[Any]:
+        """The others."""
+        trained = {id(v) for v in self.trainable_variables}
+        return [v for v in self.variables if id(v) not in trained]
+
+    @property
+    def trainable_weights(self) -> list[Any]:
+        """As `trainable_variables`."""
+        return self.trainable_variables
+
+    @property
+    def non_trainable_weights(self) -> list[Any]:
+        """As `non_trainable_variables`."""
+        return self.non_trainable_variables
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """The losses, of shape `(layers,)`."""
+        losses = []
+
+        def observer(layer: Any, observation: Observation) -> Any:
+            losses.append(transfer_loss(layer.feature_map, observation, self.objective))
+            # Cut off here: what follows has nothing to learn from this layer.
+            return ops.stop_gradient(observation.exact_output())
+
+        offset = inputs["position_offset"][0]
+        with observed(self.dark_layers.values(), observer, offset):
+            run(self.model, inputs["inputs"])
+        return ops.stack(losses)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The layers' sum; each layer's is a metric."""
+        for index, tracker in enumerate(self.layer_losses):
+            tracker.update_state(y_pred[index])
+        return ops.sum(y_pred)
+
+
+def transfer_loss(feature_map: Any, observation: Observation, objective: str) -> Any:
+    """How far a feature map's attention is from exact attention, over all that is visible.
+
+    Args:
+        feature_map: a `DarkFeatureMap`.
+        observation: what went into the layer. Queries, keys and values are
+            constants to the gradient.
+        objective: `"kl"`, the mean over queries and heads, or `"mse"`, relative
+            to the mean square of exact outputs.
+
+    Returns:
+        A float32 scalar.
+    """
+    constant = [
+        ops.stop_gradient(ops.cast(x, "float32"))
+        for x in (observation.unrotated_query, observation.unrotated_key, observation.value)
+    ]
+    query, key, value = constant
+    groups = query.shape[2] // key.shape[2]
+    exact_query, exact_key = observation.rotate_query(query), observation.rotate_key(key)
+    visible = visible_pairs(
+        query,
+        key,
+        causal=observation.causal,
+        key_mask=observation.key_mask,
+        attention_mask=observation.attention_mask,
+    )
+    logits = ops.einsum("btnh,bsnh->bnts", exact_query, ops.repeat(exact_key, groups, axis=2))
+    exact = log_softmax(logits * query.shape[-1] ** -0.5, visible)
+    scores = feature_map.log_scores(
+        observation.rotate_query(feature_map.before_rotation(query)),
+        observation.rotate_key(feature_map.before_rotation(key)),
+    )
+    ours = log_softmax(scores, visible)
+    # Queries that see nothing, and padding, say nothing.
+    counts = ops.any(visible, axis=-1)
+    if observation.key_mask is not None and query.shape[1] == key.shape[1]:
+        counts = ops.logical_and(counts, ops.cast(observation.key_mask, "bool")[:, None, :])
+    counts = ops.cast(ops.broadcast_to(counts, ops.shape(logits)[:3]), "float32")
+    if objective == "kl":
+        terms = ops.sum(ops.where(visible, ops.exp(exact) * (exact - ours), 0.0), axis=-1)
+        return ops.sum(terms * counts) / ops.maximum(ops.sum(counts), 1.0)
+    value = ops.repeat(value, groups, axis=2)
+    target = ops.einsum("bnts,bsnv->bntv", ops.exp(exact), value)
+    output = ops.einsum("bnts,bsnv->bntv", ops.exp(ours), value)
+    error = ops.sum((output - target) ** 2, axis=-1) * counts
+    return ops.sum(error) / ops.maximum(ops.sum(ops.sum(target**2, axis=-1) * counts), 1e-30)
+
+
+def log_softmax(logits: Any, visible: Any) -> Any:
+    """Log-softmax over the visible entries of the last axis; a large negative number elsewhere."""
+    return ops.log_softmax(ops.where(visible, logits, -1e30), axis=-1)
+
+
+class _KeepBest(keras.callbacks.Callback):
+    """Stops when the held-out loss falls no more, and leaves the best feature maps behind.
+
+    Unlike `keras.callbacks.EarlyStopping` it copies the trained weights only.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__()
+        self.patience = patience
+        self.best, self.since_best = float("inf"), 0
+        self.kept: list[np.ndarray] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        loss = float(logs["val_loss"])
+        self.since_best += 1
+        if loss < self.best:
+            self.best, self.since_best = loss, 0
+            self.kept = [ops.convert_to_numpy(v.value) for v in self.model.trainable_variables]
+        if self.since_best >= self.patience:
+            self.model.stop_training = True
+
+    def on_train_end(self, logs: Any = None) -> None:
+        for variable, value in zip(
+            self.model.trainable_variables, self.kept, strict=bool(self.kept)
+        ):
+            variable.assign(value)
