@@ -40,6 +40,34 @@ class FeatureProjections(NamedTuple):
     key_norm_kernel: Any
 
 
+class Window(NamedTuple):
+    """The last W keys seen by the exact softmax kernel, and how features compare with it.
+
+    Attention over features alone leaves out what the features of a query have
+    in common, since it cancels. Beside exact weights it does not: query q of
+    head n then weighs a key that features stand for by
+
+        sum_j exp(log phi_q[j](q) + log phi_k[j](k)) exp(q f - |q N|^2 + e_n)
+
+    in logarithms to the base `backend.BASE`, all of them float32.
+
+    Attributes:
+        size: W, int. Query t sees the keys t - W + 1 to t exactly.
+        norm_kernel: `N`, of shape `(k, h, r)`, or a scalar for that times the
+            identity.
+        kernel: `f`, of shape `(k, h)`.
+        bias: `e`, of shape `(n,)`.
+        only: bool. Nothing further back is seen; the other fields, and
+            projections, may be `None`.
+    """
+
+    size: int
+    norm_kernel: Any
+    kernel: Any
+    bias: Any
+    only: bool = False
+
+
 def fold_projections(geometry: Any, projection: Any, log_weight: Any = None) -> FeatureProjections:
     """Folds geometry M and projection W into one matrix per head, in float32.
 
@@ -90,10 +118,24 @@ def log_key_features(key: Any, projections: FeatureProjections) -> tuple[Any, An
     log_features = _project(key, kernel)
     if bias is not None:
         log_features = log_features + bias[:, None, :]
+    return log_features, -_norm(key, norm_kernel)
+
+
+def log_query_scale(query: Any, window: Window) -> Any:
+    """`(b, k, t * g, h) -> (b, k, t * g)`: what `log_query_features` leaves out."""
+    shape = tuple(ops.shape(query))[:3]
+    scale = _project(query, window.kernel[..., None])[..., 0] - _norm(query, window.norm_kernel)
+    by_group = reshape(window.bias, (shape[1], 1, -1))
+    scale = reshape(scale, (*shape[:2], -1, by_group.shape[-1])) + by_group
+    return reshape(scale, shape)
+
+
+def _norm(inputs: Any, norm_kernel: Any) -> Any:
+    """`|x N|^2`, `(b, k, x, h) -> (b, k, x)`."""
     if len(norm_kernel.shape) == 0:
-        return log_features, ops.sum(key * key, axis=-1) * -(norm_kernel * norm_kernel)
-    projected = _project(key, norm_kernel)
-    return log_features, -ops.sum(projected * projected, axis=-1)
+        return ops.sum(inputs * inputs, axis=-1) * (norm_kernel * norm_kernel)
+    projected = _project(inputs, norm_kernel)
+    return ops.sum(projected * projected, axis=-1)
 
 
 def _project(inputs: Any, kernel: Any) -> Any:

@@ -6,6 +6,8 @@ One operation in three equal forms, all of them behind `linear_attention`:
 - chunked: causal, by chunks;
 - recurrent: one key against the state.
 
+With a window of the exact kernel, the last two are in `ops.window`.
+
 The first two go through long sequences in blocks, whose tensors fit a cache,
 and carry a state from block to block.
 
@@ -18,7 +20,7 @@ from typing import Any
 from keras import ops
 
 from keras_darkformer.ops.backend import reshape, scan
-from keras_darkformer.ops.features import FeatureProjections
+from keras_darkformer.ops.features import FeatureProjections, Window
 from keras_darkformer.ops.partition import (
     block_partition,
     chunk_partition,
@@ -39,6 +41,7 @@ from keras_darkformer.ops.sums import (
     split_last,
     unpack,
 )
+from keras_darkformer.ops.window import accumulate_windowed, windowed_attention
 
 
 def linear_attention(
@@ -52,6 +55,7 @@ def linear_attention(
     state: State | None = None,
     chunk_size: int | None = None,
     remat: bool | None = None,
+    window: Window | None = None,
 ) -> tuple[Any, State]:
     """Attention with weights `phi_q(q_t) . phi_k(k_s)`, normalised over s.
 
@@ -65,11 +69,27 @@ def linear_attention(
         state: what came before, as returned by an earlier call, or `None`.
         chunk_size: int, tokens per chunk of the causal form, or `None`.
         remat: bool or `None`, see `backend.scan`.
+        window: `Window` of keys that the exact kernel sees, or `None`. Causal
+            only; its states have leaves of their own, see `initial_state`.
 
     Returns:
         `(output, state)`: `(b, t, n, v)` in float32, and the state after the
-        last key.
+        last key; with a window, after the last key that is not masked.
     """
+    if window is not None:
+        if not causal:
+            raise ValueError("A `window` needs `causal=True`.")
+        return windowed_attention(
+            query,
+            key,
+            value,
+            projections,
+            window,
+            key_mask=key_mask,
+            state=state,
+            chunk_size=chunk_size,
+            remat=remat,
+        )
     if key.shape[1] == 1 and state is not None:
         return _recurrent(query, key, value, key_mask, projections, state)
     packed = pack(state, key, value, projections)
@@ -91,8 +111,13 @@ def accumulate_state(
     key_mask: Any = None,
     state: State | None = None,
     remat: bool | None = None,
+    window: Window | None = None,
 ) -> State:
     """The state after more keys, without reading it: `linear_attention` less its output."""
+    if window is not None:
+        return accumulate_windowed(
+            key, value, projections, window, key_mask=key_mask, state=state, remat=remat
+        )
     packed = pack(state, key, value, projections)
     return unpack(absorb(key, value, key_mask, projections, packed, remat))
 

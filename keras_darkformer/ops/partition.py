@@ -82,9 +82,19 @@ def tokens_first(output: Any, length: Any) -> Any:
 
 def _pad(x: Any, amount: Any) -> Any:
     """Zeros behind axis 1. `ops.pad` takes no amount that is a tensor."""
+    return ops.concatenate([x, _zeros(x, amount)], axis=1)
+
+
+def _zeros(x: Any, amount: Any) -> Any:
+    """Of the other sizes of `x`."""
     shape = shape_of(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
-    return ops.concatenate([x, ops.zeros((shape[0], amount, *shape[2:]), dtype=dtype)], axis=1)
+    return ops.zeros((shape[0], amount, *shape[2:]), dtype=dtype)
+
+
+def pad_front(x: Any, amount: Any) -> Any:
+    """Zeros before axis 1."""
+    return ops.concatenate([_zeros(x, amount), x], axis=1)
 
 
 def shape_of(x: Any) -> tuple[Any, ...]:

@@ -25,7 +25,9 @@ from keras_darkformer.ops.features import (
 )
 from keras_darkformer.ops.partition import block_partition, shape_of, split_blocks
 
-State = tuple[Any, Any, Any]
+# (kv_state, key_state, log_scale); with a window of the exact kernel its keys,
+# values and mask behind them.
+State = tuple[Any, ...]
 
 # Stands for log(0). Finite, so that differences of two of them are zero
 # instead of NaN; far below any log-feature that can matter.
@@ -39,7 +41,14 @@ TINY = 1e-30
 
 
 def initial_state(
-    batch_size: Any, num_key_value_heads: int, num_features: int, value_dim: int
+    batch_size: Any,
+    num_key_value_heads: int,
+    num_features: int,
+    value_dim: int,
+    *,
+    window: int | None = None,
+    head_dim: int | None = None,
+    only: bool = False,
 ) -> State:
     """The state before the first token.
 
@@ -48,19 +57,34 @@ def initial_state(
         num_key_value_heads: int.
         num_features: int.
         value_dim: int.
+        window: int W, keys that the exact kernel sees, or `None`.
+        head_dim: int; needed with a window.
+        only: bool. The window is all that is seen: its leaves alone.
 
     Returns:
         A tuple of float32 tensors: `kv_state` of shape `(b, k, m, v)` and
         `key_state` `(b, k, m)`, the sums over the tokens seen of features
         times values and of features, both scaled by `exp(-log_scale)`, and
-        `log_scale` `(b, k)`, the running maximum of the log-features.
+        `log_scale` `(b, k)`, the running maximum of the log-features. With a
+        window these hold the keys older than the last W, and there follow
+        the last W themselves: keys `(b, W, k, h)`, values `(b, W, k, v)` and
+        `(b, W)`, 1 where there is one and 0 where it is masked or missing.
     """
     heads = (batch_size, num_key_value_heads)
-    return (
+    sums = (
         ops.zeros((*heads, num_features, value_dim), dtype="float32"),
         ops.zeros((*heads, num_features), dtype="float32"),
         ops.full(heads, LOG_ZERO, dtype="float32"),
     )
+    if window is None:
+        return sums
+    tokens = (batch_size, window, num_key_value_heads)
+    last = (
+        ops.zeros((*tokens, head_dim), dtype="float32"),
+        ops.zeros((*tokens, value_dim), dtype="float32"),
+        ops.zeros(tokens[:2], dtype="float32"),
+    )
+    return last if only else (*sums, *last)
 
 
 # While many keys enter, numerator and denominator travel as one tensor: a column
