@@ -313,7 +313,7 @@ def matmul_way():
 
 def multiplications(shape, length, causal):
     """Multiply-adds of a forward pass: the matrix products, chunks of the size we pick."""
-    from keras_darkformer.ops.linear_attention import pick_chunk_size
+    from keras_darkformer.ops.partition import pick_chunk_size
 
     heads, kv_heads = shape["heads"], shape["kv_heads"]
     h, m = shape["head_dim"], shape["num_features"]

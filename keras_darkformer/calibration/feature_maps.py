@@ -53,11 +53,6 @@ class CalibrationOptions:
         one_of("method", self.method, METHODS)
         if self.proposal is not None:
             one_of("proposal", self.proposal, PROPOSALS)
-            if self.method in ("clusters", "auto"):
-                raise ValueError(
-                    f'`proposal` is for drawn features. Received: method="{self.method}", '
-                    f'proposal="{self.proposal}"'
-                )
 
     def of_layer(self, number: int) -> "CalibrationOptions":
         """The same with a seed of the layer's own."""
@@ -75,6 +70,11 @@ class CalibrationOptions:
 
     def check(self, feature_map: Any) -> None:
         """Raises a ValueError if the map can't be calibrated this way."""
+        if self.proposal is not None and self.method in ("clusters", "auto"):
+            raise ValueError(
+                "`proposal` is for features that are drawn by a given method. Received: "
+                f'method="{self.method}", proposal="{self.proposal}"'
+            )
         if self.method == "clusters" and feature_map.sliding_window is not None:
             raise ValueError(
                 '`method="clusters"` does not go with a `sliding_window`: its features know the '

@@ -149,8 +149,9 @@ class LayerStatistics:
         self,
         query: np.ndarray,
         key: np.ndarray,
-        query_mask: np.ndarray | None,
-        key_mask: np.ndarray | None,
+        *,
+        query_mask: np.ndarray | None = None,
+        key_mask: np.ndarray | None = None,
     ) -> None:
         """Adds the same batch as it was before the rotation."""
         if self.unrotated is not None:

@@ -586,7 +586,7 @@ class DarkFeatureMap(keras.layers.Layer):
             for name in WEIGHTS:
                 if hasattr(self, name):
                     delattr(self, name)
-            trainable = self.trainable
+            trainable: Any = self.trainable
             self._create_feature_weights()
             self.trainable = trainable
         finally:

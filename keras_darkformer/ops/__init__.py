@@ -11,9 +11,9 @@ from keras_darkformer.ops.exact_attention import (
     exact_dark_attention_scores,
 )
 from keras_darkformer.ops.features import apply_geometry, dark_features
-from keras_darkformer.ops.linear_attention import initial_state
 from keras_darkformer.ops.projections import draw_projection, proposal_log_weight
 from keras_darkformer.ops.rotary import rotary_embedding
+from keras_darkformer.ops.sums import initial_state
 
 __all__ = [
     "apply_geometry",

@@ -22,7 +22,8 @@ from keras_darkformer.ops.features import (
     fold_projections,
     fold_window,
 )
-from keras_darkformer.ops.linear_attention import State, accumulate_state, linear_attention
+from keras_darkformer.ops.linear_attention import accumulate_state, linear_attention
+from keras_darkformer.ops.sums import State
 
 
 def dark_attention(
@@ -158,18 +159,24 @@ def dark_attention(
     )
     check_features(feature_map, key)
     check_window(sliding_window, window_only, far_offset, query, causal)
-    sizes = key.shape[2:]
+    kv_heads, head_dim = key.shape[2:]
     window = None
     if sliding_window is not None:
         window = fold_window(
-            feature_map, *sizes, query.shape[2], sliding_window, far_offset, only=window_only
+            feature_map,
+            kv_heads,
+            head_dim,
+            query.shape[2],
+            sliding_window,
+            far_offset,
+            only=window_only,
         )
     factored = initial_state is not None and _few(query, feature_map.projection)
     return _attend(
         query,
         key,
         value,
-        fold_projections(feature_map, *sizes, factored=factored),
+        fold_projections(feature_map, kv_heads, head_dim, factored=factored),
         window=window,
         causal=causal,
         key_mask=key_mask,
@@ -222,12 +229,14 @@ def dark_attention_state(
     )
     check_features(feature_map, key)
     check_window(sliding_window, window_only, None, None, True)
-    sizes = key.shape[2:]
+    kv_heads, head_dim = key.shape[2:]
     window = None
     if sliding_window is not None:
-        window = fold_window(feature_map, *sizes, sizes[0], sliding_window, None, only=window_only)
+        window = fold_window(
+            feature_map, kv_heads, head_dim, kv_heads, sliding_window, None, only=window_only
+        )
     factored = initial_state is not None and _few(key, feature_map.projection)
-    projections = fold_projections(feature_map, *sizes, factored=factored)
+    projections = fold_projections(feature_map, kv_heads, head_dim, factored=factored)
     return _accumulate(key, value, projections, window, key_mask, initial_state)
 
 
@@ -284,13 +293,13 @@ def feature_attention(
     """
     query, key, value, key_mask = _tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    kernels = _tensors(query_kernel, key_kernel, key_bias)
-    check_direct_features(*kernels, key)
+    query_kernel, key_kernel, key_bias = _tensors(query_kernel, key_kernel, key_bias)
+    check_direct_features(query_kernel, key_kernel, key_bias, key)
     return _attend(
         query,
         key,
         value,
-        direct_projections(*kernels),
+        direct_projections(query_kernel, key_kernel, key_bias),
         window=None,
         causal=causal,
         key_mask=key_mask,
@@ -328,9 +337,10 @@ def feature_attention_state(
     """
     key, value, key_mask = _tensors(key, value, key_mask)
     check_attention(None, key, value, causal=False, key_mask=key_mask)
-    kernels = _tensors(key_kernel, key_kernel, key_bias)
-    check_direct_features(*kernels, key)
-    return _accumulate(key, value, direct_projections(*kernels), None, key_mask, initial_state)
+    key_kernel, key_bias = _tensors(key_kernel, key_bias)
+    check_direct_features(key_kernel, key_kernel, key_bias, key)
+    projections = direct_projections(key_kernel, key_kernel, key_bias)
+    return _accumulate(key, value, projections, None, key_mask, initial_state)
 
 
 def _attend(

@@ -265,18 +265,31 @@ def log_key_features(key: Any, projections: FeatureProjections) -> tuple[Any, An
         log_scale = ops.sum(projected * projected, axis=-1) * (-0.5 / math.log(BASE))
     else:
         log_features = _project(key, kernel)
-        if norm_kernel is None:
-            log_scale = ops.zeros_like(key[..., 0])
-        elif len(norm_kernel.shape) == 0:
-            log_scale = ops.sum(key * key, axis=-1) * -(norm_kernel * norm_kernel)
-        else:
-            projected = _project(key, norm_kernel)
-            log_scale = -ops.sum(projected * projected, axis=-1)
+        log_scale = -_norm(key, norm_kernel)
     if bias is not None:
         log_features = log_features + bias[:, None, :]
     if linear is not None:
         log_scale = log_scale + _project(key, linear[..., None])[..., 0]
     return log_features, log_scale
+
+
+def log_query_scale(query: Any, window: Window) -> Any:
+    """`(b, k, t * g, h) -> (b, k, t * g)`: what `log_query_features` leaves out."""
+    shape = tuple(ops.shape(query))[:3]
+    scale = _project(query, window.kernel[..., None])[..., 0] - _norm(query, window.norm_kernel)
+    by_group = reshape(window.bias, (shape[1], 1, -1))
+    scale = reshape(scale, (*shape[:2], -1, by_group.shape[-1])) + by_group
+    return reshape(scale, shape)
+
+
+def _norm(inputs: Any, norm_kernel: Any) -> Any:
+    """`|x N|^2`, `(b, k, x, h) -> (b, k, x)`."""
+    if norm_kernel is None:
+        return ops.zeros_like(inputs[..., 0])
+    if len(norm_kernel.shape) == 0:
+        return ops.sum(inputs * inputs, axis=-1) * (norm_kernel * norm_kernel)
+    projected = _project(inputs, norm_kernel)
+    return ops.sum(projected * projected, axis=-1)
 
 
 def _project(inputs: Any, kernel: Any) -> Any:

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_darkformer.ops.backend import BASE
+from keras_darkformer.ops.features import FeatureProjections, Window
+
 
 class Gradients(NamedTuple):
     """Of one scalar, by the arguments of `dark_attention`."""
@@ -113,6 +116,78 @@ def dark_state_reference(
     if key_mask is not None:
         features = features * np.asarray(key_mask, "float64")[:, :, None, None]
     return np.einsum("bskm,bskv->bkmv", features, value), features.sum(axis=1)
+
+
+def windowed_attention_reference(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    projections: FeatureProjections,
+    window: Window,
+    *,
+    key_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """`linear_attention` with a window as its definition reads, in float64.
+
+    In logarithms to the base of `ops.backend`, for query t and key s <= t of
+    one head:
+
+        near(t, s) = q_t . k_s / sqrt(h) / log(base)                 t - s < W
+        far(t, s) = log sum_j exp(log phi_q[j](q_t) + log phi_k[j](k_s))
+                    + q_t f - |q_t N|^2 + e                          t - s >= W
+        O_t = sum_s w_ts v_s / sum_s w_ts,    w = base^near or base^far
+
+    Queries that see no key give zeros.
+    """
+    query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
+    batch, length, num_heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    output = np.zeros((batch, length, num_heads, value.shape[3]))
+    for b in range(batch):
+        for n in range(num_heads):
+            k = n // (num_heads // kv_heads)
+            q, keys = query[b, :, n], key[b, :, k]
+            # Natural logarithms from here on.
+            logits = q @ keys.T / np.sqrt(head_dim)
+            far = np.zeros((length, length))
+            if not window.only:
+                far = _far_logits(q, keys, k, n, projections, window) * np.log(BASE)
+            for t in range(length):
+                seen = np.arange(length) <= t
+                if key_mask is not None:
+                    seen &= np.asarray(key_mask, bool)[b]
+                near = np.arange(length) > t - window.size
+                if window.only:
+                    seen &= near
+                if not seen.any():
+                    continue
+                weights = np.where(near, logits[t], far[t])[seen]
+                weights = np.exp(weights - weights.max())
+                output[b, t, n] = weights @ value[b, seen, k] / weights.sum()
+    return output
+
+
+def _far_logits(
+    query: np.ndarray,
+    key: np.ndarray,
+    k: int,
+    n: int,
+    projections: FeatureProjections,
+    window: Window,
+) -> np.ndarray:
+    """`far(t, s)` of queries `(t, h)` and keys `(s, h)`, to the base of `ops.backend`."""
+    log_q = query @ projections.query_kernel[k]
+    log_k = key @ projections.key_kernel[k]
+    if projections.key_bias is not None:
+        log_k = log_k + projections.key_bias[k]
+    if projections.key_linear is not None:
+        log_k = log_k + (key @ projections.key_linear[k])[:, None]
+    log_k = log_k - np.sum((key @ projections.key_norm_kernel[k]) ** 2, axis=1, keepdims=True)
+    products = (log_q[:, None] + log_k) * np.log(BASE)
+    largest = products.max(axis=-1)
+    far = largest + np.log(np.exp(products - largest[..., None]).sum(axis=-1))
+    scale = query @ window.kernel[k] - np.sum((query @ window.norm_kernel[k]) ** 2, axis=1)
+    return far / np.log(BASE) + scale[:, None] + window.bias[n]
 
 
 def _log_features(projected: np.ndarray, projection: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from keras_darkformer.ops.features import (
     log_key_features,
     log_query_features,
 )
-from keras_darkformer.ops.linear_attention import LOG_ZERO, TINY
+from keras_darkformer.ops.sums import LOG_ZERO, TINY
 
 
 def log_scores(

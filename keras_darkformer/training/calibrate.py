@@ -142,7 +142,8 @@ def _look(
         of_layer.update(query, key, value, **masks, causal=observation.causal)
         if of_layer.needs_unrotated:
             unrotated = observation.unrotated_query, observation.unrotated_key
-            of_layer.update_unrotated(*map(_numpy, unrotated), **masks)
+            query, key = map(_numpy, unrotated)
+            of_layer.update_unrotated(query, key, **masks)
         return observation.exact_output()
 
     with observed(layers.values(), observer, offset):
@@ -198,7 +199,7 @@ def _fit_far_offsets(model: Any, layers: dict[str, Any], kept: Kept) -> None:
         return observation.exact_output()
 
     for layer in windowed:
-        layer.feature_map.far_offset.assign(ops.zeros_like(layer.feature_map.far_offset))
+        layer.feature_map.far_offset.assign(ops.zeros(layer.feature_map.far_offset.shape))
     for inputs, offset in kept:
         with observed(windowed, observer, offset):
             run(model, inputs)

@@ -55,8 +55,8 @@ def teacher_targets(
 
 
 def _targets(teacher: Any, inputs: Any, top_k: int | None) -> TeacherTargets:
-    with _without_preprocessor(teacher):
-        logits = np.asarray(teacher.predict_on_batch(inputs), "float32")
+    # Keras' own, for a KerasHub task would preprocess its inputs again.
+    logits = np.asarray(keras.Model.predict_on_batch(teacher, inputs), "float32")
     logits -= logits.max(axis=-1, keepdims=True)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     if top_k is None or top_k >= log_probs.shape[-1]:
@@ -199,15 +199,17 @@ def distil(
         optimizer, feature_variables, feature_map_learning_rate / learning_rate
     )
     before = _compile_settings(model)
-    with _only_trainable(model, _chosen(model, layers, train)), _without_preprocessor(model):
+    with _only_trainable(model, _chosen(model, layers, train)):
         model.compile(optimizer=optimizer, loss=DistillationLoss(top_k=top_k), weighted_metrics=[])
         examples = _examples(model, teacher, data, top_k, batch_size, repeat=True)
         held_out = None
         if validation_data is not None:
             held_out = list(_examples(model, teacher, validation_data, top_k, batch_size))
         try:
-            return model.fit(
+            return keras.Model.fit(  # as above
+                model,
                 examples,
+                shuffle=False,
                 steps_per_epoch=steps,
                 validation_data=None if held_out is None else iter(held_out),
                 validation_steps=None if held_out is None else len(held_out),
@@ -303,20 +305,6 @@ def _only_trainable(model: Any, variables: Iterable[Any]) -> Iterator[None]:
             layer._trainable = trainable
         for v, trainable in before:
             v.trainable = trainable
-
-
-@contextlib.contextmanager
-def _without_preprocessor(model: Any) -> Iterator[None]:
-    """Has a KerasHub task take token ids as they are."""
-    preprocessor = getattr(model, "preprocessor", None)
-    if preprocessor is None:
-        yield
-        return
-    model.preprocessor = None
-    try:
-        yield
-    finally:
-        model.preprocessor = preprocessor
 
 
 def _compile_settings(model: Any) -> dict[str, Any] | None:

@@ -114,6 +114,7 @@ def transfer_attention(
     examples = _with_offsets(model, data, batch_size, position_offset, seed, repeat=True)
     return transfer.fit(
         examples,
+        shuffle=False,
         epochs=epochs,
         steps_per_epoch=validate_every,
         validation_data=None if held_out is None else _Batches(held_out),
@@ -134,9 +135,8 @@ def _with_offsets(
     offsets = position_offsets(position_offset, seed)
     while True:
         for inputs in batches(model, data, batch_size):
-            offset = next(offsets)
             rows = len(keras.tree.flatten(inputs)[0])
-            offset = np.full(rows, 0 if offset is None else offset, "int32")
+            offset = np.full(rows, next(offsets) or 0, "int32")
             yield ({"inputs": inputs, "position_offset": offset},)
         if not repeat:
             return
