@@ -56,7 +56,8 @@ def linear_attention(
     chunk_size: int | None = None,
     remat: bool | None = None,
     window: Window | None = None,
-) -> tuple[Any, State]:
+    with_state: bool = True,
+) -> tuple[Any, State | None]:
     """Attention with weights `phi_q(q_t) . phi_k(k_s)`, normalised over s.
 
     Args:
@@ -71,6 +72,8 @@ def linear_attention(
         remat: bool or `None`, see `backend.scan`.
         window: `Window` of keys that the exact kernel sees, or `None`. Causal
             only; its states have leaves of their own, see `initial_state`.
+        with_state: bool. False: the state may be `None`, where it costs extra
+            (a window and a key mask together).
 
     Returns:
         `(output, state)`: `(b, t, n, v)` in float32, and the state after the
@@ -89,6 +92,7 @@ def linear_attention(
             state=state,
             chunk_size=chunk_size,
             remat=remat,
+            with_state=with_state,
         )
     if key.shape[1] == 1 and state is not None:
         return _recurrent(query, key, value, key_mask, projections, state)

@@ -67,7 +67,8 @@ def windowed_attention(
     state: State | None = None,
     chunk_size: int | None = None,
     remat: bool | None = None,
-) -> tuple[Any, State]:
+    with_state: bool = True,
+) -> tuple[Any, State | None]:
     """`linear_attention` with a window; causal."""
     state = _state(state, key, value, projections, window)
     if key.shape[1] == 1:
@@ -75,12 +76,14 @@ def windowed_attention(
     output, after = _chunked(
         query, key, value, key_mask, projections, window, state, chunk_size, remat
     )
-    if key_mask is not None:
-        # The scan has taken as many keys into the sums as there were tokens.
-        after = accumulate_windowed(
-            key, value, projections, window, key_mask=key_mask, state=state, remat=remat
-        )
-    return output, after
+    if key_mask is None:
+        return output, after
+    if not with_state:
+        return output, None
+    # The scan's has taken in as many keys as there were tokens, padding among them.
+    return output, accumulate_windowed(
+        key, value, projections, window, key_mask=key_mask, state=state, remat=remat
+    )
 
 
 def accumulate_windowed(

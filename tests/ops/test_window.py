@@ -442,7 +442,7 @@ PIECES = [1, 30, 1, 5, 5, 30]
         (16, PIECES, False, False),
         (16, PIECES, True, False),
         (6, [1] * 20, True, False),
-        (6, [1, 1, 19, 1], True, True),
+        (6, [1, 19, 1, 1], True, True),
     ],
     ids=["pieces", "pieces-masked", "tokens", "window-alone"],
 )
@@ -508,11 +508,24 @@ def test_masked_token_of_its_own_leaves_the_state_as_it_was():
 
 def test_mask_of_one_row_is_for_all_rows():
     case = Case(length=40, batch=2, heads=(4, 2))
-    key_mask = np.arange(40)[None] % 3 > 0
+    key_mask = np.arange(40)[None] % 3 < 2
     both = np.repeat(key_mask, 2, axis=0)
     output, state = attend(case, 6, key_mask=key_mask)
     assert_close(output, expected(case, 6, key_mask=both), 1e-5)
-    assert_same_state(state, attend(case, 6, key_mask=both)[1])
+    for row in range(2):
+        tokens = (x[row] for x in (*case.arrays[1:3], both))
+        assert_state_is_of([leaf[row] for leaf in state], *tokens, case)
+
+
+def test_state_that_nobody_asks_for_may_be_left_out():
+    case = Case(length=40, masked=True)
+
+    def function(*arrays):
+        output, state = windowed(6, key_mask=case.key_mask, with_state=False)(*arrays)
+        assert state is None
+        return output
+
+    assert_close(run(function, *arrays_of(case)), expected(case, 6), 1e-5)
 
 
 # The window alone.
