@@ -372,6 +372,7 @@ def _attend(
         chunk_size=chunk_size,
         remat=remat,
         window=window,
+        with_state=return_state,
     )
     output = ops.cast(output, output_dtype(query, key, value))
     return (output, state) if return_state else output
