@@ -201,7 +201,7 @@ def _chunked(
 
     constants = (None if window.only else projections, scales, masks)
     (packed, last), output = scan(step, (packed, last), inputs, constants, remat=remat)
-    output = reshape(output, (shape_of(output)[0], blocks * tokens, num_heads, -1))
+    output = reshape(output, (shape_of(output)[0], blocks * tokens, num_heads, value.shape[3]))
     state = last if window.only else (*unpack(packed), *last)
     return output if isinstance(padding, int) and not padding else output[:, padding:], state
 
@@ -262,7 +262,7 @@ def _attend(
         far_sums = far_sums * power(ops.where(alive, far_scale - scale, FUTURE))[..., None]
     weights = power(logits - scale[..., None])
     weights = reshape(weights, (batch, kv_heads, chunks, -1, band.shape[1]))
-    sums = reshape(weights @ value, (batch, kv_heads, rows, -1))
+    sums = reshape(weights @ value, (batch, kv_heads, rows, value.shape[-1]))
     if far is not None:
         sums = sums + reshape(far_sums, (batch, kv_heads, rows, value.shape[-1]))
     return normalize(*split_last(sums))
