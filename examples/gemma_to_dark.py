@@ -1,9 +1,12 @@
 """Takes a Gemma through its whole life with linear attention.
 
 Builds and trains a small Gemma on text (or takes a preset), converts it with
-`convert_to_dark`, finetunes it, compares it with the exact model and with
-Performer finetuned alike, writes text with a state of constant size, saves the
-model as a preset and checks that a fresh process loads it and writes the same.
+`convert_to_dark`, fits its features to the model (`calibrate`), has each layer
+learn its own softmax (`transfer_attention`) and the whole the exact model's
+logits (`distil`). Beside it stand the exact model, Performer and the paper's
+own recipe, finetuned on the same text. Then it writes text with a state of
+constant size, saves the model as a preset and checks that a fresh process loads
+it and writes the same.
 
     python examples/gemma_to_dark.py                       # Python's own help topics
     python examples/gemma_to_dark.py --text book.txt       # any other text
@@ -34,17 +37,27 @@ from rich.table import Table
 from text import load_text, sample_windows, split_text
 
 import keras_darkformer
-from keras_darkformer import conversion_report, convert_to_dark
+from keras_darkformer import (
+    LossSpikeCounter,
+    approximation_report,
+    calibrate,
+    conversion_report,
+    convert_to_dark,
+    distil,
+    transfer_attention,
+)
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 ARMS = {
     "exact": "exact softmax",
-    "dark": "DARKFormer",
-    "untrained": "same, M not trained",
+    "dark": "calibrated, distilled",
+    "paper": "M finetuned (paper)",
     "performer": "Performer",
 }
+# What becomes of a model, in this order; not every arm has every stage.
+STAGES = ("converted", "calibrated", "transferred", "finetuned")
 # Characters per token are bounded by this, so that a window of characters
 # fills a sequence of tokens.
 CHARACTERS_PER_TOKEN = 6
@@ -61,6 +74,7 @@ def parse_arguments():
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--train-steps", type=int, default=600)
+    parser.add_argument("--transfer-steps", type=int, default=60)
     parser.add_argument("--finetune-steps", type=int, default=300)
     parser.add_argument("--finetune-rate", type=float, default=2e-3)
     parser.add_argument("--test-windows", type=int, default=96, help="held-out sequences")
@@ -159,44 +173,66 @@ def perplexity(model, windows, batch_size):
 def load_arm(arm, preset, args):
     model = keras_hub.models.CausalLM.from_preset(preset)
     model.preprocessor.sequence_length = args.sequence_length
+    options = {"num_features": args.num_features, "seed": args.seed}
     if arm == "dark":
-        model = convert_to_dark(model, num_features=args.num_features, seed=args.seed)
-    elif arm == "untrained":  # what the learned geometry is worth
-        model = convert_to_dark(
-            model, num_features=args.num_features, train_geometry=False, seed=args.seed
-        )
-    elif arm == "performer":  # the same, and of softmax's own kernel
-        model = convert_to_dark(
-            model,
-            num_features=args.num_features,
-            geometry_scale=1.0,
-            train_geometry=False,
-            seed=args.seed,
-        )
+        model = convert_to_dark(model, tie_geometry=False, **options)
+    elif arm == "paper":
+        model = convert_to_dark(model, geometry_scale=1.0, **options)
+    elif arm == "performer":
+        model = convert_to_dark(model, geometry_scale=1.0, train_geometry=False, **options)
     return model
 
 
 def run_arm(arm, preset, data, args):
     say(f"{ARMS[arm]}: loading {preset}" + ("" if arm == "exact" else " and converting it"))
     model = load_arm(arm, preset, args)
-    if arm == "dark":
-        print(conversion_report(model))
     compile_for_training(
         model, keras.optimizers.schedules.CosineDecay(args.finetune_rate, args.finetune_steps)
     )
-    before = perplexity(model, data["test"], args.batch_size)
-    say(f"{ARMS[arm]}: perplexity {before:.2f}; finetuning for {args.finetune_steps} steps")
-    times = StepTimes()
+    stages = {}
+
+    def judge(stage):
+        stages[stage] = perplexity(model, data["test"], args.batch_size)
+        say(f"{ARMS[arm]}, {stage}: perplexity {stages[stage]:.2f}")
+
+    judge("converted")
+    times, spikes = StepTimes(), LossSpikeCounter()
     # The windows are drawn at random: no need to shuffle them.
-    model.fit(data["finetune"], batch_size=args.batch_size, callbacks=[times], shuffle=False)
-    after = perplexity(model, data["test"], args.batch_size)
-    say(f"{ARMS[arm]}: perplexity {after:.2f}; writing {args.generate_length} tokens")
+    if arm == "dark":
+        print(conversion_report(model))
+        calibrate(model, data["calibrate"], seed=args.seed)
+        judge("calibrated")
+        transfer_attention(
+            model, data["transfer"], steps=args.transfer_steps, batch_size=args.batch_size
+        )
+        judge("transferred")
+        report = approximation_report(model, data["calibrate"][: args.batch_size])
+        print(report)
+        report.plot(args.output / "approximation.png")
+        distil(
+            model,
+            load_arm("exact", preset, args),
+            data["finetune"],
+            steps=args.finetune_steps,
+            learning_rate=args.finetune_rate / 2,
+            batch_size=args.batch_size,
+            callbacks=[times, spikes],
+        )
+    else:
+        model.fit(
+            data["finetune"],
+            batch_size=args.batch_size,
+            callbacks=[times, spikes],
+            shuffle=False,
+        )
+    judge("finetuned")
+    say(f"{ARMS[arm]}: writing {args.generate_length} tokens")
     text, generate_seconds = generate(model, args)
     tokens_per_step = args.batch_size * args.sequence_length
     return model, {
         "arm": arm,
-        "perplexity_before": before,
-        "perplexity_after": after,
+        "perplexities": stages,
+        "loss_spikes": len(spikes.spikes),
         "train_tokens_per_second": tokens_per_step / float(np.median(times.seconds[1:])),
         "generate_tokens_per_second": args.generate_length / generate_seconds,
         "reading_tokens_per_second": {
@@ -248,13 +284,17 @@ def reading_speed(model, length, repeats=5):
 
 def print_table(rows, args):
     table = Table(
-        title=f"m = {args.num_features} features; speeds in tokens per second; "
-        "cache or state of one sequence in KiB"
+        title=f"m = {args.num_features} features; perplexity after each stage; speeds in tokens "
+        "per second; cache or state of one sequence in KiB"
     )
     columns = {
         "attention": lambda row: ARMS[row["arm"]],
-        "perplexity\nconverted": lambda row: f"{row['perplexity_before']:.2f}",
-        "perplexity\nfinetuned": lambda row: f"{row['perplexity_after']:.2f}",
+        **{
+            f"ppl.\n{stage}": lambda row, stage=stage: (
+                f"{row['perplexities'][stage]:.2f}" if stage in row["perplexities"] else ""
+            )
+            for stage in STAGES
+        },
         f"training\nat {args.sequence_length:,}": lambda row: (
             f"{row['train_tokens_per_second']:,.0f}"
         ),
@@ -272,7 +312,7 @@ def print_table(rows, args):
         table.add_column(name, justify="left" if name == "attention" else "right")
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 def save_plot(rows, path):
@@ -282,7 +322,7 @@ def save_plot(rows, path):
     for row in rows:
         # The linear ones' states and speeds are alike: dashes let all be seen.
         style = {"color": colors[row["arm"]], "label": ARMS[row["arm"]]}
-        dashes = {"untrained": "--", "performer": ":"}.get(row["arm"], "-")
+        dashes = {"paper": "--", "performer": ":"}.get(row["arm"], "-")
         values = np.array(row["finetuning_losses"])
         width = max(1, len(values) // 10)
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
@@ -295,17 +335,20 @@ def save_plot(rows, path):
             sizes = [row[key][length] / unit for length in lengths]
             axis.plot(lengths, sizes, marker="o", linestyle=dashes, **style)
     positions = np.arange(len(rows))
-    for offset, key, alpha in ((-0.2, "perplexity_before", 0.4), (0.2, "perplexity_after", 1.0)):
-        bars = perplexities.bar(
-            positions + offset,
-            [row[key] for row in rows],
-            0.38,
-            alpha=alpha,
-            color=[colors[row["arm"]] for row in rows],
-        )
+    for position, row in zip(positions, rows, strict=True):
+        found = list(row["perplexities"].values())
+        width = 0.84 / len(found)
+        places = position + width * (np.arange(len(found)) - (len(found) - 1) / 2)
+        bars = perplexities.bar(places, found, 0.94 * width, color=colors[row["arm"]])
+        for bar, alpha in zip(bars, np.linspace(0.3, 1.0, len(found)), strict=True):
+            bar.set_alpha(alpha)
         perplexities.bar_label(bars, fmt="%.1f", fontsize=8)
-    losses.set(xlabel="finetuning step", ylabel="training loss", title="finetuning")
-    perplexities.set(ylabel="perplexity", title="held-out text: converted (pale), finetuned")
+    losses.set(
+        xlabel="step",
+        ylabel="loss",
+        title="finetuning on the next token; distillation (KL)",
+    )
+    perplexities.set(ylabel="perplexity", yscale="log", title=f"held-out text: {', '.join(STAGES)}")
     perplexities.set_xticks(positions, [ARMS[row["arm"]] for row in rows], fontsize=8)
     speed.set(xlabel="sequence, tokens", ylabel="tokens per second", title="reading")
     memory.set(xlabel="context, tokens", ylabel="KiB", title="cache or state in generation")
@@ -354,6 +397,8 @@ def main():
         return sample_windows(parts[part], count, length, args.seed + seed)
 
     data = {
+        "calibrate": windows("train", 4 * args.batch_size, 4),
+        "transfer": windows("train", args.transfer_steps * args.batch_size, 5),
         "finetune": windows("train", args.finetune_steps * args.batch_size, 2),
         "test": windows("test", args.test_windows, 3),
     }
