@@ -477,6 +477,7 @@ class DarkFeatureMap(keras.layers.Layer):
         """
         from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
         from keras_darkformer.calibration.sample import LayerStatistics
+        from keras_darkformer.training.far_mass import far_offset
 
         options = CalibrationOptions(
             method=method, proposal=proposal, center=center, refine=refine, seed=seed
@@ -487,6 +488,14 @@ class DarkFeatureMap(keras.layers.Layer):
                 f'A map with `rope_geometry="{self.rope_geometry}"` is calibrated with its model, '
                 "by `keras_darkformer.calibrate`: it takes queries before and after the rotation."
             )
+        if self.sliding_window is not None and (
+            not causal or query.shape[1] != key.shape[1] or key.shape[1] <= self.sliding_window
+        ):
+            raise ValueError(
+                "A map with a `sliding_window` is calibrated with `causal=True` and on queries and "
+                f"keys of one length, longer than the window of {self.sliding_window} tokens. "
+                f"Received: causal={causal}, lengths {query.shape[1]} and {key.shape[1]}"
+            )
         positive_integer("max_tokens", max_tokens)
         self._ensure_built()
         statistics = LayerStatistics(self, options.needs_sample(self), max_tokens, seed)
@@ -496,6 +505,8 @@ class DarkFeatureMap(keras.layers.Layer):
         )
         statistics.update(query, key, query_mask=query_mask, key_mask=key_mask, causal=causal)
         fit_feature_map(self, statistics, options).assign(self)
+        if self.sliding_window is not None:
+            self.far_offset.assign(far_offset(self, query, key, key_mask))
 
     def log_scores(self, query: Any, key: Any) -> Any:
         """Logarithms of the weights `attend` gives keys before it normalises and masks them.

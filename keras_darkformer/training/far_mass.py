@@ -77,6 +77,20 @@ class FarMass:
         return (low + high) / 2
 
 
+def far_offset(feature_map: Any, query: Any, key: Any, key_mask: Any = None) -> np.ndarray:
+    """The offset for queries `(b, t, n, h)` and keys `(b, t, k, h)`, as `attend` gets them."""
+    feature_map.far_offset.assign(np.zeros(feature_map.far_offset.shape, "float32"))
+    mass = FarMass(feature_map)
+    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
+    key_mask = None if key_mask is None else ops.convert_to_tensor(key_mask)
+    mass.add(Observation(query, key, key, _same, _same, causal=True, key_mask=key_mask))
+    return mass.offset()
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """The logistic function, without overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))
