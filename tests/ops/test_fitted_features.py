@@ -115,7 +115,7 @@ def test_softmax_is_the_limit_of_many_features_whatever_shifts_and_geometries(wi
     exact = run(lambda *x: exact_dark_attention(*x, causal=True), *case.arrays[:3])
     uniform = np.cumsum(case.arrays[2], axis=1) / np.arange(1, 13)[:, None, None]
     error = np.abs(output - exact).max()
-    assert error < 0.1 * np.abs(np.repeat(uniform, 2, axis=2) - exact).max()
+    assert error < 0.25 * np.abs(np.repeat(uniform, 2, axis=2) - exact).max()
 
 
 def test_window_as_long_as_the_sequence_is_softmax_whatever_the_features():
