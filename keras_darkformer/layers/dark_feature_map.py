@@ -585,12 +585,18 @@ class DarkFeatureMap(keras.layers.Layer):
         try:
             for name in WEIGHTS:
                 if hasattr(self, name):
-                    delattr(self, name)
+                    self._remove_weight(name)
             trainable: Any = self.trainable
             self._create_feature_weights()
             self.trainable = trainable
         finally:
             self._lock_state()
+
+    def _remove_weight(self, name: str) -> None:
+        # As `delattr`, which collects garbage after every weight: a second a
+        # map in a large program.
+        self._untrack_variable(getattr(self, name))
+        super(keras.layers.Layer, self).__delattr__(name)
 
     def _ensure_built(self) -> None:
         if not self.built:
