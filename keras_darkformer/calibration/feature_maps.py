@@ -232,7 +232,8 @@ def _dark_fit(feature_map: Any, heads: list[DarkHead], options: CalibrationOptio
     weights = {"geometry": stacked("geometry"), "projection": stacked("projection")}
     if not feature_map.tie_geometry:
         weights["query_geometry"] = weights["geometry"]
-    if options.proposal == "none" and not options.center:
+    weighted = stacked("log_weight").any()  # by a proposal or by refining
+    if not weighted and options.proposal == "none" and not options.center:
         return Fit("random", weights)
     for name in ("log_weight", "query_shift", "key_shift"):
         weights[name] = stacked(name)

@@ -81,9 +81,10 @@ def _rows(value: np.ndarray, mask: np.ndarray | None, num_heads: int, name: str)
     kept = np.asarray(kept, "float64")
     if not np.all(np.isfinite(kept)):
         raise ValueError(f"`{name}` must be finite where it is not masked.")
-    head_dim = value.shape[-1]
-    grouped = kept.reshape(len(kept), num_heads, -1, head_dim) * head_dim**-0.25
-    return grouped.transpose(1, 0, 2, 3).reshape(num_heads, -1, head_dim)
+    heads, head_dim = value.shape[2:]
+    groups = heads // num_heads
+    grouped = kept.reshape(len(kept), num_heads, groups, head_dim) * head_dim**-0.25
+    return grouped.transpose(1, 0, 2, 3).reshape(num_heads, len(kept) * groups, head_dim)
 
 
 Statistics = tuple[int, np.ndarray, np.ndarray]

@@ -106,6 +106,19 @@ def _stacked(rows: Any) -> np.ndarray:
     return stacked
 
 
+def _full_mask(name: str, mask: np.ndarray | None, tokens: np.ndarray) -> np.ndarray | None:
+    """The mask as bool `(b, t)`, from that or `(1, t)`."""
+    if mask is None:
+        return None
+    batch, length = tokens.shape[:2]
+    if mask.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"`{name}` must have shape (batch, length) = ({batch}, {length}). "
+            f"Received: shape {mask.shape}"
+        )
+    return np.broadcast_to(mask.astype("bool"), (batch, length))
+
+
 class LayerStatistics:
     """Moments and, where a method needs it, a sample of one layer's queries and keys.
 
@@ -140,7 +153,18 @@ class LayerStatistics:
         key_mask: np.ndarray | None = None,
         causal: bool = False,
     ) -> None:
-        """Adds a batch of rotated queries `(b, t, n, h)`, keys and values `(b, s, k, h)`."""
+        """Adds a batch of rotated queries `(b, t, n, h)`, keys and values `(b, s, k, h)`.
+
+        Raises:
+            ValueError: if shapes do not fit, or a vector that counts is not finite.
+        """
+        if len(query) != len(key):
+            raise ValueError(
+                "`query` and `key` must have the same batch size. "
+                f"Received: query shape {query.shape}, key shape {key.shape}"
+            )
+        query_mask = _full_mask("query_mask", query_mask, query)
+        key_mask = _full_mask("key_mask", key_mask, key)
         self.moments.update(query, key, query_mask, key_mask)
         if self._reservoir is not None:
             self._reservoir.add(query, key, value, query_mask, key_mask, causal)

@@ -93,7 +93,8 @@ class DarkAttention(keras.layers.Layer):
     Raises:
         ValueError: for an `attention_mask` that linear attention can't
             express, for scores asked of linear mode or a state of exact mode,
-            and for sizes that do not fit.
+            for a sliding window without a causal mask, and for sizes that do
+            not fit.
 
     Example:
 
@@ -276,6 +277,7 @@ class DarkAttention(keras.layers.Layer):
             causal, padding = split_attention_mask(attention_mask)
             use_causal_mask = use_causal_mask or causal
             key_mask = merge_masks(key_mask, padding)
+        self._check_causal(use_causal_mask)
         is_self_attention = use_causal_mask or query is value
         key = value if key is None else key
 
@@ -338,6 +340,15 @@ class DarkAttention(keras.layers.Layer):
             raise ValueError(
                 '`initial_state` and `return_state` need `attention_mode="linear"`: exact '
                 "attention has no state of constant size."
+            )
+
+    def _check_causal(self, causal: bool) -> None:
+        if self.feature_map.sliding_window is None or self.attention_mode == "exact":
+            return
+        if not causal:
+            raise ValueError(
+                "`sliding_window` needs `use_causal_mask=True`: it holds the last tokens before a "
+                "query."
             )
 
     def _check_attention_mask(self, attention_mask: Any, query: Any, value: Any) -> None:
@@ -420,7 +431,8 @@ class DarkAttention(keras.layers.Layer):
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
         self._check_mode(return_attention_scores, initial_state, return_state)
         if self.attention_mode == "linear" and attention_mask is not None:
-            split_attention_mask(attention_mask)
+            use_causal_mask = split_attention_mask(attention_mask)[0] or use_causal_mask
+        self._check_causal(use_causal_mask)
         batch_size, length = query.shape[:2]
         output = keras.KerasTensor(query.shape, dtype=self.compute_dtype)
         if return_attention_scores:

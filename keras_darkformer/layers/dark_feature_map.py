@@ -202,9 +202,7 @@ class DarkFeatureMap(keras.layers.Layer):
         """Creates the weights; their shapes do not depend on the input's."""
         self._create_feature_weights()
         if self.sliding_window is not None:
-            self.far_offset = self._add_float32_weight(
-                "far_offset", np.zeros(self.num_query_heads), self.train_geometry
-            )
+            self._add_weights(self.train_geometry, far_offset=np.zeros(self.num_query_heads))
         self.built = True
 
     def _create_feature_weights(self) -> None:
@@ -324,7 +322,7 @@ class DarkFeatureMap(keras.layers.Layer):
         # some shuffle them after the rotation, with which these scalars commute.
         scales = ops.concatenate([self.geometry, self.geometry], axis=-1)
         scales = ops.repeat(scales, inputs.shape[2] // self.num_heads, axis=0)
-        return inputs * ops.cast(scales, inputs.dtype)
+        return ops.multiply(inputs, ops.cast(scales, inputs.dtype))
 
     def exact_query(self, query: Any) -> Any:
         """The query whose softmax attention to the raw keys is the dark kernel itself.
@@ -343,8 +341,8 @@ class DarkFeatureMap(keras.layers.Layer):
             groups = query.shape[2] // self.num_heads
             shift = ops.repeat(self.query_shift * self.head_dim**0.25, groups, axis=0)
         kernel = ops.swapaxes(self.covariance(), 1, 2)
-        moved = ops.cast(query, "float32") if shift is None else query - shift
-        moved = apply_geometry(moved, kernel)
+        moved = ops.cast(query, "float32")
+        moved = apply_geometry(moved if shift is None else moved - shift, kernel)
         return ops.cast(moved if shift is None else moved + shift, query.dtype)
 
     def _feature_arguments(self) -> dict[str, Any]:
@@ -596,12 +594,23 @@ class DarkFeatureMap(keras.layers.Layer):
         try:
             for name in WEIGHTS:
                 if hasattr(self, name):
-                    delattr(self, name)
+                    self._remove_weight(name)
             trainable: Any = self.trainable
             self._create_feature_weights()
+            if self.sliding_window is not None:
+                # Files know weights by their order: this one comes last, as in `build`.
+                offset = ops.convert_to_numpy(self.far_offset)
+                self._remove_weight("far_offset")
+                self._add_weights(self.train_geometry, far_offset=offset)
             self.trainable = trainable
         finally:
             self._lock_state()
+
+    def _remove_weight(self, name: str) -> None:
+        # As `delattr`, which collects garbage after every weight: a second a
+        # map in a large program.
+        self._untrack_variable(getattr(self, name))
+        super(keras.layers.Layer, self).__delattr__(name)
 
     def _ensure_built(self) -> None:
         if not self.built:

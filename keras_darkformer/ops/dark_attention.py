@@ -158,6 +158,7 @@ def dark_attention(
         *_tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
     check_features(feature_map, key)
+    (far_offset,) = _tensors(far_offset)
     check_window(sliding_window, window_only, far_offset, query, causal)
     kv_heads, head_dim = key.shape[2:]
     window = None

@@ -359,6 +359,7 @@ def dark_features(
     """
     inputs, geometry = ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
     projection = ops.cast(projection, "float32")
+    shift, tilt = (None if x is None else ops.cast(x, "float32") for x in (shift, tilt))
     scaled = inputs * inputs.shape[-1] ** -0.25
     projected = apply_geometry(scaled if shift is None else scaled - shift, geometry)
     equation = "bskr,mr->bskm" if len(projection.shape) == 2 else "bskr,kmr->bskm"

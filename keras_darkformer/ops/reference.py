@@ -24,22 +24,32 @@ def dark_attention_reference(
     geometry: np.ndarray,
     projection: np.ndarray,
     *,
+    query_geometry: np.ndarray | None = None,
     log_weight: np.ndarray | None = None,
+    query_shift: np.ndarray | None = None,
+    key_shift: np.ndarray | None = None,
+    sliding_window: int | None = None,
+    window_only: bool = False,
+    far_offset: np.ndarray | None = None,
     causal: bool = False,
     key_mask: np.ndarray | None = None,
     upstream: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Gradients | None]:
     """`dark_attention` as its definition reads, and its gradients by hand.
 
-    For one head, with `L_tsj = log phi_j(q_t) + log phi_j(k_s)`:
+    For one head, with the log-features of `ops.features.FeatureMap`, b and c
+    its shifts and d the offset of the far part:
 
+        far:   L_tsj = log phi_j(q_t) + log phi_j(k_s) + q^_t . c - b . c + d
+        near:  L_ts = q_t . k_s / sqrt(h),    t - s < W
         K_ts = sum_j exp L_tsj,    P_ts = K_ts / sum_s K_ts,    O = P V
         dP = dO V',    dK_ts = (dP_ts - sum_s dP_ts P_ts) / sum_s K_ts
         d log phi_j(q_t) = sum_s dK_ts exp L_tsj,  and so for k_s
 
     Args:
         upstream: `(b, t, n, v)`, the gradient of a scalar with respect to the
-            output; the gradients returned are of that scalar.
+            output; the gradients returned are of that scalar, that of the
+            geometry of `M_k` alone where there is a `query_geometry`.
         The others are those of `dark_attention`.
 
     Returns:
@@ -52,6 +62,11 @@ def dark_attention_reference(
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads, value_dim = value.shape[1:]
     projection = np.broadcast_to(projection, (kv_heads, *projection.shape[-2:]))
+    tied = query_geometry is None
+    geometry_q = geometry if query_geometry is None else np.asarray(query_geometry, "float64")
+    weight = _or_zeros(log_weight, kv_heads, projection.shape[1])
+    shift_q, shift_k = (_or_zeros(x, kv_heads, head_dim) for x in (query_shift, key_shift))
+    offset = _or_zeros(far_offset, num_heads)
     visible = np.ones((batch, num_queries, num_keys), bool)
     if causal:
         visible &= np.tri(num_queries, num_keys, dtype=bool)
@@ -64,16 +79,27 @@ def dark_attention_reference(
     for b in range(batch):
         for n in range(num_heads):
             k = n // (num_heads // kv_heads)
-            m_geometry = scale * geometry[k]
-            mq, mk = query[b, :, n] @ m_geometry.T, key[b, :, k] @ m_geometry.T
-            weight = 0.0 if log_weight is None else np.asarray(log_weight, "float64")[k]
-            log_q = _log_features(mq, projection[k]) + weight
-            log_k = _log_features(mk, projection[k]) + weight
+            x, y = scale * query[b, :, n], scale * key[b, :, k]
+            mq = (x - shift_q[k]) @ geometry_q[k].T
+            mk = (y - shift_k[k]) @ geometry[k].T
+            half_m = 0.5 * np.log(projection.shape[1])
+            log_q = _log_features(mq, projection[k]) + weight[k] - half_m
+            log_k = _log_features(mk, projection[k]) + weight[k] - half_m
+            log_q = log_q + ((x - shift_q[k]) @ shift_k[k])[:, None] + offset[n]
+            log_k = log_k + (y @ shift_q[k])[:, None]
             for t in range(num_queries):
-                seen = visible[b, t]
+                seen = visible[b, t].copy()
+                near = np.zeros(num_keys, bool)
+                if sliding_window is not None:
+                    near = np.arange(num_keys) > t - sliding_window
+                    if window_only:
+                        seen &= near
                 if not seen.any():
                     continue
-                log_products = log_q[t] + log_k[seen]
+                # One column for the exact kernel, which far keys do not have, and the features.
+                logits = np.where(near, y @ x[t], -np.inf)[seen, None]
+                log_far = np.where(near[:, None], -np.inf, log_q[t] + log_k)[seen]
+                log_products = np.concatenate([logits, log_far], axis=1)
                 products = np.exp(log_products - log_products.max())
                 kernel = products.sum(axis=1)
                 attention = kernel / kernel.sum()
@@ -83,18 +109,28 @@ def dark_attention_reference(
                 d_output = np.asarray(upstream[b, t, n], "float64")
                 d_attention = value[b, seen, k] @ d_output
                 d_kernel = (d_attention - d_attention @ attention) / kernel.sum()
-                d_log_k = d_kernel[:, None] * products
+                d_log = d_kernel[:, None] * products
+                d_logit, d_log_k = d_log[:, 0], d_log[:, 1:]
                 d_log_q = d_log_k.sum(axis=0)
-                # log phi_j(x) = w_j . M x^ - |M x^|^2 / 2
+                # log phi_j(x) = w_j . M x - |M x|^2 / 2 + ...
                 d_mq = d_log_q @ projection[k] - d_log_q.sum() * mq[t]
                 d_mk = d_log_k @ projection[k] - d_log_k.sum(1, keepdims=True) * mk[seen]
-                gradients.query[b, t, n] += d_mq @ m_geometry
-                gradients.key[b, seen, k] += d_mk @ m_geometry
-                gradients.value[b, seen, k] += np.outer(attention, d_output)
-                gradients.geometry[k] += scale * (
-                    np.outer(d_mq, query[b, t, n]) + d_mk.T @ key[b, seen, k]
+                gradients.query[b, t, n] += scale * (
+                    d_mq @ geometry_q[k] + d_log_q.sum() * shift_k[k] + d_logit @ y[seen]
                 )
+                gradients.key[b, seen, k] += scale * (
+                    d_mk @ geometry[k] + np.outer(d_log_k.sum(1), shift_q[k])
+                )
+                gradients.key[b, seen, k] += scale * np.outer(d_logit, x[t])
+                gradients.value[b, seen, k] += np.outer(attention, d_output)
+                gradients.geometry[k] += d_mk.T @ (y[seen] - shift_k[k])
+                if tied:
+                    gradients.geometry[k] += np.outer(d_mq, x[t] - shift_q[k])
     return output, None if upstream is None else gradients
+
+
+def _or_zeros(x: np.ndarray | None, *shape: int) -> np.ndarray:
+    return np.zeros(shape) if x is None else np.asarray(x, "float64")
 
 
 def dark_state_reference(

@@ -26,6 +26,10 @@ class Case:
     causal: bool = False
     masked: bool = False  # random, and the first three tokens of the first row
     weighted: bool = False  # with log_weight
+    untied: bool = False  # with query_geometry
+    shifted: bool = False  # with query_shift and key_shift
+    window: int | None = None  # with sliding_window and far_offset
+    window_only: bool = False
     shared: bool = False  # one projection for all heads
     scale: float = 1.0
 
@@ -90,6 +94,15 @@ def _draw(case):
         "causal": case.causal,
     }
     upstream = normal(case.batch, case.length, num_heads, value_dim)
+    if case.untied:
+        other = np.eye(rank, head_dim, dtype="float32") + 0.3 * normal(kv_heads, rank, head_dim)
+        options["query_geometry"] = other
+    if case.shifted:
+        for name in ("query_shift", "key_shift"):
+            options[name] = 0.7 * normal(kv_heads, head_dim)
+    if case.window is not None:
+        options |= {"sliding_window": case.window, "window_only": case.window_only}
+        options["far_offset"] = normal(num_heads)
     return query, key, value, geometry, options, upstream
 
 

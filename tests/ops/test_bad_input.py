@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from backends import run
 
-from keras_darkformer.ops import dark_attention, dark_attention_state, exact_dark_attention
+from keras_darkformer.ops import (
+    dark_attention,
+    dark_attention_state,
+    exact_dark_attention,
+    feature_attention,
+    feature_attention_state,
+)
 
 SHAPES = {
     "query": (2, 6, 4, 8),
@@ -43,12 +49,26 @@ BAD_TENSORS = [
     ({"key_mask": zeros(3, 6, dtype="bool")}, "`key_mask` must have shape"),
     ({"key_mask": zeros(2, 1, 1, 6, dtype="bool")}, "`key_mask` must have shape"),
 ]
+SUMS = (zeros(2, 2, 16, 5), zeros(2, 2, 16), zeros(2, 2))
 BAD_FEATURES = [
     ({"projection": zeros(16)}, "`projection` must have shape"),
     ({"projection": zeros(16, 8)}, "`projection` must have shape"),
     ({"projection": zeros(3, 16, 7)}, "`projection` must have shape"),
     ({"log_weight": zeros(16)}, "`log_weight` must have shape"),
     ({"log_weight": zeros(2, 15)}, "`log_weight` must have shape"),
+    ({"query_geometry": zeros(7, 8)}, "`query_geometry` must have shape"),
+    ({"query_geometry": zeros(1, 7, 8)}, "`query_geometry` must have shape"),
+    ({"query_geometry": zeros(2, 6, 8)}, "`query_geometry` must have the rank of `geometry`, 7"),
+    ({"query_shift": zeros(8)}, "`query_shift` must have shape"),
+    ({"query_shift": zeros(2, 7)}, "`query_shift` must have shape"),
+    ({"key_shift": zeros(4, 8)}, "`key_shift` must have shape"),
+    ({"window_only": True}, "`window_only` and `far_offset` need a `sliding_window`"),
+    ({"sliding_window": 0, "causal": True}, "`sliding_window` must be a positive integer"),
+    ({"sliding_window": 2.0, "causal": True}, "`sliding_window` must be a positive integer"),
+    (
+        {"sliding_window": 3, "causal": True, "initial_state": SUMS},
+        r"`initial_state` must be .*\(2, 3, 2, 8\), \(2, 3, 2, 5\), \(2, 3\)",
+    ),
     (
         {"initial_state": (zeros(2, 2, 16, 4), zeros(2, 2, 16), zeros(2, 2))},
         "`initial_state` must be",
@@ -58,6 +78,23 @@ BAD_FEATURES = [
 BAD_OPTIONS = [
     ({"chunk_size": 0}, "`chunk_size` must be a positive integer"),
     ({"chunk_size": 64.0}, "`chunk_size` must be a positive integer"),
+    ({"sliding_window": 3}, "`sliding_window` needs `causal=True`"),
+    ({"far_offset": zeros(4)}, "`window_only` and `far_offset` need a `sliding_window`"),
+    (
+        {"sliding_window": 3, "causal": True, "far_offset": zeros(2)},
+        r"`far_offset` must have shape \(num_query_heads,\) = \(4,\)",
+    ),
+]
+DIRECT_SHAPES = {name: SHAPES[name] for name in ("query", "key", "value")} | {
+    "query_kernel": (2, 8, 16),
+    "key_kernel": (2, 8, 16),
+    "key_bias": (2, 16),
+}
+BAD_DIRECT_FEATURES = [
+    ({"key_kernel": zeros(8, 16)}, "`key_kernel` must have shape"),
+    ({"key_kernel": zeros(1, 8, 16)}, "`key_kernel` must have shape"),
+    ({"key_bias": zeros(2, 15)}, "`key_bias` must have shape"),
+    ({"initial_state": (*SUMS[:2], zeros(2))}, "`initial_state` must be"),
 ]
 
 
@@ -91,5 +128,30 @@ def test_exact_attention_names_the_argument_that_does_not_fit(changes, message):
     *BAD_FEATURES,
 )
 def test_state_names_the_argument_that_does_not_fit(changes, message):
+    changes = {name: x for name, x in changes.items() if name != "causal"}
     with pytest.raises(ValueError, match=message):
         call(dark_attention_state, STATE, **changes)
+
+
+@bad_inputs(
+    *((changes, message) for changes, message in BAD_TENSORS if "geometry" not in changes),
+    *BAD_DIRECT_FEATURES,
+    *BAD_OPTIONS[:2],
+    ({"query_kernel": zeros(2, 8, 15)}, "`query_kernel` must have shape"),
+)
+def test_feature_attention_names_the_argument_that_does_not_fit(changes, message):
+    arguments = {name: zeros(*shape) for name, shape in DIRECT_SHAPES.items()}
+    with pytest.raises(ValueError, match=message):
+        feature_attention(**arguments | changes)
+
+
+@bad_inputs(
+    ({"key": zeros(6, 2, 8)}, "`key` must have shape"),
+    ({"key_mask": zeros(2, 5, dtype="bool")}, "`key_mask` must have shape"),
+    *BAD_DIRECT_FEATURES,
+)
+def test_state_of_feature_attention_names_the_argument_that_does_not_fit(changes, message):
+    names = ("key", "value", "key_kernel", "key_bias")
+    arguments = {name: zeros(*DIRECT_SHAPES[name]) for name in names}
+    with pytest.raises(ValueError, match=message):
+        feature_attention_state(**arguments | changes)

@@ -13,7 +13,20 @@ SMALL = Case(
 )
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": True, "masked": True}], ids=str)
+FITTED = {"untied": True, "shifted": True, "masked": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"causal": True, "masked": True},
+        FITTED,
+        {"shifted": True, "causal": True, "window": 2},
+        {**FITTED, "causal": True, "window": 2},
+    ],
+    ids=str,
+)
 def test_gradients_agree_with_central_differences(changes):
     case = Case(**vars(SMALL) | changes)
     arrays = [x.astype("float64") for x in case.arrays]

@@ -1,0 +1,22 @@
+"""Synthetic queries and keys whose logits come from few directions."""
+
+import numpy as np
+
+
+def anisotropic(
+    batch=4, length=32, heads=(1, 1), head_dim=8, seed=0, scale=1.0, directions=2, small=0.3
+):
+    """Query `(b, t, n, h)` and key `(b, t, k, h)`, float32.
+
+    Along `directions` directions of a random basis they are `scale` large,
+    along the others `small` of that. Their means are not zero.
+    """
+    basis = np.linalg.qr(np.random.default_rng(99).standard_normal((head_dim, head_dim)))[0]
+    size = np.where(np.arange(head_dim) < directions, 2.0, small) * scale
+    rng = np.random.default_rng([seed, 17])
+    query, key = (rng.standard_normal((batch, length, n, head_dim)) for n in heads)
+    mean = rng.standard_normal((2, head_dim)) * 0.5 * scale
+    return tuple(
+        ((x * size) @ basis.T + m).astype("float32")
+        for x, m in zip((query, key), mean, strict=True)
+    )

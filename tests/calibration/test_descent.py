@@ -1,0 +1,373 @@
+"""Clusters, descent and held-out errors: what they compute, and that they help."""
+
+import numpy as np
+import pytest
+
+from keras_darkformer.calibration.clusters import clusters, kmeans
+from keras_darkformer.calibration.judge import (
+    adaptive_budget,
+    held_out_error,
+    output_errors,
+    position_folds,
+    sequence_folds,
+)
+from keras_darkformer.calibration.projections import DarkParameters, Projections, fold_dark
+from keras_darkformer.calibration.refine import (
+    attention_divergence,
+    best_draw,
+    refine_clusters,
+    refine_dark,
+)
+from keras_darkformer.calibration.sequences import (
+    exact_weights,
+    feature_weights,
+    samples,
+    softmax,
+)
+from keras_darkformer.ops import draw_projection
+
+from .data import anisotropic
+
+QUERY, KEY = anisotropic(scale=0.7)
+GROUPED = np.concatenate([QUERY, -0.5 * QUERY], axis=2)
+KEY = KEY[:, :, 0]
+MASK = np.arange(32) < np.array([[32], [20], [7], [32]])
+SETTINGS = pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"query_mask": MASK, "key_mask": MASK, "causal": True}],
+    ids=["plain", "causal", "masked"],
+)
+
+
+def some_dark(seed=0, m=16, dim=8):
+    rng = np.random.default_rng(seed)
+    return DarkParameters(
+        geometry=0.4 * np.eye(dim) + 0.05 * rng.standard_normal((dim, dim)),
+        projection=draw_projection(m, dim, seed=rng).astype("float64"),
+        log_weight=0.1 * rng.standard_normal(m),
+        query_shift=0.2 * rng.standard_normal(dim),
+        key_shift=0.2 * rng.standard_normal(dim),
+    )
+
+
+def divergence(projections, query, key, **options):
+    """Mean KL from the exact maps to those of the features."""
+    total = []
+    for part in samples(query, key, **options):
+        exact = exact_weights(part)
+        found = feature_weights(projections, part.query, part.key, part.visible)
+        log_ratio = np.log(np.maximum(exact, 1e-300) / np.maximum(found, 1e-300))
+        total.append(np.sum(exact * log_ratio, axis=1))
+    return np.concatenate(total).mean()
+
+
+# What a head is taken apart into.
+
+
+def test_samples_hold_what_counts_and_see_what_is_visible():
+    options = {"query_mask": MASK, "key_mask": MASK, "causal": True}
+    parts = samples(GROUPED, KEY, **options)
+    assert [part.query.shape for part in parts] == [(64, 8), (40, 8), (14, 8), (64, 8)]
+    for row, part in enumerate(parts):
+        tokens = MASK[row].sum()
+        np.testing.assert_array_equal(part.key, KEY[row, :tokens])
+        np.testing.assert_array_equal(part.query, GROUPED[row, :tokens].reshape(-1, 8))
+        expected = np.repeat(np.tri(tokens, dtype=bool), 2, axis=0)
+        np.testing.assert_array_equal(part.visible, expected)
+
+
+def test_samples_keep_as_many_queries_as_they_may_by_seed():
+    first, again, other = (
+        samples(GROUPED, KEY, max_queries=20, seed=seed, causal=True) for seed in (1, 1, 2)
+    )
+    assert [len(part.query) for part in first] == [5] * 4
+    for x, y, z in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(x.query, y.query)
+        assert (x.query != z.query).any()
+        assert x.visible.shape == (5, 32)
+
+
+def test_samples_without_a_pair_are_refused():
+    nothing = np.zeros((4, 32), bool)
+    early, late = np.arange(32) < np.full((4, 1), 5), np.arange(32) >= np.full((4, 1), 9)
+    for options in (
+        {"query_mask": nothing},
+        {"key_mask": nothing},
+        {"query_mask": early, "key_mask": late, "causal": True},
+    ):
+        with pytest.raises(ValueError, match="No `query` is left that sees a `key`"):
+            samples(QUERY, KEY, **options)
+
+
+def test_weights_of_features_are_those_of_their_definition():
+    dark = some_dark()
+    folded = fold_dark(dark)
+    part = samples(QUERY, KEY, causal=True)[0]
+    x, y = (8**-0.25 * z for z in (part.query, part.key))
+    mx = (x - dark.query_shift) @ dark.geometry.T
+    my = (y - dark.key_shift) @ dark.geometry.T
+    log_key = my @ dark.projection.T - 0.5 * np.sum(my**2, axis=1)[:, None]
+    log_key += (y @ dark.query_shift)[:, None] + 2 * dark.log_weight
+    weights = np.exp(mx @ dark.projection.T) @ np.exp(log_key).T * part.visible
+    weights /= weights.sum(axis=1, keepdims=True)
+    found = feature_weights(folded, part.query, part.key, part.visible)
+    np.testing.assert_allclose(found, weights, atol=1e-12)
+    logits = part.query @ part.key.T / 8**0.5
+    np.testing.assert_allclose(exact_weights(part), softmax(logits, part.visible))
+
+
+# Gradients, by central differences.
+
+
+def assert_gradient(function, x, gradient, step=1e-6):
+    rng = np.random.default_rng(4)
+    for _ in range(4):
+        direction = rng.standard_normal(x.shape)
+        difference = (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+        np.testing.assert_allclose(np.sum(gradient * direction), difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gradient_of_the_divergence_is_that_of_its_value(causal, rng):
+    log_query, log_key = rng.standard_normal((10, 4)), rng.standard_normal((10, 4)) - 3
+    visible = np.tri(10, dtype=bool) if causal else None
+    target = softmax(rng.standard_normal((10, 10)), visible)
+    value, by_query, by_key = attention_divergence(log_query, log_key, target, visible)
+    weights = softmax(np.log(np.exp(log_query) @ np.exp(log_key).T), visible)
+    expected = np.sum(target * np.log(np.maximum(target, 1e-300) / np.maximum(weights, 1e-300)))
+    np.testing.assert_allclose(value, expected)
+    assert_gradient(
+        lambda x: attention_divergence(x, log_key, target, visible)[0], log_query, by_query
+    )
+    assert_gradient(
+        lambda x: attention_divergence(log_query, x, target, visible)[0], log_key, by_key
+    )
+
+
+@pytest.mark.parametrize("name", ["geometry", "projection", "log_weight"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_descent_follows_the_gradient_of_the_divergence(name, causal, monkeypatch):
+    found = {}
+
+    def grasp(gradient, start, rates, steps):
+        found["loss"], found["slopes"] = gradient(start)
+        return start
+
+    monkeypatch.setattr("keras_darkformer.calibration.refine._adam", grasp)
+    dark = some_dark(dim=8)._replace(geometry=some_dark().geometry[:5])
+    dark = dark._replace(projection=dark.projection[:, :5])
+    options = {"query_mask": MASK, "key_mask": MASK, "causal": causal}
+    refine_dark(dark, GROUPED, KEY, **options, parameters=(name,))
+
+    def value(x):
+        return divergence(fold_dark(dark._replace(**{name: x})), GROUPED, KEY, **options)
+
+    np.testing.assert_allclose(found["loss"], value(getattr(dark, name)))
+    assert_gradient(value, getattr(dark, name), found["slopes"][name])
+
+
+def test_descent_of_clusters_follows_the_gradient_of_the_divergence(monkeypatch):
+    found = {}
+
+    def grasp(gradient, start, rates, steps):
+        found["start"], (found["loss"], found["slopes"]) = dict(start), gradient(start)
+        found["value"] = lambda name, x: gradient(dict(start) | {name: x})[0]
+        return start
+
+    monkeypatch.setattr("keras_darkformer.calibration.refine._adam", grasp)
+    fitted = clusters(GROUPED, KEY, 6, causal=True)
+    same = refine_clusters(fitted, GROUPED, KEY, causal=True)
+    np.testing.assert_allclose(found["loss"], divergence(fitted, GROUPED, KEY, causal=True))
+    for before, after in zip(fitted[:3], same[:3], strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-12)
+    for name, slope in found["slopes"].items():
+        assert_gradient(lambda x, name=name: found["value"](name, x), found["start"][name], slope)
+
+
+# Descent.
+
+
+@SETTINGS
+@pytest.mark.parametrize("steps", [1, 10])
+def test_refining_never_raises_the_divergence_and_takes_it_down(options, steps):
+    dark, fitted = some_dark(), clusters(GROUPED, KEY, 8, **options)
+    for before, after in (
+        (fold_dark(dark), fold_dark(refine_dark(dark, GROUPED, KEY, steps=steps, **options))),
+        (fitted, refine_clusters(fitted, GROUPED, KEY, steps=steps, **options)),
+    ):
+        assert divergence(after, GROUPED, KEY, **options) < divergence(
+            before, GROUPED, KEY, **options
+        )
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30, np.inf])
+def test_a_descent_that_goes_astray_gives_back_where_it_began_or_better(rate):
+    dark, fitted = some_dark(), clusters(QUERY, KEY, 8)
+    with np.errstate(all="ignore"):
+        refined = fold_dark(refine_dark(dark, QUERY, KEY, steps=5, learning_rate=rate))
+        moved = refine_clusters(fitted, QUERY, KEY, steps=5, learning_rate=rate)
+    assert divergence(refined, QUERY, KEY) <= divergence(fold_dark(dark), QUERY, KEY) + 1e-9
+    assert divergence(moved, QUERY, KEY) <= divergence(fitted, QUERY, KEY) + 1e-9
+
+
+def test_the_best_draw_is_the_best_of_them():
+    drawn = []
+
+    def draw():
+        drawn.append(some_dark(seed=len(drawn)))
+        return drawn[-1]
+
+    best = best_draw(draw, QUERY, KEY, draws=6, causal=True)
+    found = [divergence(fold_dark(dark), QUERY, KEY, causal=True) for dark in drawn]
+    assert len(drawn) == 6
+    assert best is drawn[int(np.argmin(found))]
+
+
+# Clusters.
+
+
+def test_kmeans_finds_two_clusters_that_lie_apart_and_never_gets_worse(rng):
+    truth = np.repeat([0, 1], [30, 90])
+    points = 20.0 * truth[:, None] + rng.standard_normal((120, 3))
+    labels, counts = kmeans(points, 2)
+    assert sorted(counts) == [30, 90]
+    assert len(set(zip(truth, labels, strict=True))) == 2
+
+    def error(rounds):
+        labels, _ = kmeans(points, 8, rounds)
+        means = np.stack([points[labels == label].mean(axis=0) for label in labels])
+        return np.sum((points - means) ** 2)
+
+    errors = [error(rounds) for rounds in (1, 2, 4, 20)]
+    assert (np.diff(errors) <= 1e-9).all()
+    assert errors[-1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize(("points", "num_clusters"), [(3, 8), (50, 8)])
+def test_kmeans_counts_every_point_once(points, num_clusters, rng):
+    x = rng.standard_normal((points, 4))
+    labels, counts = kmeans(x, num_clusters)
+    assert counts.sum() == points
+    np.testing.assert_array_equal(np.bincount(labels, minlength=num_clusters), counts)
+
+
+def test_as_many_equal_points_as_clusters_stay_finite():
+    query, key = np.ones((2, 4, 1, 8)), np.ones((2, 4, 8))
+    for x in clusters(query, key, 8)[:3]:
+        assert np.isfinite(x).all()
+
+
+@SETTINGS
+def test_clusters_lie_between_uniform_and_exact_attention(options):
+    error = np.median(output_errors(clusters(GROUPED, KEY, 32, **options), GROUPED, KEY, **options))
+    zeros = np.zeros((8, 1))
+    uniform = np.median(
+        output_errors(Projections(zeros, zeros, np.zeros(1)), GROUPED, KEY, **options)
+    )
+    assert error < 0.6 * uniform
+
+
+def test_clusters_do_not_depend_on_where_the_origin_of_the_keys_lies():
+    """Softmax does not."""
+    far = KEY + 3.0
+    found, moved = clusters(QUERY, KEY, 8), clusters(QUERY, far, 8)
+    for row in range(4):
+        query = QUERY[row, :, 0].astype("float64")
+        np.testing.assert_allclose(
+            feature_weights(moved, query, far[row].astype("float64")),
+            feature_weights(found, query, KEY[row].astype("float64")),
+            atol=1e-4,
+        )
+
+
+def test_everything_random_hangs_on_the_seed():
+    for function in (
+        lambda seed: clusters(QUERY, KEY, 8, max_queries=60, seed=seed),
+        lambda seed: refine_dark(some_dark(), QUERY, KEY, max_queries=40, steps=3, seed=seed),
+    ):
+        first, again, other = (function(seed) for seed in (1, 1, 2))
+        for x, y in zip(first, again, strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert (first[0] != other[0]).any()
+
+
+def test_what_is_masked_may_hold_anything():
+    query, key = GROUPED.copy(), KEY.copy()
+    query[~MASK], key[~MASK] = np.nan, np.nan
+    options = {"query_mask": MASK, "key_mask": MASK}
+    for x, y in zip(
+        refine_clusters(clusters(query, key, 8, **options), query, key, **options)[:3],
+        refine_clusters(clusters(GROUPED, KEY, 8, **options), GROUPED, KEY, **options)[:3],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+    for name in ("query", "key"):
+        with pytest.raises(ValueError, match=f"`{name}` must be finite"):
+            samples(**{"query": GROUPED, "key": KEY} | {name: query if name == "query" else key})
+
+
+# Held-out errors.
+
+
+@pytest.mark.parametrize(("b", "t"), [(1, 2), (1, 32), (2, 5), (5, 33)])
+@pytest.mark.parametrize("folds", [sequence_folds, position_folds])
+def test_folds_share_nothing(folds, b, t):
+    for calibrated, judged in folds(b, t):
+        assert calibrated.shape == judged.shape == (b, t)
+        assert calibrated.any()
+        assert judged.any()
+        assert not (calibrated & judged).any()
+        if folds is position_folds:
+            assert not (calibrated.any(axis=0) & judged.any(axis=0)).any()
+        if b > 1:
+            assert not (calibrated.any(axis=1) & judged.any(axis=1)).any()
+
+
+def test_every_position_is_judged_once():
+    for folds in (sequence_folds(1, 9), position_folds(1, 9), sequence_folds(3, 9)):
+        judged = np.sum([fold[1] for fold in folds], axis=0)
+        assert (judged == 1).all()
+
+
+def test_errors_are_relative_errors_of_outputs(rng):
+    value = rng.standard_normal((4, 32, 5))
+    folded = fold_dark(some_dark())
+    errors = output_errors(folded, GROUPED, KEY, value, causal=True, key_mask=MASK)
+    parts = samples(GROUPED, KEY, causal=True, key_mask=MASK)
+    assert errors.shape == (sum(len(part.query) for part in parts),)
+    part = parts[1]
+    exact = exact_weights(part) @ value[1, MASK[1]]
+    found = feature_weights(folded, part.query, part.key, part.visible) @ value[1, MASK[1]]
+    expected = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    np.testing.assert_allclose(errors[64:128], expected)
+
+
+def test_held_out_error_judges_what_was_not_calibrated_on():
+    seen = []
+
+    def fit(query, key, query_mask, key_mask):
+        seen.append(query_mask)
+        return fold_dark(some_dark())
+
+    folds = sequence_folds(4, 32)
+    error = held_out_error(fit, QUERY, KEY, folds=folds, query_mask=MASK, key_mask=MASK)
+    expected = [
+        output_errors(fold_dark(some_dark()), QUERY, KEY, query_mask=j & MASK, key_mask=j & MASK)
+        for _, j in folds
+    ]
+    assert error == np.median(np.concatenate(expected))
+    for (calibrated, _), mask in zip(folds, seen, strict=True):
+        np.testing.assert_array_equal(mask, calibrated & MASK)
+    nothing = np.zeros_like(MASK)
+    assert held_out_error(fit, QUERY, KEY, folds=folds, query_mask=nothing) == np.inf
+
+
+def test_budgets_go_where_errors_fall():
+    errors = np.array([[1.0, 0.9, 0.89, 0.89], [1.0, 1.0, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5]])
+    budget = adaptive_budget(errors, [8, 16, 32, 64], 96)
+    assert budget.sum() <= 96
+    assert list(budget) == [16, 64, 8]
+    with pytest.raises(ValueError, match="`total` must be at least 24"):
+        adaptive_budget(errors, [8, 16, 32, 64], 23)
+    with pytest.raises(ValueError, match="`sizes` must rise"):
+        adaptive_budget(errors, [8, 16, 16, 64], 96)

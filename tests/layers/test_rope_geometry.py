@@ -1,0 +1,136 @@
+"""Where the geometry sits relative to the rotation, and what that makes of positions."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_darkformer import DarkAttention, DarkFeatureMap, calibrate
+
+from .helpers import HEADS, WIDTH, arrays, assert_close, call, differ, normal, weight_gradients
+
+X = 0.5 * normal(2, 10, WIDTH)
+places = pytest.mark.parametrize("place", ["before", "planes"])
+
+
+def attention(place, *, mode="linear", num_features=8, **options):
+    """With a geometry far from the identity."""
+    layer = DarkAttention(
+        **HEADS | {"num_features": num_features},
+        attention_mode=mode,
+        rope_max_wavelength=20.0,
+        rope_geometry=place,
+        seed=0,
+        **options,
+    )
+    layer.build(X.shape, X.shape)
+    geometry = layer.feature_map.geometry
+    noise = normal(*geometry.shape)
+    geometry.assign(0.6 * arrays(geometry) + (0.3 if place == "planes" else 0.2) * noise)
+    return layer
+
+
+def at(layer, position, **options):
+    """Output with the first token at a position."""
+    layer.position_offset = position
+    try:
+        return arrays(layer(X, X, **options))
+    finally:
+        layer.position_offset = None
+
+
+@places
+def test_exact_mode_sees_relative_positions_only(place):
+    layer = attention(place, mode="exact")
+    for causal in (False, True):
+        expected = at(layer, 0, use_causal_mask=causal)
+        assert_close(at(layer, 13, use_causal_mask=causal), expected, 1e-4)
+    # ... and does see them.
+    backwards = arrays(layer(X[:, ::-1], X[:, ::-1]))[:, ::-1]
+    assert differ(backwards, at(layer, 0))
+
+
+def test_a_geometry_after_the_rotation_sees_where_tokens_are():
+    layer = attention("after", mode="exact")
+    assert differ(at(layer, 13), at(layer, 0))
+    layer.feature_map.geometry.assign(0.7 * np.stack([np.eye(4)] * 2))
+    assert_close(at(layer, 13), at(layer, 0), 1e-4)
+
+
+@pytest.mark.parametrize("place", ["before", "planes", "after"])
+def test_linear_mode_with_many_features_approximates_exact_mode(place):
+    linear = attention(place, num_features=4096)
+    exact = attention(place, num_features=4096, mode="exact")
+    exact.set_weights(linear.get_weights())
+    expected = at(exact, 0)
+    error = np.abs(arrays(call(linear, X, X)) - expected).max()
+    uniform = DarkAttention(**HEADS, attention_mode="exact", seed=0)
+    uniform.build(X.shape, X.shape)
+    for dense in ("query_dense", "value_dense", "output_dense"):
+        getattr(uniform, dense).set_weights(getattr(exact, dense).get_weights())
+    uniform.key_dense.set_weights([0 * x for x in exact.key_dense.get_weights()])
+    assert error < 0.3 * np.abs(arrays(uniform(X, X)) - expected).max()
+
+
+def test_scalars_of_planes_are_a_diagonal_geometry_before_the_rotation():
+    planes, before = attention("planes"), attention("before")
+    for dense in ("query_dense", "key_dense", "value_dense", "output_dense"):
+        getattr(before, dense).set_weights(getattr(planes, dense).get_weights())
+    before.feature_map.geometry.assign(planes.feature_map.matrix())
+    expected = call(before, X, X, use_causal_mask=True)
+    assert_close(call(planes, X, X, use_causal_mask=True), expected)
+    matrix = arrays(planes.feature_map.matrix())
+    assert_close(planes.feature_map.covariance(), matrix**2)
+
+
+@places
+def test_the_geometry_is_trained_where_it_sits(place):
+    layer = attention(place)
+    gradients = weight_gradients(layer, X, X, use_causal_mask=True)
+    assert np.abs(gradients["feature_map/geometry"]).max() > 1e-4
+
+
+@places
+def test_features_are_of_what_comes_out_of_the_rotation(place):
+    layer, plain = attention(place).feature_map, DarkFeatureMap(2, 4, 8, seed=0)
+    key = normal(2, 5, 2, 4)
+    assert_close(layer(key), plain(key))
+    query = normal(2, 5, 4, 4)
+    assert_close(layer.exact_query(query), query)
+    moved = arrays(layer.before_rotation(query))
+    for head in range(4):
+        expected = query[:, :, head] @ arrays(layer.matrix())[head // 2].T
+        assert_close(moved[:, :, head], expected)
+    half = keras.ops.cast(query, "bfloat16")
+    assert keras.backend.standardize_dtype(layer.before_rotation(half).dtype) == "bfloat16"
+
+
+@places
+@pytest.mark.parametrize("method", ["identity", "scale", "spectral"])
+def test_a_model_is_calibrated_around_the_rotation(place, method):
+    inputs = keras.Input((10, WIDTH))
+    layer = attention(place, num_features=64)
+    model = keras.Model(inputs, layer(inputs, inputs, use_causal_mask=True))
+    calibrate(model, 2 * normal(8, 10, WIDTH), method=method, batch_size=4, verbose=False)
+    fitted = layer.feature_map
+    assert fitted.form == ("random" if method == "identity" else "centered")
+    assert all(np.isfinite(x).all() for x in fitted.get_weights())
+    # What rotates together has one proposal; so relative positions are still all that counts.
+    if fitted.form == "centered":
+        proposal = arrays(fitted.proposal)
+        assert_close(proposal[:, :2], proposal[:, 2:])
+    exact = attention(place, num_features=64, mode="exact", feature_form=fitted.form)
+    exact.set_weights(layer.get_weights())
+    assert_close(at(exact, 9), at(exact, 0), 1e-4)
+    exact_output = at(exact, 0, use_causal_mask=True)
+    error = np.abs(at(layer, 0, use_causal_mask=True) - exact_output).mean()
+    assert error < 0.3 * np.abs(exact_output).mean()
+
+
+@places
+@pytest.mark.parametrize(
+    "options", [{"tie_geometry": False}, {"rank": 3}, {"head_dim": 5}], ids=str
+)
+def test_a_geometry_that_can_not_sit_there_is_refused(place, options):
+    arguments = {"num_heads": 2, "head_dim": 4, "num_features": 8} | options
+    with pytest.raises(ValueError, match=r"`rope_geometry=.* needs"):
+        DarkFeatureMap(**arguments, rope_geometry=place)

@@ -1,0 +1,184 @@
+"""`DarkAttention` with a window of the exact kernel."""
+
+import keras
+import numpy as np
+import pytest
+from backends import DEFAULT_JIT, compiled
+from keras import ops
+
+from keras_darkformer import DarkAttention
+from keras_darkformer.ops.reference import dark_attention_reference
+
+from .helpers import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    PADDING,
+    WIDTH,
+    arrays,
+    assert_close,
+    attention,
+    call,
+    differ,
+    normal,
+    shapes_and_dtypes,
+    weight_gradients,
+)
+
+X = normal(BATCH, LENGTH, WIDTH)
+only = pytest.mark.parametrize("window_only", [False, True], ids=["features", "window_only"])
+
+
+def windowed(size=3, **options):
+    layer = attention(sliding_window=size, **options)
+    layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
+    return layer
+
+
+def project(layer, x):
+    return (arrays(dense(x)) for dense in (layer.query_dense, layer.key_dense, layer.value_dense))
+
+
+@only
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_output_agrees_with_the_reference(calibrated, window_only):
+    layer = windowed(window_only=window_only, tie_geometry=False)
+    query, key, value = project(layer, X)
+    if calibrated:
+        layer.feature_map.calibrate(query, key, refine=False)
+        assert_close(layer.feature_map.far_offset, 0.5 * normal(4, seed=8))
+    names = ["projection", "query_geometry", "far_offset"]
+    names += ["log_weight", "query_shift", "key_shift"] if calibrated else []
+    weights = {name: arrays(getattr(layer.feature_map, name)) for name in names}
+    attended, _ = dark_attention_reference(
+        *(query, key, value, arrays(layer.feature_map.geometry)),
+        **weights,
+        sliding_window=3,
+        window_only=window_only,
+        causal=True,
+        key_mask=PADDING,
+    )
+    expected = layer.output_dense(ops.convert_to_tensor(attended, dtype="float32"))
+    found = call(layer, X, X, value_mask=PADDING, use_causal_mask=True)
+    assert_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("size", [LENGTH, LENGTH + 5])
+def test_window_as_long_as_the_sequence_is_softmax(size):
+    layer = windowed(size, rope_max_wavelength=100.0)
+    exact = attention(attention_mode="exact", rope_max_wavelength=100.0)
+    for name in ("query_dense", "key_dense", "value_dense", "output_dense"):
+        getattr(exact, name).set_weights(getattr(layer, name).get_weights())
+    exact.feature_map.geometry.assign(np.stack([np.eye(4)] * 2))
+    expected = call(exact, X, X, use_causal_mask=True)
+    assert_close(call(layer, X, X, use_causal_mask=True), expected)
+
+
+@only
+def test_steps_give_the_outputs_of_the_whole(window_only):
+    layer = windowed(window_only=window_only, rope_max_wavelength=100.0)
+    whole = {"use_causal_mask": True, "return_state": True}
+    expected, expected_state = call(layer, X, X, **whole)
+
+    def step(token, state):
+        return layer(token, token, initial_state=state, **whole)
+
+    step = compiled(step) if DEFAULT_JIT else step
+    state, outputs = layer.get_initial_state(BATCH), []
+    promised = shapes_and_dtypes(state)
+    assert shapes_and_dtypes(expected_state) == promised
+    for t in range(LENGTH):
+        output, state = step(ops.convert_to_tensor(X[:, t : t + 1]), state)
+        outputs.append(arrays(output))
+        assert shapes_and_dtypes(state) == promised
+    assert_close(np.concatenate(outputs, axis=1), expected, 1e-4)
+    for x, y in zip(state[-4:], expected_state[-4:], strict=True):
+        assert_close(x, y)
+
+    token = keras.KerasTensor((BATCH, 1, WIDTH))
+    symbolic = [keras.KerasTensor(shape, dtype=dtype) for shape, dtype in promised]
+    spec = layer(token, token, initial_state=symbolic, **whole)
+    assert shapes_and_dtypes(spec) == shapes_and_dtypes((output, state))
+
+
+def test_window_only_can_be_set_at_any_time():
+    layer = windowed()
+    alone = windowed(window_only=True)
+    alone.set_weights(layer.get_weights())
+    both = arrays(layer(X, X, use_causal_mask=True))
+    layer.feature_map.window_only = True
+    found = arrays(layer(X, X, use_causal_mask=True))
+    assert differ(found, both)
+    assert_close(found, alone(X, X, use_causal_mask=True))
+    assert len(layer.get_initial_state(1)) == 3
+    layer.feature_map.window_only = False
+    assert_close(layer(X, X, use_causal_mask=True), both)
+
+
+def test_only_the_last_tokens_are_seen_by_a_window_alone():
+    layer = windowed(window_only=True)
+    moved = X.copy()
+    moved[:, 0] += 1.0
+    changed = np.abs(
+        arrays(layer(moved, moved, use_causal_mask=True))
+        - arrays(layer(X, X, use_causal_mask=True))
+    ).max(axis=(0, 2))
+    assert (changed[:3] > 1e-4).all()
+    assert (changed[3:] < 1e-6).all()
+
+
+def test_a_model_with_a_window_trains():
+    inputs = keras.Input((LENGTH, WIDTH))
+    layer = DarkAttention(**HEADS, seed=0, sliding_window=3)
+    model = keras.Model(inputs, layer(inputs, inputs, use_causal_mask=True))
+    model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=DEFAULT_JIT)
+    target = normal(*X.shape, seed=1)
+    before = arrays(layer.feature_map.far_offset)
+    losses = [model.train_on_batch(X, target) for _ in range(5)]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    assert np.abs(arrays(layer.feature_map.far_offset) - before).min() > 1e-4
+
+
+def test_all_that_is_trainable_has_a_gradient_but_for_a_far_part_that_is_left_out():
+    gradients = weight_gradients(windowed(), X, X, use_causal_mask=True)
+    assert all(np.abs(x).max() > 1e-5 for x in gradients.values())
+    gradients = weight_gradients(windowed(window_only=True), X, X, use_causal_mask=True)
+    still = {"feature_map/geometry", "feature_map/far_offset", "key/bias"}
+    assert {name for name, x in gradients.items() if np.abs(x).max() < 1e-5} == still
+
+
+@pytest.mark.parametrize("x", [X, keras.KerasTensor(X.shape)], ids=["real", "symbolic"])
+def test_calls_that_are_not_causal_are_refused(x):
+    layer = windowed()
+    with pytest.raises(ValueError, match="`sliding_window` needs `use_causal_mask=True`"):
+        layer(x, x)
+    with pytest.raises(ValueError, match="`sliding_window` needs `use_causal_mask=True`"):
+        layer(x, x, attention_mask=np.ones((1, LENGTH), bool))
+    # A causal `attention_mask` says the same.
+    mask = np.tri(LENGTH, dtype=bool)
+    assert shapes_and_dtypes(layer(x, x, attention_mask=mask)) == [(X.shape, "float32")]
+
+
+def test_exact_mode_has_no_need_of_a_window():
+    layer = windowed(attention_mode="exact")
+    plain = attention(attention_mode="exact")
+    for dense in ("query_dense", "key_dense", "value_dense", "output_dense"):
+        getattr(plain, dense).set_weights(getattr(layer, dense).get_weights())
+    plain.feature_map.geometry.assign(layer.feature_map.geometry)
+    assert_close(layer(X, X), plain(X, X))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sliding_window": 0}, "`sliding_window` must be a positive integer"),
+        ({"sliding_window": 2.5}, "`sliding_window` must be a positive integer"),
+        ({"window_only": True}, "`window_only=True` needs a `sliding_window`"),
+        ({"sliding_window": 3, "feature_form": "free"}, 'Features of `form="free"`'),
+    ],
+    ids=str,
+)
+def test_windows_that_can_not_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DarkAttention(**HEADS | options)
