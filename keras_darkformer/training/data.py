@@ -62,7 +62,7 @@ def _raw_batches(data: Any, batch_size: int) -> Iterator[Any]:
     if isinstance(data, keras.utils.PyDataset):
         yield from (data[index] for index in range(len(data)))
         return
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and not _is_text(data):
         data = data[0]
     if _is_text(data) or isinstance(data, Mapping) or hasattr(data, "shape"):
         rows = {len(leaf) for leaf in keras.tree.flatten(data)} if not _is_text(data) else {0}
