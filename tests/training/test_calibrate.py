@@ -5,14 +5,13 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import to_numpy
 from hub.models import (
     FAMILIES,
     LENGTH,
     attentions,
     feature_maps,
     gemma,
-    gemma2,
     gemma3,
     inputs,
     outputs,
@@ -22,7 +21,7 @@ from hub.searches import greedy_search
 
 from keras_darkformer import DarkFeatureMap, approximation_report, calibrate, convert_to_dark
 
-from .models import anisotropic, dark_gemma, feature_weights, plain, tokens
+from .models import dark_gemma, feature_weights, plain, tokens
 from .reference import behind, feature_scores, softmax, softmax_scores, visible_pairs
 from .stock import concatenated, positions, stock_heads
 
@@ -199,9 +198,7 @@ def test_what_is_fitted_attends_more_like_softmax_on_held_out_data(method):
 
 def test_what_stands_in_padding_changes_nothing(fitted):
     model, expected = fitted
-    scribbled = [
-        x | {"token_ids": np.where(x["padding_mask"], x["token_ids"], 7)} for x in BATCHES
-    ]
+    scribbled = [x | {"token_ids": np.where(x["padding_mask"], x["token_ids"], 7)} for x in BATCHES]
     quietly(model, scribbled, refine=False)
     for path, value in feature_weights(feature_maps(model)).items():
         np.testing.assert_allclose(value, expected[path], rtol=1e-4, atol=1e-4, err_msg=path)
@@ -368,9 +365,7 @@ def test_the_mass_behind_a_window_is_softmax_s():
     stock, model = dark_gemma(sliding_window=4)
     maps = feature_maps(model)
     quietly(model, BATCHES)
-    for feature_map, (ours, exact) in zip(
-        maps, far_masses(stock, model, BATCHES, 4), strict=True
-    ):
+    for feature_map, (ours, exact) in zip(maps, far_masses(stock, model, BATCHES, 4), strict=True):
         offset = to_numpy(feature_map.far_offset.value)
         assert offset.shape == (4,)
         assert len(set(offset)) == 4
@@ -385,7 +380,7 @@ def test_sequences_no_longer_than_the_window_are_refused(padded):
     model = dark_gemma(sliding_window=6)[1]
     batch = inputs(6, 3, 5) if padded else inputs(6, 6, 6, total=6)
     before = values(model)
-    with pytest.raises(ValueError, match="longer than the sliding window of 6 tokens.*6 tokens"):
+    with pytest.raises(ValueError, match=r"longer than the sliding window of 6 tokens.*6 tokens"):
         quietly(model, [batch])
     after = values(model)
     assert all((after[path] == value).all() for path, value in before.items())
