@@ -164,9 +164,15 @@ def spectral_proposal(
 
 
 def spectrum(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, rounding errors below zero removed, and eigenvectors as columns."""
+    """Eigenvalues, rounding errors below zero removed, and eigenvectors as columns.
+
+    The largest entry of each vector is positive, or rounding would choose the
+    sign, and with it what a draw of the same seed becomes.
+    """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    return np.maximum(values, 0), vectors
+    largest = np.argmax(np.abs(vectors), axis=0)
+    signs = np.sign(vectors[largest, np.arange(len(values))])
+    return np.maximum(values, 0), vectors * signs
 
 
 def _logistic(x: float) -> float:

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from keras import ops
+
 from keras_darkformer.ops import exact_dark_attention
 
 
@@ -31,6 +33,12 @@ class Observation:
     causal: bool
     key_mask: Any = None
     attention_mask: Any = None
+
+    def __post_init__(self) -> None:
+        """Masks become bool."""
+        for name in ("key_mask", "attention_mask"):
+            if (mask := getattr(self, name)) is not None:
+                object.__setattr__(self, name, ops.cast(mask, "bool"))
 
     @property
     def query(self) -> Any:

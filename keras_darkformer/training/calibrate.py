@@ -99,6 +99,7 @@ def calibrate(
         for layer in layers.values()
     }
     window = max(layer.feature_map.sliding_window or 0 for layer in layers.values())
+    longest = 0
     kept: Kept = []
     progress = keras.utils.Progbar(None, verbose=int(verbose), unit_name="batch")
     offsets = position_offsets(position_offset, seed)
@@ -106,12 +107,14 @@ def calibrate(
         if not count:
             _probe_layouts(model, layers, statistics, inputs)
         offset = next(offsets)
-        _look(model, layers, statistics, inputs, offset)
-        if window and _tokens(kept) < max_tokens:
+        length = _look(model, layers, statistics, inputs, offset)
+        longest = max(longest, length)
+        if window and length > window and _tokens(kept) < max_tokens:
             kept.append((inputs, offset))
         progress.update(count + 1)
     progress.update(count + 1, finalize=True)
-    _check_lengths(kept, window)
+    if window:
+        _check_length(longest, window)
     fits = _fit(layers, statistics, options, verbose)
     # All fits before any layer is changed: a failure leaves the model as it was.
     forms = [layer.feature_map.form for layer in layers.values()]
@@ -130,14 +133,16 @@ def _look(
     statistics: dict[int, LayerStatistics],
     inputs: Any,
     offset: int | None,
-) -> None:
-    """Adds a batch to the statistics of all layers."""
+) -> int:
+    """Adds a batch to the statistics of all layers; returns the length of its longest sequence."""
+    lengths = []
 
     def observer(layer: Any, observation: Observation) -> Any:
         of_layer = statistics[id(layer)]
         query, key, value = map(_numpy, (observation.query, observation.key, observation.value))
         key_mask = None if observation.key_mask is None else _numpy(observation.key_mask)
         query_mask = key_mask if query.shape[1] == key.shape[1] else None
+        lengths.append(key.shape[1] if key_mask is None else int(key_mask.sum(axis=1).max()))
         masks = {"query_mask": query_mask, "key_mask": key_mask}
         of_layer.update(query, key, value, **masks, causal=observation.causal)
         if of_layer.needs_unrotated:
@@ -148,6 +153,7 @@ def _look(
 
     with observed(layers.values(), observer, offset):
         run(model, inputs)
+    return max(lengths)
 
 
 def _probe_layouts(
@@ -211,9 +217,8 @@ def _tokens(kept: Kept) -> int:
     return sum(math.prod(keras.tree.flatten(inputs)[0].shape[:2]) for inputs, _ in kept)
 
 
-def _check_lengths(kept: Kept, window: int) -> None:
-    longest = max((keras.tree.flatten(inputs)[0].shape[1] for inputs, _ in kept), default=0)
-    if kept and longest <= window:
+def _check_length(longest: int, window: int) -> None:
+    if longest <= window:
         raise ValueError(
             f"`data` must have sequences longer than the sliding window of {window} tokens, or "
             f"there is nothing behind it to fit. Received: {longest} tokens at most"

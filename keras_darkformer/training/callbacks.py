@@ -107,7 +107,7 @@ class ApproximationLogger(keras.callbacks.Callback):
     Scalars `approximation/relative_error/<layer>` and `approximation/kl/<layer>`,
     means over the heads; also into the history of `fit`, as
     `"approximation_error"` and `"approximation_kl"`, means over the layers.
-    Needs TensorFlow's summaries, whatever the backend.
+    Needs TensorFlow and TensorBoard, whatever the backend.
 
     Args:
         data: held-out data, as for `approximation_report`.
@@ -128,11 +128,12 @@ class ApproximationLogger(keras.callbacks.Callback):
         self._writer = None
         if log_dir is not None:
             try:
+                import tensorboard  # noqa: F401  TensorFlow misses it only when it writes
                 import tensorflow as tf
             except ImportError as error:
                 raise ImportError(
                     "`ApproximationLogger` writes TensorBoard summaries with TensorFlow: "
-                    "pip install tensorflow, or pass `log_dir=None`."
+                    "pip install tensorflow tensorboard, or pass `log_dir=None`."
                 ) from error
             self._summary = tf.summary
             self._writer = tf.summary.create_file_writer(str(log_dir))

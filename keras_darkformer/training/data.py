@@ -56,13 +56,41 @@ def batches(model: Any, data: Any, batch_size: int = 8) -> Iterator[Any]:
         raise ValueError("`data` has no batches.")
 
 
+class Kept:
+    """An iterator that can be gone through again: what came out of it is kept."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+        self.batches: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.batches
+        for batch in self.source:
+            self.batches.append(batch)
+            yield batch
+
+
+class KnownBatches(keras.utils.PyDataset):
+    """Batches kept in memory, gone through as often as asked."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.kept[index]
+
+
 def _raw_batches(data: Any, batch_size: int) -> Iterator[Any]:
     if isinstance(data, str):
         raise ValueError("`data` must be a list of strings or batches. Received: one string")
     if isinstance(data, keras.utils.PyDataset):
         yield from (data[index] for index in range(len(data)))
         return
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and not _is_text(data):
         data = data[0]
     if _is_text(data) or isinstance(data, Mapping) or hasattr(data, "shape"):
         rows = {len(leaf) for leaf in keras.tree.flatten(data)} if not _is_text(data) else {0}

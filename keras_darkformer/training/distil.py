@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.ops.checks import one_of, positive_integer
-from keras_darkformer.training.data import batches, dark_layers
+from keras_darkformer.training.data import Kept, KnownBatches, batches, dark_layers
 
 TRAINABLE = ("qkv", "lora", "all", "feature_maps")
 
@@ -59,9 +59,10 @@ def _targets(teacher: Any, inputs: Any, top_k: int | None) -> TeacherTargets:
     logits = np.asarray(keras.Model.predict_on_batch(teacher, inputs), "float32")
     logits -= logits.max(axis=-1, keepdims=True)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    if top_k is None or top_k >= log_probs.shape[-1]:
+    if top_k is None:
         return TeacherTargets(None, log_probs)
-    ids = np.argpartition(-log_probs, top_k, axis=-1)[..., :top_k]
+    top_k = min(top_k, log_probs.shape[-1])
+    ids = np.argpartition(-log_probs, top_k - 1, axis=-1)[..., :top_k]
     return TeacherTargets(ids.astype("int32"), np.take_along_axis(log_probs, ids, axis=-1))
 
 
@@ -94,8 +95,9 @@ class DistillationLoss(keras.losses.Loss):
         targets = ops.cast(y_true, "float32")
         if self.top_k is None:
             return ops.sum(ops.exp(targets) * (targets - ours), axis=-1)
-        ids = ops.cast(targets[..., : self.top_k], "int32")
-        targets = targets[..., self.top_k :]
+        top_k = min(self.top_k, y_pred.shape[-1])
+        ids = ops.cast(targets[..., :top_k], "int32")
+        targets = targets[..., top_k:]
         ours = ops.take_along_axis(ours, ids, axis=-1)
         near = ops.sum(ops.exp(targets) * (targets - ours), axis=-1)
         rest, our_rest = (
@@ -200,19 +202,20 @@ def distil(
     )
     before = _compile_settings(model)
     with _only_trainable(model, _chosen(model, layers, train)):
-        model.compile(optimizer=optimizer, loss=DistillationLoss(top_k=top_k), weighted_metrics=[])
         examples = _examples(model, teacher, data, top_k, batch_size, repeat=True)
         held_out = None
         if validation_data is not None:
-            held_out = list(_examples(model, teacher, validation_data, top_k, batch_size))
+            known = list(_examples(model, teacher, validation_data, top_k, batch_size))
+            held_out = KnownBatches(known)
         try:
+            loss = DistillationLoss(top_k=top_k)
+            model.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
             return keras.Model.fit(  # as above
                 model,
                 examples,
                 shuffle=False,
                 steps_per_epoch=steps,
-                validation_data=None if held_out is None else iter(held_out),
-                validation_steps=None if held_out is None else len(held_out),
+                validation_data=held_out,
                 callbacks=callbacks,
                 verbose=verbose,
             )
@@ -238,15 +241,17 @@ def _examples(
     repeat: bool = False,
 ) -> Iterator[Any]:
     """`(inputs, targets, weights)`; padding weighs nothing."""
+    if repeat and isinstance(data, Iterator):
+        data = Kept(data)
     while True:
         known: Iterator[Any] | None = None if isinstance(teacher, keras.Model) else iter(teacher)
         for inputs in batches(model, data, batch_size):
             targets = _targets(teacher, inputs, top_k) if known is None else next(known, None)
-            rows = len(keras.tree.flatten(inputs)[0])
-            if targets is None or len(targets.log_probs) != rows:
+            shape = keras.tree.flatten(inputs)[0].shape[:2]
+            if targets is None or targets.log_probs.shape[:2] != shape:
                 raise ValueError(
                     "`teacher` must hold the targets of every batch of `data`, in its order: one "
-                    f"of {rows} rows has none that fits."
+                    f"of shape {shape} has none that fits."
                 )
             packed = targets.log_probs
             if targets.token_ids is not None:
@@ -318,7 +323,9 @@ def _compile_settings(model: Any) -> dict[str, Any] | None:
 
 def _restore_compile(model: Any, settings: dict[str, Any] | None) -> None:
     model.train_function = model.test_function = model.predict_function = None
-    if settings is not None:
+    if settings is None:
+        model.compiled, model.optimizer = False, None
+    else:
         optimizer = settings.get("optimizer")
         if isinstance(optimizer, keras.optimizers.Optimizer):
             settings["optimizer"] = optimizer.__class__.from_config(optimizer.get_config())

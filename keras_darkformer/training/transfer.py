@@ -12,6 +12,8 @@ from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.scores import visible_pairs
 from keras_darkformer.training.callbacks import RedrawProjections
 from keras_darkformer.training.data import (
+    Kept,
+    KnownBatches,
     batches,
     check_position_offset,
     dark_layers,
@@ -103,7 +105,7 @@ def transfer_attention(
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
         optimizer = keras.optimizers.Adam(schedule, clipnorm=1.0)
     transfer.compile(optimizer=optimizer)
-    callbacks = list(callbacks or ())
+    callbacks = [*(callbacks or ()), _StopAfter(steps)]
     if redraw:
         callbacks.append(RedrawProjections(every=1, seed=seed, model=model))
     held_out = None
@@ -117,7 +119,7 @@ def transfer_attention(
         shuffle=False,
         epochs=epochs,
         steps_per_epoch=validate_every,
-        validation_data=None if held_out is None else _Batches(held_out),
+        validation_data=None if held_out is None else KnownBatches(held_out),
         callbacks=callbacks,
         verbose=verbose,
     )
@@ -133,6 +135,8 @@ def _with_offsets(
 ) -> Iterator[Any]:
     """Batches as `AttentionTransfer` takes them, for ever with `repeat`."""
     offsets = position_offsets(position_offset, seed)
+    if repeat and isinstance(data, Iterator):
+        data = Kept(data)
     while True:
         for inputs in batches(model, data, batch_size):
             rows = len(keras.tree.flatten(inputs)[0])
@@ -140,20 +144,6 @@ def _with_offsets(
             yield ({"inputs": inputs, "position_offset": offset},)
         if not repeat:
             return
-
-
-class _Batches(keras.utils.PyDataset):
-    """Batches kept in memory, gone through as often as asked."""
-
-    def __init__(self, kept: list[Any]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.kept[index]
 
 
 class AttentionTransfer(keras.Model):
@@ -245,7 +235,9 @@ def transfer_loss(feature_map: Any, observation: Observation, objective: str) ->
     ]
     query, key, value = constant
     groups = query.shape[2] // key.shape[2]
-    exact_query, exact_key = observation.rotate_query(query), observation.rotate_key(key)
+    # Rotations round to the compute dtype.
+    exact_query = ops.cast(observation.rotate_query(query), "float32")
+    exact_key = ops.cast(observation.rotate_key(key), "float32")
     visible = visible_pairs(
         query,
         key,
@@ -278,6 +270,19 @@ def transfer_loss(feature_map: Any, observation: Observation, objective: str) ->
 def log_softmax(logits: Any, visible: Any) -> Any:
     """Log-softmax over the visible entries of the last axis; a large negative number elsewhere."""
     return ops.log_softmax(ops.where(visible, logits, -1e30), axis=-1)
+
+
+class _StopAfter(keras.callbacks.Callback):
+    """Ends training after a number of steps, which need not fill the last epoch."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.left -= 1
+        if not self.left:
+            self.model.stop_training = True
 
 
 class _KeepBest(keras.callbacks.Callback):

@@ -1,0 +1,308 @@
+"""`distil` trains what it says on the teacher's logits, and puts everything else back."""
+
+import keras
+import numpy as np
+import pytest
+from backends import run, to_numpy
+from hub.models import LENGTH, VOCABULARY, attentions, gemma, gemma2, inputs, outputs, values
+
+from keras_darkformer import distil, teacher_targets
+from keras_darkformer.training import DistillationLoss
+
+from .models import dark_gemma, plain, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:Converting")
+
+DATA = [inputs(14, 9, 5), inputs(7, 14, 12)]
+
+
+def log_softmax(x):
+    x = x.astype("float64")
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def divergences(target, ours, top_k=None):
+    """Per token, in float64, of log-probabilities; all tokens but the likeliest as one."""
+    if top_k is not None:
+        order = np.argsort(-target, axis=-1)[..., :top_k]
+        target, ours = (np.take_along_axis(x, order, axis=-1) for x in (target, ours))
+        if top_k < VOCABULARY:
+            rest = [np.log1p(-np.exp(x).sum(-1, keepdims=True)) for x in (target, ours)]
+            target, ours = (np.concatenate(x, -1) for x in zip((target, ours), rest, strict=True))
+    return (np.exp(target) * (target - ours)).sum(-1)
+
+
+def expected_loss(teacher, model, batch, top_k=None):
+    """Over what is not padding."""
+    target, ours = (log_softmax(outputs(x, batch)) for x in (teacher, model))
+    return divergences(target, ours, top_k)[batch["padding_mask"].astype(bool)].mean()
+
+
+def still():
+    """An optimizer that goes nowhere."""
+    return keras.optimizers.SGD(0.0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return dark_gemma(lambda: gemma(num_layers=1))
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 8, VOCABULARY])
+def test_the_loss_is_what_float64_says(top_k, rng):
+    logits = 3 * rng.standard_normal((2, 2, 5, VOCABULARY)).astype("float32")
+    target, ours = log_softmax(logits[0]), log_softmax(logits[1])
+    packed = target
+    if top_k is not None:
+        ids = np.argsort(-target, axis=-1)[..., :top_k]
+        packed = np.concatenate([ids, np.take_along_axis(target, ids, axis=-1)], axis=-1)
+    loss = DistillationLoss(top_k=top_k, reduction=None)
+    found = run(lambda x, y: loss(x, y), packed.astype("float32"), logits[1])
+    expected = divergences(target, ours, top_k)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert (expected > 0).all()
+
+
+def test_its_config_is_complete():
+    loss = DistillationLoss(top_k=5, reduction="sum", name="mine")
+    config = keras.losses.serialize(loss)
+    twin = keras.losses.deserialize(config)
+    assert type(twin) is DistillationLoss
+    assert (twin.top_k, twin.reduction, twin.name) == (5, "sum", "mine")
+
+
+@pytest.mark.parametrize("top_k", [None, 8, VOCABULARY, 10 * VOCABULARY])
+def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
+    stock, model = pair
+    batch = DATA[0]
+    expected = expected_loss(stock, model, batch, None if top_k is None else min(top_k, VOCABULARY))
+    noted = list(teacher_targets(stock, [batch], top_k=top_k))
+    for teacher in (stock, noted):
+        history = distil(
+            model, teacher, [batch], steps=1, top_k=top_k, optimizer=still(), verbose=0
+        )
+        np.testing.assert_allclose(history.history["loss"], [expected], rtol=1e-3)
+    assert expected > 0.01
+
+
+def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair):
+    (targets,) = teacher_targets(pair[0], [DATA[0]], top_k=5)
+    expected = log_softmax(outputs(pair[0], DATA[0]))
+    assert targets.token_ids.shape == targets.log_probs.shape == (3, LENGTH, 5)
+    by_id = np.take_along_axis(expected, targets.token_ids, axis=-1)
+    np.testing.assert_allclose(targets.log_probs, by_id, rtol=1e-3, atol=1e-3)
+    best = -np.sort(-expected, axis=-1)[..., :5]
+    np.testing.assert_allclose(-np.sort(-targets.log_probs, axis=-1), best, rtol=1e-3, atol=1e-3)
+
+
+def settings(model):
+    config = model._compile_config.config
+    return {
+        "optimizer": type(model.optimizer),
+        "rate": float(model.optimizer.learning_rate),
+        "loss": config["loss"],
+        "weighted_metrics": config["weighted_metrics"],
+        "sampler": model.sampler,
+        "preprocessor": model.preprocessor,
+    }
+
+
+def flags(model):
+    layers = {i: layer.trainable for i, layer in enumerate(model._flatten_layers())}
+    return layers | {v.path: v.trainable for v in model.variables}
+
+
+def compiled_and_partly_frozen(model):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.SGD(0.125), loss=loss, sampler="greedy")
+    model.backbone.transformer_layers[0].gating_ffw.trainable = False
+    model.backbone.token_embedding.trainable = False
+    return model
+
+
+QKV = {f"layer_1/attention/{name}/kernel" for name in ("query", "key", "value")}
+MOVED = {
+    "feature_maps": set(),
+    "qkv": QKV,
+    "lora": {
+        f"{layer}/attention/{name}/{kernel}"
+        for layer in ("layer_0", "layer_1")
+        for name in ("query", "value")
+        for kernel in ("lora_kernel_a", "lora_kernel_b")
+    },
+    "all": QKV
+    | {f"layer_0/attention/{name}/kernel" for name in ("query", "key", "value")}
+    | {
+        f"{layer}/{name}/kernel"
+        for layer in ("layer_0", "layer_1")
+        for name in ("attention/attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+    },
+}
+
+
+@pytest.mark.parametrize("train", MOVED)
+def test_what_is_asked_for_moves_and_all_settings_come_back(train):
+    """Gemma 2: its second layer is dark, its first is not."""
+    stock, model = dark_gemma(gemma2)
+    compiled_and_partly_frozen(model)
+    if train == "lora":
+        model.backbone.enable_lora(2)
+    before, before_flags, before_settings = values(model), flags(model), settings(model)
+    history = distil(
+        model,
+        stock,
+        DATA,
+        steps=12 if train == "qkv" else 2,
+        learning_rate=5e-3,
+        train=train,
+        validation_data=DATA[:1] if train == "qkv" else None,
+        verbose=0,
+    ).history
+    after = values(model)
+    moved = {path for path, value in before.items() if (after[path] != value).any()}
+    maps = {path for path in moved if path.endswith("/feature_map/geometry")}
+    assert len(maps) == 1
+    assert {_short(path) for path in moved - maps} == MOVED[train]
+    assert flags(model) == before_flags
+    assert settings(model) == before_settings
+    assert not model.optimizer.built or model.optimizer.iterations == 0
+    if train == "qkv":
+        np.testing.assert_allclose(
+            history["val_loss"], [expected_loss(stock, model, DATA[0])], rtol=2e-3
+        )
+
+
+def _short(path):
+    """From the decoder block on."""
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if part.startswith("decoder_block"))
+    return "/".join([parts[first].replace("decoder_block", "layer"), *parts[first + 1 :]])
+
+
+def test_the_model_comes_closer_to_its_teacher():
+    stock, model = dark_gemma(lambda: gemma(num_layers=1))
+    before = expected_loss(stock, model, DATA[0])
+    seen = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs=None: seen.append(batch)
+    )
+    data = iter(DATA)  # two batches, gone through again
+    distil(
+        model, stock, data, steps=14, train="all", learning_rate=5e-3, callbacks=[watch], verbose=0
+    )
+    assert len(seen) == 14
+    assert expected_loss(stock, model, DATA[0]) < 0.8 * before
+
+
+def test_feature_maps_learn_faster_by_the_ratio_of_the_rates():
+    stock, _ = dark_gemma(lambda: gemma(num_layers=1))
+
+    def movement(ratio):
+        _, model = dark_gemma(lambda: gemma(num_layers=1))
+        before = values(model)
+        distil(
+            model,
+            stock,
+            DATA[:1],
+            steps=1,
+            learning_rate=1e-3,
+            feature_map_learning_rate=ratio * 1e-3,
+            optimizer=keras.optimizers.SGD(0.05),
+            verbose=0,
+        )
+        return {path: value - before[path] for path, value in values(model).items()}
+
+    one, five = movement(1), movement(5)
+    for path, moved in one.items():
+        expected = 5 * moved if "/feature_map/" in path else moved
+        np.testing.assert_allclose(five[path], expected, rtol=2e-2, atol=2e-6, err_msg=path)
+    assert max(np.abs(x).max() for path, x in one.items() if "/geometry" in path) > 1e-4
+
+
+class Stumbling(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise RuntimeError("stumbled")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"callbacks": [Stumbling()]}, RuntimeError),
+        ({"validation_data": []}, ValueError),
+        ({"train": "lora"}, ValueError),
+    ],
+    ids=["fit", "validation", "choice"],
+)
+def test_settings_come_back_after_an_error(options, error):
+    stock, model = dark_gemma(lambda: gemma(num_layers=1))
+    compiled_and_partly_frozen(model)
+    before, before_settings = flags(model), settings(model)
+    with pytest.raises(error):
+        distil(model, stock, DATA, steps=2, verbose=0, **options)
+    assert flags(model) == before
+    assert settings(model) == before_settings
+
+
+def test_targets_that_do_not_fit_are_refused(pair):
+    stock, model = pair
+    (noted,) = teacher_targets(stock, DATA[:1], top_k=4)
+    cut = noted._replace(token_ids=noted.token_ids[:2], log_probs=noted.log_probs[:2])
+    short = noted._replace(token_ids=noted.token_ids[:, :9], log_probs=noted.log_probs[:, :9])
+    for targets, data in (([cut], DATA[:1]), ([short], DATA[:1]), ([noted], DATA)):
+        with pytest.raises(ValueError, match="targets of every batch of `data`"):
+            distil(model, targets, data, steps=2, verbose=0)
+    for targets in ([], [np.ones(3)]):
+        with pytest.raises(ValueError, match="what `teacher_targets` gave"):
+            distil(model, targets, DATA, steps=1, verbose=0)
+    with pytest.raises(ValueError, match="needs a model as `teacher`"):
+        distil(model, [noted], DATA[:1], steps=1, validation_data=DATA, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"steps": 0}, "steps"), ({"train": "everything"}, "train"), ({"top_k": 0}, "top_k")],
+)
+def test_arguments_out_of_range_are_refused(pair, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        distil(pair[1], pair[0], DATA, **wrong)
+
+
+def test_a_model_can_not_teach_itself(pair):
+    with pytest.raises(ValueError, match="the converted model itself"):
+        distil(pair[1], pair[1], DATA)
+
+
+def test_frozen_feature_maps_alone_are_nothing_to_train(pair):
+    stock, model = dark_gemma(lambda: gemma(num_layers=1), train_geometry=False)
+    with pytest.raises(ValueError, match="Nothing is trainable"):
+        distil(model, stock, DATA, train="feature_maps", steps=1)
+
+
+def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
+    model, teacher = plain(geometry_scale=0.5), plain(attention_mode="exact")
+    batch = tokens()
+    before = {w.path: to_numpy(w.value) for w in model.weights}
+    history = distil(model, teacher, batch, steps=1, verbose=0).history
+    target, ours = (log_softmax(to_numpy(x(batch))) for x in (teacher, plain(geometry_scale=0.5)))
+    np.testing.assert_allclose(history["loss"], [divergences(target, ours).mean()], rtol=1e-3)
+    moved = {w.path for w in model.weights if (to_numpy(w.value) != before[w.path]).any()}
+    names = {path.split("/", 2)[-1] for path in moved}
+    assert names == {
+        "query/kernel",
+        "query/bias",
+        "key/kernel",
+        "key/bias",
+        "value/kernel",
+        "value/bias",
+        "feature_map/geometry",
+    }
+    assert not model.compiled
+    assert all(not hasattr(x, "observer") or x.observer is None for x in model._flatten_layers())
+
+
+def test_half_precision_is_distilled_in_half_precision():
+    stock, model = dark_gemma(lambda: gemma(num_layers=1, dtype="mixed_bfloat16"))
+    history = distil(model, stock, DATA, steps=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert {w.dtype for w in attentions(model)[0].feature_map.weights} == {"float32"}

@@ -1,0 +1,199 @@
+"""`approximation_report`: figures as float64 has them, a dict, a table and a plot."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from backends import to_numpy
+from hub.models import LENGTH, feature_maps, gemma, inputs
+from keras import ops
+
+from keras_darkformer import DarkTransformerBlock, approximation_report, calibrate
+from keras_darkformer.ops import draw_projection
+
+from .models import dark_gemma, plain, tokens
+from .reference import (
+    attended,
+    behind,
+    divergence,
+    feature_scores,
+    softmax,
+    softmax_scores,
+    visible_pairs,
+)
+from .stock import stock_heads
+
+BATCH = inputs(14, 9, 5)
+
+
+class Performer:
+    """As much of a feature map as `feature_scores` reads."""
+
+    form, sliding_window = "random", None
+
+    def __init__(self, num_heads, head_dim, num_features, seed):
+        self.num_features = num_features
+        projection = draw_projection(num_features, head_dim, seed=seed)
+        self.arrays = {
+            "geometry": np.stack([np.eye(head_dim)] * num_heads),
+            "projection": np.stack([projection] * num_heads),
+        }
+
+    @property
+    def weights(self):
+        return [Array(name, value) for name, value in self.arrays.items()]
+
+
+class Array:
+    def __init__(self, name, value):
+        self.name, self.value = name, ops.convert_to_tensor(value)
+
+
+def expected_figures(feature_map, heads, seed=0):
+    """Per head: relative errors, divergences, far masses and spectrum."""
+    query, key, value, mask = heads
+    visible = visible_pairs(mask, LENGTH)
+    exact = softmax(softmax_scores(query, key), visible)
+    performer = Performer(2, 8, feature_map.num_features, seed)
+    arms = {
+        "dark": feature_scores(feature_map, query, key),
+        "performer": feature_scores(performer, query, key),
+        "uniform": np.zeros_like(exact),
+    }
+    target = attended(exact, value.astype("float64"))
+    size = np.linalg.norm(target, axis=-1)
+    for head in range(4):
+        figures = {"relative_error": {}, "kl": {}}
+        for arm, scores in arms.items():
+            own = softmax(scores, visible)
+            error = np.linalg.norm(attended(own, value) - target, axis=-1) / size
+            figures["relative_error"][arm] = np.median(error[:, head][mask])
+            figures["kl"][arm] = divergence(exact, own)[:, head][mask].mean()
+        if feature_map.sliding_window is not None:
+            far = behind(feature_map.sliding_window, LENGTH)
+            for name, of in (("far_mass", arms["dark"]), ("exact_far_mass", None)):
+                of = exact if of is None else softmax(of, visible)
+                figures[name] = (of * far).sum(-1)[:, head][mask].mean()
+        group = slice(head // 2 * 2, head // 2 * 2 + 2)
+        both = (query[:, :, group][mask].reshape(-1, 8), key[:, :, head // 2][mask])
+        total = sum(np.cov(x.T.astype("float64"), bias=True) for x in both) / np.sqrt(8)
+        figures["spectrum"] = np.linalg.eigvalsh(total)[::-1]
+        yield figures
+
+
+@pytest.fixture(scope="module", params=[{}, {"sliding_window": 4}], ids=["far", "window"])
+def reported(request):
+    stock, model = dark_gemma(geometry_scale=0.5, **request.param)
+    for feature_map in feature_maps(model):
+        if request.param:
+            feature_map.far_offset.assign(np.array([0.5, -0.5, 1.0, 0.0]))
+    return stock, model, approximation_report(model, BATCH, seed=4)
+
+
+def test_its_figures_are_those_of_float64(reported):
+    stock, model, report = reported
+    layers = zip(report["layers"], feature_maps(model), stock_heads(stock, BATCH), strict=True)
+    for layer, feature_map, heads in layers:
+        expected = expected_figures(feature_map, heads, seed=4)
+        for figures, wanted in zip(layer["heads"], expected, strict=True):
+            for key in ("relative_error", "kl"):
+                for arm, value in wanted[key].items():
+                    np.testing.assert_allclose(figures[key][arm], value, rtol=5e-3, atol=1e-4)
+            for key in ("far_mass", "exact_far_mass"):
+                if feature_map.sliding_window is None:
+                    assert figures[key] is None
+                else:
+                    np.testing.assert_allclose(figures[key], wanted[key], rtol=2e-3)
+            np.testing.assert_allclose(
+                figures["spectrum"], wanted["spectrum"], rtol=1e-3, atol=1e-4
+            )
+            spectrum = wanted["spectrum"]
+            dims = spectrum.sum() ** 2 / (spectrum**2).sum()
+            assert figures["effective_dims"] == pytest.approx(dims, rel=1e-3)
+
+
+def test_it_survives_json_and_counts_real_tokens(reported):
+    report = reported[2]
+    assert json.loads(json.dumps(report)) == report
+    assert report["tokens"] == 14 + 9 + 5
+    assert [layer["name"] for layer in report["layers"]] == ["layer_0", "layer_1"]
+    assert [len(layer["heads"]) for layer in report["layers"]] == [4, 4]
+
+
+def test_its_summary_is_the_mean_over_heads_and_layers(reported):
+    report = reported[2]
+    heads = [head for layer in report["layers"] for head in layer["heads"]]
+    means = report.summary()
+    for key in ("relative_error", "kl"):
+        for arm, value in means[key].items():
+            assert value == pytest.approx(np.mean([head[key][arm] for head in heads]))
+    if heads[0]["far_mass"] is None:
+        assert means["far_mass"] is None
+    else:
+        assert means["far_mass"] == pytest.approx(np.mean([head["far_mass"] for head in heads]))
+
+
+def test_it_prints_a_table(reported):
+    report, text = reported[2], str(reported[2])
+    rows = [line for line in text.splitlines() if "layer_" in line]
+    assert len(rows) == 8
+    assert f"{report['layers'][1]['heads'][2]['kl']['dark']:.2f}" in rows[6]
+    assert "mean" in text
+    assert ("far mass" in text) is (report["layers"][0]["sliding_window"] is not None)
+
+
+def test_it_draws_a_picture(reported, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "report.png"
+    figure = reported[2].plot(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [axis.get_xlabel() for axis in figure.axes] == ["layer", "layer", "direction"]
+
+
+def test_a_window_over_everything_is_exact():
+    _, model = dark_gemma(sliding_window=LENGTH)
+    means = approximation_report(model, BATCH).summary()
+    assert means["relative_error"]["dark"] < 1e-5
+    assert abs(means["kl"]["dark"]) < 1e-5
+    assert means["far_mass"] == means["exact_far_mass"] == 0
+    assert means["relative_error"]["uniform"] > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32"])
+def test_a_plain_model_with_padding_is_reported_on_its_real_tokens(dtype):
+    """Masks may be of any dtype, and nothing behind them counts."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    mask = keras.Input((None,), dtype=dtype, name="mask")
+    x = keras.layers.Embedding(64, 16)(ids)
+    x = DarkTransformerBlock(16, 2, num_features=8, seed=0)(x, padding_mask=mask)
+    model = keras.Model({"ids": ids, "mask": mask}, x)
+    keep = np.arange(LENGTH) < np.array([[6], [9]])
+    token_ids = tokens(rows=2)
+    reports = []
+    for filler in (0, 5):
+        data = {"ids": np.where(keep, token_ids, filler), "mask": keep.astype(dtype)}
+        calibrate(model, data, method="scale", verbose=False)
+        reports.append(approximation_report(model, data))
+    assert reports[0]["tokens"] == 15
+    first, second = (report.summary() for report in reports)
+    assert first["kl"]["dark"] == pytest.approx(second["kl"]["dark"], rel=1e-3)
+
+
+def test_only_so_many_batches_are_looked_at():
+    model = plain()
+    report = approximation_report(model, (tokens() for _ in range(9)), max_batches=2)
+    assert report["tokens"] == 2 * 3 * LENGTH
+    names = [layer["name"] for layer in report["layers"]]
+    assert len(set(names)) == 2
+    with pytest.raises(ValueError, match="max_batches"):
+        approximation_report(model, tokens(), max_batches=0)
+
+
+def test_offsets_move_what_features_see_but_not_softmax():
+    _, model = dark_gemma(lambda: gemma(num_layers=1), geometry_scale=0.5)
+    near = approximation_report(model, BATCH).summary()
+    far = approximation_report(model, BATCH, position_offset=(500, 500)).summary()
+    assert near["kl"]["uniform"] == pytest.approx(far["kl"]["uniform"], rel=1e-2)
+    assert near["kl"]["dark"] != pytest.approx(far["kl"]["dark"], rel=1e-2)
+    assert to_numpy(feature_maps(model)[0].geometry.value).shape == (2, 8, 8)
