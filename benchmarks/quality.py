@@ -130,7 +130,7 @@ def transferred(setting, **options):
 
 def distilled(setting):
     """Transfer at its own best rate, distillation at the rate that is tried."""
-    rate, setting.rate = setting.rate, TRANSFER_RATES[0]
+    rate, setting.rate = setting.rate, TRANSFER_RATES[-1]
     model = transferred(setting)
     setting.rate = rate
     return setting.distil(model)
@@ -174,6 +174,13 @@ def window_calibrated(setting):
     return setting.calibrate(model)
 
 
+def window_transferred(setting):
+    rate, setting.rate = setting.rate, TRANSFER_RATES[-1]
+    model = setting.transfer(window_calibrated(setting))
+    setting.rate = rate
+    return model
+
+
 # name: (what, the rates tried, the shape)
 ARMS = {
     "exact": (lambda setting: setting.exact(), (), "h64"),
@@ -195,7 +202,12 @@ ARMS = {
     "window + spectral": (window_calibrated, (), "h64"),
     "window + spectral + transfer": (
         lambda s: s.transfer(window_calibrated(s)),
-        TRANSFER_RATES[:1],
+        TRANSFER_RATES,
+        "h64",
+    ),
+    "window + spectral + transfer + distillation": (
+        lambda s: s.distil(window_transferred(s)),
+        FINETUNE_RATES[:1],
         "h64",
     ),
     **{
@@ -207,21 +219,21 @@ ARMS = {
             (
                 "spectral + transfer",
                 lambda s, m=m: transferred(s, num_features=m),
-                TRANSFER_RATES[:1],
+                TRANSFER_RATES[-1:],
             ),
         )
     },
-    "rope after, no offsets": (rotary("after", False), TRANSFER_RATES[:1], "h64"),
-    "rope after, offsets": (rotary("after", True), TRANSFER_RATES[:1], "h64"),
-    "rope before, offsets": (rotary("before", True), TRANSFER_RATES[:1], "h64"),
-    "rope planes, offsets": (rotary("planes", True), TRANSFER_RATES[:1], "h64"),
+    "rope after, no offsets": (rotary("after", False), TRANSFER_RATES[-1:], "h64"),
+    "rope after, offsets": (rotary("after", True), TRANSFER_RATES[-1:], "h64"),
+    "rope before, offsets": (rotary("before", True), TRANSFER_RATES[-1:], "h64"),
+    "rope planes, offsets": (rotary("planes", True), TRANSFER_RATES[-1:], "h64"),
     "h256: exact": (lambda setting: setting.exact(), (), "h256"),
     "h256: performer": (performer, (), "h256"),
     "h256: scale": (untrained("scale"), (), "h256"),
     "h256: spectral, closed form": (untrained("spectral", refine=False), (), "h256"),
     "h256: spectral": (untrained("spectral"), (), "h256"),
     "h256: clusters": (untrained("clusters"), (), "h256"),
-    "h256: spectral + transfer": (transferred, TRANSFER_RATES[:1], "h256"),
+    "h256: spectral + transfer": (transferred, TRANSFER_RATES[-1:], "h256"),
 }
 
 

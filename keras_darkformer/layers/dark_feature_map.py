@@ -8,6 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_darkformer.calibration.far_mass import FarMass
+from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
+from keras_darkformer.calibration.sample import LayerStatistics
 from keras_darkformer.ops import (
     apply_geometry,
     dark_attention,
@@ -124,6 +127,8 @@ class DarkFeatureMap(keras.layers.Layer):
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
     """
+
+    trainable: Any  # a property of Keras' Layer, which has no types
 
     def __init__(
         self,
@@ -473,10 +478,6 @@ class DarkFeatureMap(keras.layers.Layer):
             - [Dense-Exponential Random Features](https://arxiv.org/abs/2302.00787), the spectral
               proposal
         """
-        from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
-        from keras_darkformer.calibration.sample import LayerStatistics
-        from keras_darkformer.training.far_mass import far_offset
-
         options = CalibrationOptions(
             method=method, proposal=proposal, center=center, refine=refine, seed=seed
         )
@@ -504,7 +505,10 @@ class DarkFeatureMap(keras.layers.Layer):
         statistics.update(query, key, query_mask=query_mask, key_mask=key_mask, causal=causal)
         fit_feature_map(self, statistics, options).assign(self)
         if self.sliding_window is not None:
-            self.far_offset.assign(far_offset(self, query, key, key_mask))
+            self.far_offset.assign(np.zeros(self.num_query_heads, "float32"))
+            mass = FarMass(self)
+            mass.add(query, key, query, key, key_mask=key_mask)
+            self.far_offset.assign(mass.offset())
 
     def log_scores(self, query: Any, key: Any) -> Any:
         """Logarithms of the weights `attend` gives keys before it normalises and masks them.
@@ -595,7 +599,7 @@ class DarkFeatureMap(keras.layers.Layer):
             for name in WEIGHTS:
                 if hasattr(self, name):
                     self._remove_weight(name)
-            trainable: Any = self.trainable
+            trainable = self.trainable
             self._create_feature_weights()
             if self.sliding_window is not None:
                 # Files know weights by their order: this one comes last, as in `build`.

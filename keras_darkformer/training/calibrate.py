@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_darkformer.calibration.far_mass import FarMass
 from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
 from keras_darkformer.calibration.sample import LayerStatistics
 from keras_darkformer.compiling import compile_anew
@@ -19,7 +20,6 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
-from keras_darkformer.training.far_mass import FarMass
 
 Kept = list[tuple[Any, int | None]]
 
@@ -201,7 +201,13 @@ def _fit_far_offsets(model: Any, layers: dict[str, Any], kept: Kept) -> None:
     masses = {id(layer): FarMass(layer.feature_map) for layer in windowed}
 
     def observer(layer: Any, observation: Observation) -> Any:
-        masses[id(layer)].add(observation)
+        masses[id(layer)].add(
+            observation.query,
+            observation.key,
+            *observation.for_features(layer.feature_map),
+            key_mask=observation.key_mask,
+            attention_mask=observation.attention_mask,
+        )
         return observation.exact_output()
 
     for layer in windowed:

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_darkformer.layers.observation import Observation
 from keras_darkformer.ops.scores import log_sum_exp, visible_pairs
 
 
@@ -30,19 +29,31 @@ class FarMass:
         self.log_odds: list[list[np.ndarray]] = []
         self.exact: list[list[np.ndarray]] = []
 
-    def add(self, observation: Observation) -> None:
-        """Adds a call of the layer."""
-        query, key = (ops.cast(x, "float32") for x in (observation.query, observation.key))
+    def add(
+        self,
+        query: Any,
+        key: Any,
+        feature_query: Any,
+        feature_key: Any,
+        *,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+    ) -> None:
+        """Adds a causal call of the layer.
+
+        Args:
+            query, key: `(b, t, n, h)` and `(b, t, k, h)`, as softmax gets them.
+            feature_query, feature_key: as `feature_map.attend` gets them.
+            key_mask: bool, `(b, t)`, or `None`.
+            attention_mask: bool, of rank 4, or `None`.
+        """
+        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
         groups = query.shape[2] // key.shape[2]
         visible = visible_pairs(
-            query,
-            key,
-            causal=observation.causal,
-            key_mask=observation.key_mask,
-            attention_mask=observation.attention_mask,
+            query, key, causal=True, key_mask=key_mask, attention_mask=attention_mask
         )
         window_only, self.map.window_only = self.map.window_only, False
-        scores = self.map.log_scores(*observation.for_features(self.map))
+        scores = self.map.log_scores(feature_query, feature_key)
         self.map.window_only = window_only
         logits = ops.einsum("btnh,bsnh->bnts", query, ops.repeat(key, groups, axis=2))
         logits = logits * query.shape[-1] ** -0.5
@@ -51,9 +62,8 @@ class FarMass:
         far = ops.logical_and(visible, behind)
         near = ops.logical_and(visible, ops.logical_not(behind))
         counts = ops.logical_and(ops.any(far, axis=-1), ops.any(near, axis=-1))
-        if observation.key_mask is not None:
-            mask = ops.cast(observation.key_mask, "bool")[:, None, :]
-            counts = ops.logical_and(counts, mask)
+        if key_mask is not None:
+            counts = ops.logical_and(counts, ops.cast(key_mask, "bool")[:, None, :])
         for kept, x in ((self.log_odds, scores), (self.exact, logits)):
             odds = log_sum_exp(x, far) - log_sum_exp(x, near)
             odds = np.asarray(ops.convert_to_numpy(odds), "float64")
@@ -75,20 +85,6 @@ class FarMass:
             else:
                 high = middle
         return (low + high) / 2
-
-
-def far_offset(feature_map: Any, query: Any, key: Any, key_mask: Any = None) -> np.ndarray:
-    """The offset for queries `(b, t, n, h)` and keys `(b, t, k, h)`, as `attend` gets them."""
-    feature_map.far_offset.assign(np.zeros(feature_map.far_offset.shape, "float32"))
-    mass = FarMass(feature_map)
-    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    key_mask = None if key_mask is None else ops.convert_to_tensor(key_mask)
-    mass.add(Observation(query, key, key, _same, _same, causal=True, key_mask=key_mask))
-    return mass.offset()
-
-
-def _same(x: Any) -> Any:
-    return x
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
