@@ -128,7 +128,7 @@ class DarkFeatureMap(keras.layers.Layer):
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
     """
 
-    trainable: Any  # a property of Keras' Layer, which has no types
+    trainable: Any  # a property of `Layer`, which type checkers do not see
 
     def __init__(
         self,
@@ -558,13 +558,9 @@ class DarkFeatureMap(keras.layers.Layer):
     def call(self, inputs: Any, keys: bool = False) -> Any:
         """The features of `inputs`; see the class."""
         if self.form == "free":
-            kernel, bias = (
-                (self.key_kernel, self.key_bias)
-                if keys
-                else (self.query_kernel, ops.zeros_like(self.key_bias))
-            )
-            inputs = ops.cast(inputs, "float32")
-            return ops.exp(ops.einsum("bskh,khm->bskm", inputs, kernel) + bias)
+            kernel = self.key_kernel if keys else self.query_kernel
+            logits = ops.einsum("bskh,khm->bskm", ops.cast(inputs, "float32"), kernel)
+            return ops.exp(logits + self.key_bias if keys else logits)
         geometry = self.matrix() if keys or self.tie_geometry else self.query_geometry
         if self.rope_geometry != "after":  # applied by `before_rotation`
             geometry = ops.broadcast_to(

@@ -278,29 +278,27 @@ def test_exact_mode_of_a_calibrated_layer_is_what_its_features_estimate():
 
 def test_models_with_calibrated_layers_come_back_from_a_file_as_they_were(tmp_path):
     inputs = x = keras.Input((LENGTH, WIDTH))
-    layers = []
-    for form in FORMS:
-        layers.append(DarkTransformerBlock(24, 4, num_features=8, seed=1, name=form))
-        x = layers[-1](x)
+    calibrated_forms = ("centered", "free")
+    for form in calibrated_forms:
+        block = DarkTransformerBlock(24, 4, num_features=8, seed=1, name=form)
+        x = block(x)
+        query = normal(2, 12, 4, WIDTH // 4)
+        block.attention.feature_map.calibrate(query, query[::-1], **OPTIONS[form])
     attention = DarkAttention(**HEADS, seed=2, sliding_window=3, tie_geometry=False)
     model = keras.Model(inputs, attention(x, x, use_causal_mask=True))
     attention.feature_map.calibrate(QUERY, KEY)
     attention.feature_map.far_offset.assign(np.arange(4))
-    for form, layer in zip(FORMS, layers, strict=True):
-        query = normal(2, 12, 4, WIDTH // 4)
-        layer.attention.feature_map.calibrate(query, query[::-1], **OPTIONS[form])
     path, data = tmp_path / "model.keras", normal(2, LENGTH, WIDTH)
     model.save(path)
     restored = keras.models.load_model(path)
     assert_close(restored.predict(data, verbose=0), model.predict(data, verbose=0), 1e-6)
-    assert [layer.name for layer in restored.layers] == [layer.name for layer in model.layers]
-    for before, after in zip(model.get_weights(), restored.get_weights(), strict=True):
-        np.testing.assert_array_equal(after, before)
-    assert [restored.get_layer(form).attention.feature_map.form for form in FORMS] == list(FORMS)
+    forms = [restored.get_layer(form).attention.feature_map.form for form in calibrated_forms]
+    assert forms == list(calibrated_forms)
 
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
     for weight in restored.weights:
         weight.assign(0.0 * weight)
     restored.load_weights(path)
-    assert_close(restored.predict(data, verbose=0), model.predict(data, verbose=0), 1e-6)
+    for before, after in zip(model.get_weights(), restored.get_weights(), strict=True):
+        np.testing.assert_array_equal(after, before)
