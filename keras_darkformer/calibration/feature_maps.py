@@ -16,7 +16,12 @@ from keras_darkformer.calibration.geometries import (
     variance_optimal_proposal,
     whitening,
 )
-from keras_darkformer.calibration.judge import held_out_error, position_folds, sequence_folds
+from keras_darkformer.calibration.judge import (
+    adaptive_budget,
+    held_out_error,
+    position_folds,
+    sequence_folds,
+)
 from keras_darkformer.calibration.moments import Moments
 from keras_darkformer.calibration.projections import DarkParameters, Projections, fold_dark
 from keras_darkformer.calibration.refine import best_draw, refine_clusters, refine_dark
@@ -24,8 +29,11 @@ from keras_darkformer.calibration.sample import LayerStatistics, Sample
 from keras_darkformer.ops import draw_projection, proposal_log_weight
 from keras_darkformer.ops.checks import one_of
 
+BUDGETS = ("uniform", "adaptive")
 METHODS = ("identity", "scale", "whitening", "spectral", "clusters", "auto")
 PROPOSALS = ("none", "variance_optimal", "spectral")
+# The log-weight of features that only fill up a head's share of a tensor.
+UNUSED = -1e4
 # Posterior sharpness of clusters, chosen between by held-out error.
 TAUS = (0.15, 0.3)
 
@@ -39,6 +47,7 @@ class CalibrationOptions:
         proposal: one of `PROPOSALS`, or `None` for the method's own.
         center: whether to centre queries and keys; `None` for the method's own.
         refine: whether to fit to a sample beyond the closed forms.
+        budget: one of `BUDGETS`.
         seed: of draws.
     """
 
@@ -46,11 +55,13 @@ class CalibrationOptions:
     proposal: str | None = None
     center: bool | None = None
     refine: bool = True
+    budget: str = "uniform"
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks the values."""
         one_of("method", self.method, METHODS)
+        one_of("budget", self.budget, BUDGETS)
         if self.proposal is not None:
             one_of("proposal", self.proposal, PROPOSALS)
 
@@ -86,10 +97,15 @@ class CalibrationOptions:
                 '`method="whitening"` needs a geometry of any shape, not one scalar per rotary '
                 'plane (`rope_geometry="planes"`).'
             )
+        if self.budget == "adaptive" and feature_map.rope_geometry != "after":
+            raise ValueError(
+                '`budget="adaptive"` needs `rope_geometry="after"`. Received: '
+                f'rope_geometry="{feature_map.rope_geometry}"'
+            )
 
     def needs_sample(self, feature_map: Any) -> bool:
         """Whether moments alone do not do."""
-        if self.method in ("clusters", "auto"):
+        if self.method in ("clusters", "auto") or self.budget == "adaptive":
             return True
         after = feature_map.rope_geometry == "after"
         return self.refine and after and self.method == "spectral"
@@ -101,14 +117,16 @@ class Fit(NamedTuple):
     Attributes:
         form: the form of the map they are for.
         weights: arrays by the names of the map's weights.
+        num_features: features per head they have room for.
     """
 
     form: str
     weights: dict[str, np.ndarray]
+    num_features: int
 
     def assign(self, feature_map: Any) -> None:
         """Gives the map its weights."""
-        feature_map.set_form(self.form)
+        feature_map.set_form(self.form, self.num_features)
         for name, value in self.weights.items():
             getattr(feature_map, name).assign(value.astype("float32"))
 
@@ -128,15 +146,20 @@ def fit_feature_map(
         options = dataclasses.replace(options, method=_choose(feature_map, statistics, options))
     options = options.of_method(options.method)
     sample = statistics.sample
+    sizes = [feature_map.num_features] * feature_map.num_heads
+    if options.budget == "adaptive":
+        assert sample is not None
+        sizes = _budget(feature_map, sample, options)
     if options.method == "clusters":
         assert sample is not None
-        return _free_fit(feature_map, sample, options)
+        return _free_fit(sample, options, sizes)
     if feature_map.rope_geometry != "after":
         return _rotary_fit(feature_map, statistics, options)
     heads = []
-    for head in range(feature_map.num_heads):
+    for head, size in enumerate(sizes):
         arrays = None if sample is None else sample.of_head(head)
-        heads.append(_dark_head(feature_map, _of_head(moments, head), arrays, options, head))
+        of_head = _of_head(moments, head)
+        heads.append(_dark_head(feature_map, of_head, arrays, options, head, size))
     return _dark_fit(feature_map, heads, options)
 
 
@@ -178,10 +201,11 @@ def _dark_head(
     arrays: dict[str, Any] | None,
     options: CalibrationOptions,
     head: int,
+    m: int,
 ) -> DarkHead:
     if not options.center:
         moments = moments.uncentred()
-    m, rank = feature_map.num_features, feature_map.rank
+    rank = feature_map.rank
     geometry, scale = _geometry(moments, m, rank, options)
     rng = np.random.default_rng([options.seed, head])
 
@@ -226,6 +250,9 @@ def _geometry(
 
 
 def _dark_fit(feature_map: Any, heads: list[DarkHead], options: CalibrationOptions) -> Fit:
+    most = max(len(head.parameters.projection) for head in heads)
+    heads = [head._replace(parameters=_padded(head.parameters, most)) for head in heads]
+
     def stacked(name: str) -> np.ndarray:
         return np.stack([getattr(head.parameters, name) for head in heads])
 
@@ -234,11 +261,25 @@ def _dark_fit(feature_map: Any, heads: list[DarkHead], options: CalibrationOptio
         weights["query_geometry"] = weights["geometry"]
     weighted = stacked("log_weight").any()  # by a proposal or by refining
     if not weighted and options.proposal == "none" and not options.center:
-        return Fit("random", weights)
+        return Fit("random", weights, most)
     for name in ("log_weight", "query_shift", "key_shift"):
         weights[name] = stacked(name)
     weights["proposal"] = np.stack([head.proposal_scale for head in heads])
-    return Fit("centered", weights)
+    return Fit("centered", weights, most)
+
+
+def _padded(dark: DarkParameters, num_features: int) -> DarkParameters:
+    """The same features, and others that weigh nothing."""
+    own, rank = dark.projection.shape
+    missing = num_features - own
+    if not missing:
+        return dark
+    # Every feature is divided by the root of the number of all.
+    log_weight = dark.log_weight + 0.5 * np.log(num_features / own)
+    return dark._replace(
+        projection=np.concatenate([dark.projection, np.zeros((missing, rank))]),
+        log_weight=np.concatenate([log_weight, np.full(missing, UNUSED)]),
+    )
 
 
 def _rotary_fit(feature_map: Any, statistics: LayerStatistics, options: CalibrationOptions) -> Fit:
@@ -304,19 +345,18 @@ def _rotary_fit(feature_map: Any, statistics: LayerStatistics, options: Calibrat
     return _dark_fit(feature_map, heads, options)
 
 
-def _free_fit(feature_map: Any, sample: Sample, options: CalibrationOptions) -> Fit:
-    heads = [
-        _cluster_head(sample.of_head(head), feature_map.num_features, options)
-        for head in range(feature_map.num_heads)
-    ]
-    return Fit(
-        "free",
-        {
-            "query_kernel": np.stack([head.query_kernel for head in heads]),
-            "key_kernel": np.stack([head.key_kernel for head in heads]),
-            "key_bias": np.stack([head.key_bias for head in heads]),
-        },
-    )
+def _free_fit(sample: Sample, options: CalibrationOptions, sizes: list[int]) -> Fit:
+    heads = [_cluster_head(sample.of_head(head), size, options) for head, size in enumerate(sizes)]
+    most = max(sizes)
+    weights = {}
+    for name, unused in (("query_kernel", 0.0), ("key_kernel", 0.0), ("key_bias", 2 * UNUSED)):
+        rows = []
+        for head in heads:
+            value = getattr(head, name)
+            padding = [(0, 0)] * (value.ndim - 1) + [(0, most - value.shape[-1])]
+            rows.append(np.pad(value, padding, constant_values=unused))
+        weights[name] = np.stack(rows)
+    return Fit("free", weights, most)
 
 
 def _cluster_head(
@@ -381,11 +421,55 @@ def _choose(feature_map: Any, statistics: LayerStatistics, options: CalibrationO
                 }
                 if of_method.method == "clusters":
                     return _cluster_head(part, feature_map.num_features, of_method)
-                moments = Moments(1, query.shape[-1])
-                moments.update(query, key[:, :, None], query_mask, key_mask)
-                of_head = _of_head(moments, 0)
-                found = _dark_head(feature_map, of_head, part, of_method, head)
+                found = _dark_part(feature_map, part, of_method, head, feature_map.num_features)
                 return fold_dark(found.parameters)
 
             errors[method] += held_out_error(fit, **arrays, folds=folds)
     return min(errors, key=errors.__getitem__)
+
+
+def _dark_part(
+    feature_map: Any, part: dict[str, Any], options: CalibrationOptions, head: int, size: int
+) -> DarkHead:
+    """A fit to some of a head's sample."""
+    moments = Moments(1, part["query"].shape[-1])
+    masks = part["query_mask"], part["key_mask"]
+    moments.update(part["query"], part["key"][:, :, None], *masks)
+    return _dark_head(feature_map, _of_head(moments, 0), part, options, head, size)
+
+
+def _budget(feature_map: Any, sample: Sample, options: CalibrationOptions) -> list[int]:
+    """Features per head, as many in all as `uniform` has, by held-out error."""
+    if sample.query.shape[1] != sample.key.shape[1]:
+        raise ValueError('`budget="adaptive"` needs as many queries as keys.')
+    uniform = feature_map.num_features
+    sizes = sorted({max(1, uniform // 4), max(1, uniform // 2), uniform, 2 * uniform})
+    closed = dataclasses.replace(options, refine=False)
+    errors = np.zeros((feature_map.num_heads, len(sizes)))
+    for head in range(feature_map.num_heads):
+        arrays = sample.of_head(head)
+        folds = sequence_folds(*arrays["query"].shape[:2])
+        for column, size in enumerate(sizes):
+
+            def fit(
+                query: Any,
+                key: Any,
+                query_mask: Any,
+                key_mask: Any,
+                head: int = head,
+                size: int = size,
+            ) -> Projections:
+                part = {
+                    "query": query,
+                    "key": key,
+                    "query_mask": query_mask,
+                    "key_mask": key_mask,
+                    "causal": sample.causal,
+                }
+                if closed.method == "clusters":
+                    return _cluster_head(part, size, closed)
+                return fold_dark(_dark_part(feature_map, part, closed, head, size).parameters)
+
+            errors[head, column] = held_out_error(fit, **arrays, folds=folds)
+    total = uniform * feature_map.num_heads
+    return [int(size) for size in adaptive_budget(errors, sizes, total)]

@@ -110,6 +110,7 @@ class DarkCachedAttention(Mixin):
         self.remat = options.remat
         # A bounded logit is no kernel of this kind. The block keeps the value.
         self.logit_soft_cap = None
+        assert isinstance(options.num_features, int)  # the backbone gives each layer its own
         self.feature_map = DarkFeatureMap(
             self.num_key_value_heads,
             self.head_dim,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -76,7 +77,7 @@ class DarkBackbone(PresetLoading):
     def __init__(
         self,
         *args: Any,
-        num_features: int = 256,
+        num_features: Any = 256,
         layers: Any = "global",
         attention_mode: str = "linear",
         geometry_scale: float | None = None,
@@ -148,9 +149,14 @@ class DarkBackbone(PresetLoading):
 
     def _darken(self, options: DarkOptions) -> None:
         forms = options.feature_forms or ()
-        for index, form in zip(options.layer_indices, forms, strict=True):
+        counts = options.num_features
+        if not isinstance(counts, Sequence):
+            counts = [counts] * len(forms)
+        for index, form, count in zip(options.layer_indices, forms, counts, strict=True):
             block = self.transformer_layers[index]
-            of_layer = dataclasses.replace(options, seed=layer_seed(options.seed, index))
+            of_layer = dataclasses.replace(
+                options, num_features=count, seed=layer_seed(options.seed, index)
+            )
             self.attention_cls.take_over(block.attention, of_layer, form)
             _pass_on_padding_mask(block)
         self.dark_options = options
@@ -193,8 +199,10 @@ class DarkBackbone(PresetLoading):
     def get_config(self) -> dict[str, Any]:
         """The stock backbone's config and the options of the conversion."""
         options = self.dark_options.get_config()
-        # Calibration changes the forms.
+        # Calibration changes these.
         options["feature_forms"] = [layer.feature_map.form for layer in self.dark_layers]
+        counts = [layer.feature_map.num_features for layer in self.dark_layers]
+        options["num_features"] = counts[0] if len(set(counts)) == 1 else counts
         return {**super().get_config(), **options}
 
     @property

@@ -34,7 +34,7 @@ INEXPRESSIBLE = {
 def convert_to_dark(
     model: Any,
     *,
-    num_features: int = 256,
+    num_features: Any = 256,
     layers: Any = "global",
     attention_mode: str = "linear",
     geometry_scale: float | None = None,
@@ -68,7 +68,8 @@ def convert_to_dark(
     Args:
         model: a `GemmaCausalLM`, `GemmaBackbone` (Gemma 1 and 2),
             `Gemma3CausalLM` or `Gemma3Backbone` (text).
-        num_features: int. Random features m per key/value head.
+        num_features: int, or a sequence with one for each converted layer.
+            Random features m per key/value head.
         layers: `"global"` converts the layers without a sliding window (in
             Gemma 1 that is all), `"all"` every layer, a sequence of indices
             just these. Layers left keep softmax and their key/value cache.

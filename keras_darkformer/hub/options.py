@@ -22,7 +22,8 @@ class DarkOptions:
     """The dark arguments of `convert_to_dark` and of the dark backbones.
 
     Attributes:
-        num_features: Random features per key/value head.
+        num_features: Random features per key/value head; one number, or one
+            for each converted layer.
         layers: `"global"` for the layers without a sliding window, `"all"`,
             or a sequence of indices.
         attention_mode: `"linear"` or `"exact"`.
@@ -42,7 +43,7 @@ class DarkOptions:
         seed: Seed of the projections.
     """
 
-    num_features: int = 256
+    num_features: int | Sequence[int] = 256
     layers: str | Sequence[int] = "global"
     attention_mode: str = "linear"
     geometry_scale: float | None = None
@@ -64,7 +65,11 @@ class DarkOptions:
         def settle(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        settle("num_features", positive_integer("num_features", self.num_features))
+        if isinstance(self.num_features, Sequence) and not isinstance(self.num_features, str):
+            counts = tuple(positive_integer("num_features", count) for count in self.num_features)
+            settle("num_features", counts)
+        else:
+            settle("num_features", positive_integer("num_features", self.num_features))
         if self.chunk_size is not None:
             settle("chunk_size", positive_integer("chunk_size", self.chunk_size))
         if self.sliding_window is not None:
@@ -102,8 +107,15 @@ class DarkOptions:
         """These options with `layers` as indices and `geometry_scale` as a number."""
         scale = self.geometry_scale
         if scale is None:
-            scale = default_geometry_scale(head_dim, self.num_features)
+            counts = self.num_features
+            fewest = min(counts) if isinstance(counts, Sequence) else counts
+            scale = default_geometry_scale(head_dim, fewest)
         layers = _resolve_layers(self.layers, is_local)
+        if isinstance(self.num_features, Sequence) and len(self.num_features) != len(layers):
+            raise ValueError(
+                "`num_features` must be one integer or one for each of the "
+                f"{len(layers)} converted layers. Received: {self.num_features!r}"
+            )
         forms = ("random",) * len(layers) if self.feature_forms is None else self.feature_forms
         if len(forms) != len(layers):
             raise ValueError(
@@ -124,6 +136,8 @@ class DarkOptions:
         config = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             config["layers"] = list(self.layers)
+        if isinstance(self.num_features, Sequence):
+            config["num_features"] = list(self.num_features)
         if self.feature_forms is not None:
             config["feature_forms"] = list(self.feature_forms)
         return config

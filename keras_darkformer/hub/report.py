@@ -14,7 +14,8 @@ class ConversionReport(dict):
 
     Keys:
         model: class name of the model.
-        num_features, attention_mode, projection, geometry_scale: as converted.
+        num_features, attention_mode, projection, geometry_scale: as converted;
+            `num_features` is a list where layers differ.
         layers: list of dicts, one a layer: index, name, kind ("global" or
             "local"), converted, num_features (`None` if left) and
             new_parameters.
@@ -101,7 +102,7 @@ def conversion_report(model: Any) -> ConversionReport:
     maps = [layer.feature_map for layer in backbone.dark_layers]
     return ConversionReport(
         model=type(model).__name__,
-        num_features=options.num_features,
+        num_features=backbone.get_config()["num_features"],
         attention_mode=options.attention_mode,
         projection=options.projection,
         geometry_scale=options.geometry_scale,

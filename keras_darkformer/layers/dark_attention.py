@@ -170,7 +170,6 @@ class DarkAttention(keras.layers.Layer):
         self.head_dim = head_dim
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
-        self.num_features = num_features
         self.attention_mode = one_of("attention_mode", attention_mode, ATTENTION_MODES)
         self.dropout = dropout
         self.use_bias = use_bias
@@ -208,6 +207,11 @@ class DarkAttention(keras.layers.Layer):
         # Set by those who calibrate or judge the layer, see `observed`.
         self.observer: Observer | None = None
         self.position_offset: Any = None
+
+    @property
+    def num_features(self) -> int:
+        """Random features per key/value head."""
+        return self.feature_map.num_features
 
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         """Creates the four projections and the feature map."""
@@ -443,7 +447,8 @@ class DarkAttention(keras.layers.Layer):
         return output
 
     def _state_spec(self, batch_size: Any) -> Any:
-        heads, features, head_dim = self.num_key_value_heads, self.num_features, self.head_dim
+        heads, head_dim = self.num_key_value_heads, self.head_dim
+        features = self.feature_map.num_features
         shapes: list[tuple[Any, ...]] = [(heads, features, head_dim), (heads, features), (heads,)]
         window = self.feature_map.sliding_window
         if window is not None:
@@ -464,7 +469,7 @@ class DarkAttention(keras.layers.Layer):
             "head_dim": self.head_dim,
             "num_query_heads": self.num_query_heads,
             "num_key_value_heads": self.num_key_value_heads,
-            "num_features": self.num_features,
+            "num_features": self.feature_map.num_features,
             "attention_mode": self.attention_mode,
             "dropout": self.dropout,
             "use_bias": self.use_bias,

@@ -9,7 +9,11 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.calibration.far_mass import FarMass
-from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
+from keras_darkformer.calibration.feature_maps import (
+    UNUSED,
+    CalibrationOptions,
+    fit_feature_map,
+)
 from keras_darkformer.calibration.sample import LayerStatistics
 from keras_darkformer.ops import (
     apply_geometry,
@@ -290,7 +294,10 @@ class DarkFeatureMap(keras.layers.Layer):
         if self.form == "centered":
             scale = ops.convert_to_numpy(self.proposal)
             standard = standard * scale[:, None, :]
-            self.log_weight.assign(proposal_log_weight(standard, scale))
+            log_weight = proposal_log_weight(standard, scale)
+            # Features that only fill up a smaller head stay unused.
+            before = ops.convert_to_numpy(self.log_weight)
+            self.log_weight.assign(np.where(before < UNUSED / 2, UNUSED, log_weight))
         self.projection.assign(standard)
 
     def matrix(self) -> Any:
@@ -429,6 +436,7 @@ class DarkFeatureMap(keras.layers.Layer):
         proposal: str | None = None,
         center: bool | None = None,
         refine: bool = True,
+        budget: str = "uniform",
         causal: bool = False,
         query_mask: Any = None,
         key_mask: Any = None,
@@ -464,6 +472,10 @@ class DarkFeatureMap(keras.layers.Layer):
             refine: bool. Spectral: keeps the best of several draws and fits M
                 and a weight per feature to the sample by a few steps of descent
                 on KL. Clusters: likewise. False leaves the closed forms.
+            budget: `"uniform"`, or `"adaptive"`: features per head by held-out
+                error, from a quarter to twice `num_features`, as many in all.
+                Tensors have room for the largest head, so this saves nothing
+                and costs time; it buys accuracy where heads differ much.
             causal: bool. Whether query t attends to keys up to t.
             query_mask, key_mask: bool, `(b, t)` and `(b, s)`, true = counts.
             max_tokens: int. Tokens of the sample that is refined on.
@@ -479,7 +491,12 @@ class DarkFeatureMap(keras.layers.Layer):
               proposal
         """
         options = CalibrationOptions(
-            method=method, proposal=proposal, center=center, refine=refine, seed=seed
+            method=method,
+            proposal=proposal,
+            center=center,
+            refine=refine,
+            budget=budget,
+            seed=seed,
         )
         options.check(self)
         if self.rope_geometry != "after":
@@ -573,16 +590,20 @@ class DarkFeatureMap(keras.layers.Layer):
             shifts["tilt"] = self.query_shift if keys else None
         return dark_features(inputs, geometry, self.projection, **shifts)
 
-    def set_form(self, form: str) -> None:
-        """Gives the map the weights of another form, at their initial values.
+    def set_form(self, form: str, num_features: int | None = None) -> None:
+        """Gives the map the weights of another form or number of features, at initial values.
+
+        An optimizer built before does not know the new weights.
 
         Args:
-            form: `"random"`, `"centered"` or `"free"`; see the class. An
-                optimizer built before does not know the new weights.
+            form: `"random"`, `"centered"` or `"free"`; see the class.
+            num_features: int; `None` for as many as there are.
         """
         one_of("form", form, FORMS)
+        if num_features is None:
+            num_features = self.num_features
         self._ensure_built()
-        if form == self.form:
+        if (form, num_features) == (self.form, self.num_features):
             return
         before, self.form = self.form, form
         try:
@@ -590,6 +611,7 @@ class DarkFeatureMap(keras.layers.Layer):
         except ValueError:
             self.form = before
             raise
+        self.num_features = positive_integer("num_features", num_features)
         self._tracker.unlock()
         try:
             for name in WEIGHTS:

@@ -279,7 +279,9 @@ class DarkTransformerBlock(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """All constructor arguments."""
         if self.built:  # calibration changes the form
-            self._attention_config["feature_form"] = self.attention.feature_map.form
+            feature_map = self.attention.feature_map
+            self._attention_config["feature_form"] = feature_map.form
+            self._attention_config["num_features"] = feature_map.num_features
         return {
             **super().get_config(),
             "intermediate_dim": self.intermediate_dim,

@@ -32,6 +32,7 @@ def calibrate(
     proposal: str | None = None,
     center: bool | None = None,
     refine: bool = True,
+    budget: str = "uniform",
     max_tokens: int = 4096,
     position_offset: int | tuple[int, int] | None = None,
     batch_size: int = 8,
@@ -58,7 +59,7 @@ def calibrate(
             thousand tokens of the text the model will see do.
         method: how each map is fitted; see `DarkFeatureMap.calibrate`.
             `"auto"` chooses per layer by held-out error.
-        proposal, center, refine: see `DarkFeatureMap.calibrate`.
+        proposal, center, refine, budget: see `DarkFeatureMap.calibrate`.
         max_tokens: int. Tokens per layer in the sample, whole sequences.
         position_offset: positions the model will serve: the first token of
             each batch gets a random position up to this, or between a pair
@@ -85,7 +86,12 @@ def calibrate(
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
     options = CalibrationOptions(
-        method=method, proposal=proposal, center=center, refine=refine, seed=seed
+        method=method,
+        proposal=proposal,
+        center=center,
+        refine=refine,
+        budget=budget,
+        seed=seed,
     )
     positive_integer("max_tokens", max_tokens)
     check_position_offset(position_offset)
@@ -117,14 +123,20 @@ def calibrate(
         _check_length(longest, window)
     fits = _fit(layers, statistics, options, verbose)
     # All fits before any layer is changed: a failure leaves the model as it was.
-    forms = [layer.feature_map.form for layer in layers.values()]
+    before = _structure(layers)
     for layer, fitted in zip(layers.values(), fits, strict=True):
         fitted.assign(layer.feature_map)
     if window:
         _fit_far_offsets(model, layers, kept)
-    if forms != [layer.feature_map.form for layer in layers.values()]:
+    if before != _structure(layers):
         compile_anew(model)
     return model
+
+
+def _structure(layers: dict[str, Any]) -> list[tuple[str, int]]:
+    """What decides which weights there are."""
+    maps = (layer.feature_map for layer in layers.values())
+    return [(feature_map.form, feature_map.num_features) for feature_map in maps]
 
 
 def _look(
