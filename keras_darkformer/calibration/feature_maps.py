@@ -34,6 +34,8 @@ METHODS = ("identity", "scale", "whitening", "spectral", "clusters", "auto")
 PROPOSALS = ("none", "variance_optimal", "spectral")
 # The log-weight of features that only fill up a head's share of a tensor.
 UNUSED = -1e4
+# What a head may have of the features that each has by `uniform`.
+SHARES = (0.25, 0.5, 1.0, 1.5, 2.0)
 # Posterior sharpness of clusters, chosen between by held-out error.
 TAUS = (0.15, 0.3)
 
@@ -443,7 +445,7 @@ def _budget(feature_map: Any, sample: Sample, options: CalibrationOptions) -> li
     if sample.query.shape[1] != sample.key.shape[1]:
         raise ValueError('`budget="adaptive"` needs as many queries as keys.')
     uniform = feature_map.num_features
-    sizes = sorted({max(1, uniform // 4), max(1, uniform // 2), uniform, 2 * uniform})
+    sizes = sorted({max(1, round(share * uniform)) for share in SHARES})
     closed = dataclasses.replace(options, refine=False)
     errors = np.zeros((feature_map.num_heads, len(sizes)))
     for head in range(feature_map.num_heads):

@@ -9,7 +9,7 @@ from calibration.data import anisotropic
 from keras import ops
 
 from keras_darkformer import DarkFeatureMap
-from keras_darkformer.calibration.feature_maps import METHODS
+from keras_darkformer.calibration.feature_maps import METHODS, UNUSED
 from keras_darkformer.calibration.sequences import softmax
 
 from .helpers import arrays, assert_close, differ, normal
@@ -316,3 +316,24 @@ def test_only_so_many_tokens_are_refined_on():
     weights = [calibrated(query, key, max_tokens=n).get_weights()[0] for n in (24, 10**6)]
     assert differ(*weights)
     assert_finite(calibrated(query, key, max_tokens=1), query, key)
+
+
+def test_an_adaptive_budget_gives_features_to_the_heads_that_need_them():
+    rng = np.random.default_rng(5)
+    query, key, value = (rng.standard_normal((4, 60, 2, 8)).astype("float32") for _ in range(3))
+    query[:, :, 0], key[:, :, 0] = 1e-3 * query[:, :, 0], 1e-3 * key[:, :, 0]  # nearly uniform
+    query[:, :, 1] *= 2.0
+    layer = DarkFeatureMap(2, 8, 16, seed=0)
+    layer.calibrate(query, key, budget="adaptive")
+    used = (arrays(layer.log_weight) > UNUSED / 2).sum(axis=1)
+    assert used[0] < 16 < used[1] == layer.num_features
+    assert used.sum() <= 2 * 16
+    output = arrays(layer.attend(query, key, value))
+    mean = np.broadcast_to(value[:, :, 0].mean(axis=1, keepdims=True), output[:, :, 0].shape)
+    np.testing.assert_allclose(output[:, :, 0], mean, atol=1e-2)
+    layer.redraw(seed=1)
+    np.testing.assert_array_equal((arrays(layer.log_weight) > UNUSED / 2).sum(axis=1), used)
+    again = DarkFeatureMap.from_config(layer.get_config())
+    again.build()
+    again.set_weights(layer.get_weights())
+    assert_close(again.attend(query, key, value), layer.attend(query, key, value))
