@@ -18,10 +18,19 @@ done
 source tests/environment.sh "$(IFS=,; echo "${backends[*]}"),dev"
 
 export TF_CPP_MIN_LOG_LEVEL=3
-failed=()
+# At the same time: each keeps little more than one core busy.
+logs="$(mktemp -d)"
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$logs"' EXIT
+pids=()
 for backend in "${backends[@]}"; do
-    echo "=== $backend"
-    KERAS_BACKEND="$backend" python -m pytest "$@" || failed+=("$backend")
+    KERAS_BACKEND="$backend" python -m pytest "$@" >"$logs/$backend" 2>&1 &
+    pids+=($!)
+done
+failed=()
+for i in "${!backends[@]}"; do
+    echo "=== ${backends[$i]}"
+    wait "${pids[$i]}" || failed+=("${backends[$i]}")
+    cat "$logs/${backends[$i]}"
 done
 [ ${#failed[@]} -eq 0 ] || {
     echo "Tests failed on: ${failed[*]}" >&2
