@@ -76,12 +76,11 @@ class Setting:
         data = self.batches(CALIBRATION_WINDOWS // BATCH, 1)
         return kd.calibrate(model, data, method=method, seed=self.seed, verbose=False, **options)
 
-    def transfer(self, model, **options):
-        data = self.batches(TRANSFER_STEPS, 2)
+    def transfer(self, model, steps=TRANSFER_STEPS, **options):
         kd.transfer_attention(
             model,
-            data,
-            steps=TRANSFER_STEPS,
+            self.batches(steps, 2),
+            steps=steps,
             learning_rate=self.rate,
             seed=self.seed,
             verbose=0,
@@ -203,6 +202,11 @@ ARMS = {
     "window + spectral + transfer": (
         lambda s: s.transfer(window_calibrated(s)),
         TRANSFER_RATES,
+        "h64",
+    ),
+    "window + spectral + 4x transfer": (
+        lambda s: s.transfer(window_calibrated(s), 4 * TRANSFER_STEPS),
+        TRANSFER_RATES[-1:],
         "h64",
     ),
     "window + spectral + transfer + distillation": (
