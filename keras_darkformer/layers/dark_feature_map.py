@@ -43,6 +43,7 @@ WEIGHTS = (
     "query_kernel",
     "key_kernel",
     "key_bias",
+    "far_offset",
 )
 
 
@@ -125,6 +126,8 @@ class DarkFeatureMap(keras.layers.Layer):
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
     """
 
+    trainable: Any  # a property of the base class
+
     def __init__(
         self,
         num_heads: int,
@@ -200,12 +203,13 @@ class DarkFeatureMap(keras.layers.Layer):
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the weights; their shapes do not depend on the input's."""
-        self._create_feature_weights()
-        if self.sliding_window is not None:
-            self.far_offset = self._add_float32_weight(
-                "far_offset", np.zeros(self.num_query_heads), self.train_geometry
-            )
+        self._create_weights(np.zeros(self.num_query_heads))
         self.built = True
+
+    def _create_weights(self, far_offset: np.ndarray) -> None:
+        self._create_feature_weights()
+        if self.sliding_window is not None:  # last, after a change of form, too: files go by order
+            self._add_weights(self.train_geometry, far_offset=far_offset)
 
     def _create_feature_weights(self) -> None:
         heads, head_dim, num_features = self.num_heads, self.head_dim, self.num_features
@@ -583,11 +587,14 @@ class DarkFeatureMap(keras.layers.Layer):
             raise
         self._tracker.unlock()
         try:
+            far_offset: Any = None
+            if self.sliding_window is not None:
+                far_offset = ops.convert_to_numpy(self.far_offset)
             for name in WEIGHTS:
                 if hasattr(self, name):
                     delattr(self, name)
-            trainable: Any = self.trainable
-            self._create_feature_weights()
+            trainable = self.trainable
+            self._create_weights(far_offset)
             self.trainable = trainable
         finally:
             self._lock_state()
