@@ -124,6 +124,7 @@ def test_a_copy_from_config_and_weights_is_the_same_model(saved, kind):
     np.testing.assert_array_equal(outputs(twin, BATCH), outputs(backbone, BATCH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
 def test_feature_maps_are_fitted_and_kept_in_float32_in_half_precision(dtype):
     model = fitted("spectral", dtype=dtype)
@@ -147,7 +148,13 @@ GENERATING = {
 }
 
 
-@pytest.fixture(scope="module", params=GENERATING)
+SLOW = ("window_only", "planes-gemma2", "windowed-gemma3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in GENERATING],
+)
 def model(request):
     kind, build, options = GENERATING[request.param]
     return fitted(kind, build, **options)
@@ -179,6 +186,7 @@ def test_the_state_has_a_constant_size(saved, kind):
     assert shapes(cache) == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clusters", "windowed"])
 def test_beam_search_equals_a_search_over_the_full_forward(kind):
     model, prompt = fitted(kind), inputs(7, 7, 7, total=10)
