@@ -81,9 +81,16 @@ def test_the_package_works_without_keras_hub():
 def test_every_name_the_package_lists_exists():
     for name in keras_darkformer.__all__:
         assert getattr(keras_darkformer, name) is not None
-    for part in (keras_darkformer.ops, keras_darkformer.layers, keras_darkformer.hub):
+    for part in (getattr(keras_darkformer, name) for name in PARTS):
         assert sorted(set(part.__all__)) == sorted(part.__all__)
         assert all(hasattr(part, name) for name in part.__all__)
+
+
+def test_what_trains_and_judges_is_a_name_of_the_package_itself():
+    parts = set(keras_darkformer.training.__all__) - {"ApproximationReport", "DistillationLoss"}
+    assert parts <= set(keras_darkformer.__all__)
+    for name in parts:
+        assert getattr(keras_darkformer, name) is getattr(keras_darkformer.training, name)
 
 
 def test_a_name_the_package_does_not_have_is_an_attribute_error():

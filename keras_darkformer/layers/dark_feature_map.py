@@ -50,6 +50,7 @@ WEIGHTS = (
     "query_kernel",
     "key_kernel",
     "key_bias",
+    "far_offset",
 )
 
 
@@ -132,7 +133,7 @@ class DarkFeatureMap(keras.layers.Layer):
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
     """
 
-    trainable: Any  # a property of `Layer`, which type checkers do not see
+    trainable: Any  # a property of the base class
 
     def __init__(
         self,
@@ -209,10 +210,13 @@ class DarkFeatureMap(keras.layers.Layer):
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the weights; their shapes do not depend on the input's."""
-        self._create_feature_weights()
-        if self.sliding_window is not None:
-            self._add_weights(self.train_geometry, far_offset=np.zeros(self.num_query_heads))
+        self._create_weights(np.zeros(self.num_query_heads))
         self.built = True
+
+    def _create_weights(self, far_offset: np.ndarray) -> None:
+        self._create_feature_weights()
+        if self.sliding_window is not None:  # last, after a change of form, too: files go by order
+            self._add_weights(self.train_geometry, far_offset=far_offset)
 
     def _create_feature_weights(self) -> None:
         heads, head_dim, num_features = self.num_heads, self.head_dim, self.num_features
@@ -614,16 +618,14 @@ class DarkFeatureMap(keras.layers.Layer):
         self.num_features = positive_integer("num_features", num_features)
         self._tracker.unlock()
         try:
+            far_offset: Any = None
+            if self.sliding_window is not None:
+                far_offset = ops.convert_to_numpy(self.far_offset)
             for name in WEIGHTS:
                 if hasattr(self, name):
                     self._remove_weight(name)
             trainable = self.trainable
-            self._create_feature_weights()
-            if self.sliding_window is not None:
-                # Files know weights by their order: this one comes last, as in `build`.
-                offset = ops.convert_to_numpy(self.far_offset)
-                self._remove_weight("far_offset")
-                self._add_weights(self.train_geometry, far_offset=offset)
+            self._create_weights(far_offset)
             self.trainable = trainable
         finally:
             self._lock_state()

@@ -67,8 +67,12 @@ def seen_by_layer(stock, batches):
     [
         ("gemma", {"method": "spectral"}),
         ("gemma", {"method": "clusters", "seed": 3}),
-        ("gemma2", {"method": "spectral", "refine": False, "center": False}),
-        ("gemma3", {"method": "whitening", "refine": False}),
+        pytest.param(
+            "gemma2",
+            {"method": "spectral", "refine": False, "center": False},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("gemma3", {"method": "whitening", "refine": False}, marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else x["method"],
 )
@@ -148,6 +152,7 @@ def test_data_of_any_kind_gives_the_same_maps(fitted, kind):
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "tuple", "array", "tf.data"])
 def test_text_is_preprocessed_by_the_task(preprocessor, texts, kind):
     model = convert_to_dark(gemma(preprocessor=preprocessor), num_features=16)
@@ -303,6 +308,7 @@ def test_a_compiled_model_is_compiled_again_when_forms_change():
     assert model.optimizer is second  # the form is the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [gemma, lambda: gemma3(num_layers=2)], ids=["gemma", "gemma3"])
 @pytest.mark.parametrize("rope_geometry", ["planes", "before"])
 def test_a_geometry_before_the_rotation_improves_and_knows_no_position(build, rope_geometry):
@@ -394,6 +400,7 @@ def test_short_sequences_beside_long_ones_do_no_harm():
         np.testing.assert_allclose(ours, exact, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_auto_takes_clusters_only_where_they_can_be_had():
     _, model = dark_gemma()
     quietly(model, BATCHES, method="auto")

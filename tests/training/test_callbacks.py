@@ -70,6 +70,7 @@ def test_projections_are_drawn_anew_after_every_so_many_steps_and_used():
     assert (first != second).any()
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_the_seed_and_training_goes_on_around_them():
     runs = []
     for seed in (3, 3, 4):
@@ -197,6 +198,7 @@ def test_the_logger_says_at_once_that_tensorboard_is_missing(tmp_path, monkeypat
         ApproximationLogger(tokens(), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_logger_sees_the_weights_of_its_epoch():
     model, held_out = compiled(0.5), tokens(seed=8)
     logger = ApproximationLogger(held_out)

@@ -72,7 +72,7 @@ def test_its_config_is_complete():
     assert (twin.top_k, twin.reduction, twin.name) == (5, "sum", "mine")
 
 
-@pytest.mark.parametrize("top_k", [None, 8, VOCABULARY, 10 * VOCABULARY])
+@pytest.mark.parametrize("top_k", [None, 8, pytest.param(10 * VOCABULARY, marks=pytest.mark.slow)])
 def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
     stock, model = pair
     batch = DATA[0]
@@ -141,7 +141,9 @@ MOVED = {
 }
 
 
-@pytest.mark.parametrize("train", MOVED)
+@pytest.mark.parametrize(
+    "train", ["qkv", *(pytest.param(x, marks=pytest.mark.slow) for x in MOVED if x != "qkv")]
+)
 def test_what_is_asked_for_moves_and_all_settings_come_back(train):
     """Gemma 2: its second layer is dark, its first is not."""
     stock, model = dark_gemma(gemma2)
@@ -279,6 +281,7 @@ def test_frozen_feature_maps_alone_are_nothing_to_train(pair):
         distil(model, stock, DATA, train="feature_maps", steps=1)
 
 
+@pytest.mark.slow
 def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
     model, teacher = plain(geometry_scale=0.5), plain(attention_mode="exact")
     batch = tokens()
@@ -301,6 +304,7 @@ def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
     assert all(not hasattr(x, "observer") or x.observer is None for x in model._flatten_layers())
 
 
+@pytest.mark.slow
 def test_half_precision_is_distilled_in_half_precision():
     stock, model = dark_gemma(lambda: gemma(num_layers=1, dtype="mixed_bfloat16"))
     history = distil(model, stock, DATA, steps=2, verbose=0).history

@@ -160,6 +160,7 @@ def test_a_window_over_everything_is_exact():
     assert means["relative_error"]["uniform"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bool", "int32"])
 def test_a_plain_model_with_padding_is_reported_on_its_real_tokens(dtype):
     """Masks may be of any dtype, and nothing behind them counts."""

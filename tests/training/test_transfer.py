@@ -184,6 +184,7 @@ def test_the_weights_kept_are_those_of_the_best_validation(transferred):
     np.testing.assert_allclose(found, best, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_that_makes_it_worse_stops_early_and_is_undone():
     stock, model = dark_gemma(one_layer)
     history = transfer_attention(
@@ -239,6 +240,7 @@ def test_a_layer_with_a_window_trains_in_bfloat16():
     assert held_out_loss(stock, model) < 0.9 * loss_before
 
 
+@pytest.mark.slow
 def test_a_plain_model_learns_from_its_own_softmax():
     model = plain(geometry_scale=0.3)
     weights = {w.path: to_numpy(w.value) for w in model.weights}
