@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_darkformer.ops.scores import log_sum_exp, visible_pairs
+from keras_darkformer.ops.scores import exact_logits, log_sum_exp, visible_pairs
 
 
 class FarMass:
@@ -47,16 +47,13 @@ class FarMass:
             key_mask: bool, `(b, t)`, or `None`.
             attention_mask: bool, of rank 4, or `None`.
         """
-        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
-        groups = query.shape[2] // key.shape[2]
         visible = visible_pairs(
             query, key, causal=True, key_mask=key_mask, attention_mask=attention_mask
         )
         window_only, self.map.window_only = self.map.window_only, False
         scores = self.map.log_scores(feature_query, feature_key)
         self.map.window_only = window_only
-        logits = ops.einsum("btnh,bsnh->bnts", query, ops.repeat(key, groups, axis=2))
-        logits = logits * query.shape[-1] ** -0.5
+        logits = exact_logits(query, key)
         index = ops.arange(ops.shape(query)[1])
         behind = index[:, None] - index[None, :] >= self.map.sliding_window
         far = ops.logical_and(visible, behind)

@@ -8,6 +8,7 @@ from typing import Any
 from keras import ops
 
 from keras_darkformer.ops import exact_dark_attention
+from keras_darkformer.ops.scores import visible_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Observation:
     def key(self) -> Any:
         """The rotated keys."""
         return self.rotate_key(self.unrotated_key)
+
+    @property
+    def visible(self) -> Any:
+        """Which keys each query may attend to, bool, broadcasting to `(b, n, t, s)`."""
+        return visible_pairs(
+            self.unrotated_query,
+            self.unrotated_key,
+            causal=self.causal,
+            key_mask=self.key_mask,
+            attention_mask=self.attention_mask,
+        )
 
     def for_features(self, feature_map: Any) -> tuple[Any, Any]:
         """Queries and keys as `feature_map.attend` takes them."""

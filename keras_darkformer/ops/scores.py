@@ -63,6 +63,13 @@ def _with_window(scores: Any, query: Any, key: Any, window: Window) -> Any:
     return ops.where(age < window.size, near, far)
 
 
+def exact_logits(query: Any, key: Any) -> Any:
+    """Softmax's own, `q . k / sqrt(h)`, in float32: `(b, n, t, s)`. Nothing is masked."""
+    query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    key = ops.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    return ops.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
+
+
 def log_sum_exp(scores: Any, visible: Any) -> Any:
     """Over the visible entries of the last axis; a large negative number where there are none."""
     return ops.logsumexp(ops.where(visible, scores, LOG_ZERO), axis=-1)

@@ -12,7 +12,7 @@ from keras_darkformer.layers.observation import Observation, observed
 from keras_darkformer.ops import draw_projection
 from keras_darkformer.ops.checks import positive_integer
 from keras_darkformer.ops.features import FeatureMap, fold_projections
-from keras_darkformer.ops.scores import log_scores, visible_pairs
+from keras_darkformer.ops.scores import exact_logits, log_scores
 from keras_darkformer.training.data import (
     batches,
     check_position_offset,
@@ -236,22 +236,16 @@ class _Judge:
 
     def add(self, observation: Observation) -> None:
         query, key = (ops.cast(x, "float32") for x in (observation.query, observation.key))
-        groups = query.shape[2] // key.shape[2]
-        visible = visible_pairs(
-            query,
-            key,
-            causal=observation.causal,
-            key_mask=observation.key_mask,
-            attention_mask=observation.attention_mask,
-        )
-        logits = ops.einsum("btnh,bsnh->bnts", query, ops.repeat(key, groups, axis=2))
-        exact = log_softmax(logits * query.shape[-1] ** -0.5, visible)
+        visible = observation.visible
+        logits = exact_logits(query, key)
+        exact = log_softmax(logits, visible)
         scores = {
             "dark": self.map.log_scores(*observation.for_features(self.map)),
             "performer": log_scores(query, key, self.performer),
             "uniform": ops.zeros_like(logits),
         }
         weights = ops.where(visible, ops.exp(exact), 0.0)
+        groups = query.shape[2] // key.shape[2]
         value = ops.repeat(ops.cast(observation.value, "float32"), groups, axis=2)
         if observation.key_mask is not None:
             value = ops.where(observation.key_mask[:, :, None, None], value, 0.0)

@@ -1,5 +1,6 @@
 """Attention transfer: every layer's features learn that layer's own softmax."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from keras import ops
 
 from keras_darkformer.layers.observation import Observation, observed
 from keras_darkformer.ops.checks import one_of, positive_integer
-from keras_darkformer.ops.scores import visible_pairs
+from keras_darkformer.ops.scores import exact_logits
 from keras_darkformer.training.callbacks import RedrawProjections
 from keras_darkformer.training.data import (
     Kept,
@@ -229,29 +230,17 @@ def transfer_loss(feature_map: Any, observation: Observation, objective: str) ->
     Returns:
         A float32 scalar.
     """
-    constant = [
+    query, key, value = (
         ops.stop_gradient(ops.cast(x, "float32"))
         for x in (observation.unrotated_query, observation.unrotated_key, observation.value)
-    ]
-    query, key, value = constant
-    groups = query.shape[2] // key.shape[2]
-    # Rotations round to the compute dtype.
-    exact_query = ops.cast(observation.rotate_query(query), "float32")
-    exact_key = ops.cast(observation.rotate_key(key), "float32")
-    visible = visible_pairs(
-        query,
-        key,
-        causal=observation.causal,
-        key_mask=observation.key_mask,
-        attention_mask=observation.attention_mask,
     )
-    logits = ops.einsum("btnh,bsnh->bnts", exact_query, ops.repeat(exact_key, groups, axis=2))
-    exact = log_softmax(logits * query.shape[-1] ** -0.5, visible)
-    scores = feature_map.log_scores(
-        observation.rotate_query(feature_map.before_rotation(query)),
-        observation.rotate_key(feature_map.before_rotation(key)),
+    observation = dataclasses.replace(
+        observation, unrotated_query=query, unrotated_key=key, value=value
     )
-    ours = log_softmax(scores, visible)
+    visible = observation.visible
+    logits = exact_logits(observation.query, observation.key)
+    exact = log_softmax(logits, visible)
+    ours = log_softmax(feature_map.log_scores(*observation.for_features(feature_map)), visible)
     # Queries that see nothing, and padding, say nothing.
     counts = ops.any(visible, axis=-1)
     if observation.key_mask is not None and query.shape[1] == key.shape[1]:
@@ -260,7 +249,7 @@ def transfer_loss(feature_map: Any, observation: Observation, objective: str) ->
     if objective == "kl":
         terms = ops.sum(ops.where(visible, ops.exp(exact) * (exact - ours), 0.0), axis=-1)
         return ops.sum(terms * counts) / ops.maximum(ops.sum(counts), 1.0)
-    value = ops.repeat(value, groups, axis=2)
+    value = ops.repeat(value, query.shape[2] // value.shape[2], axis=2)
     target = ops.einsum("bnts,bsnv->bntv", ops.exp(exact), value)
     output = ops.einsum("bnts,bsnv->bntv", ops.exp(ours), value)
     error = ops.sum((output - target) ** 2, axis=-1) * counts

@@ -46,7 +46,8 @@ def feature_map(**options):
 
 def calibrated(form, **options):
     layer = feature_map(**options)
-    layer.calibrate(QUERY, KEY, **OPTIONS[form])
+    causal = layer.sliding_window is not None
+    layer.calibrate(QUERY, KEY, causal=causal, **OPTIONS[form])
     assert layer.form == form
     return layer
 
@@ -286,7 +287,7 @@ def test_models_with_calibrated_layers_come_back_from_a_file_as_they_were(tmp_pa
         block.attention.feature_map.calibrate(query, query[::-1], **OPTIONS[form])
     attention = DarkAttention(**HEADS, seed=2, sliding_window=3, tie_geometry=False)
     model = keras.Model(inputs, attention(x, x, use_causal_mask=True))
-    attention.feature_map.calibrate(QUERY, KEY)
+    attention.feature_map.calibrate(QUERY, KEY, causal=True)
     attention.feature_map.far_offset.assign(np.arange(4))
     path, data = tmp_path / "model.keras", normal(2, LENGTH, WIDTH)
     model.save(path)
