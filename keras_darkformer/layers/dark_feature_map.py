@@ -516,6 +516,11 @@ class DarkFeatureMap(keras.layers.Layer):
                 f"keys of one length, longer than the window of {self.sliding_window} tokens. "
                 f"Received: causal={causal}, lengths {query.shape[1]} and {key.shape[1]}"
             )
+        if self.sliding_window is not None and query.shape[2] != self.num_query_heads:
+            raise ValueError(
+                f"`query` must have the {self.num_query_heads} heads of `num_query_heads`. "
+                f"Received: shape {tuple(query.shape)}"
+            )
         positive_integer("max_tokens", max_tokens)
         self._ensure_built()
         statistics = LayerStatistics(self, options.needs_sample(self), max_tokens, seed)

@@ -132,7 +132,7 @@ def test_a_map_refuses_forms_it_does_not_know_or_can_not_take(form):
     layer.set_form(form)  # as it is
     assert_close(arrays(layer.weights), before)
     if form != "free":
-        windowed = calibrated(form, sliding_window=3)
+        windowed = calibrated(form, sliding_window=3, num_query_heads=4)
         weights = arrays(windowed.weights)
         with pytest.raises(ValueError, match='of `form="free"`'):
             windowed.set_form("free")
