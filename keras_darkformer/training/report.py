@@ -23,6 +23,8 @@ from keras_darkformer.training.data import (
 from keras_darkformer.training.transfer import log_softmax
 
 ARMS = ("dark", "performer", "uniform")
+# A divergence this large comes of the finite number that stands for log(0).
+INFINITE = 1e20
 
 
 class ApproximationReport(dict):
@@ -39,7 +41,7 @@ class ApproximationReport(dict):
             geometry, fresh draw, as many features) and for `uniform`
             (averaging what is visible: what knows nothing of the logits).
         kl: dict of the mean divergence from exact attention weights, in nats,
-            for the same three.
+            for the same three; infinite for a window alone.
         far_mass, exact_far_mass: share of the weights behind the sliding
             window, here and of softmax; `None` without a window.
         spectrum: eigenvalues of `Cov(q^) + Cov(k^)`, falling: the variances
@@ -291,9 +293,7 @@ class _Judge:
                     "relative_error": {
                         arm: float(np.median(_joined(self.errors[arm], head))) for arm in ARMS
                     },
-                    "kl": {
-                        arm: float(np.mean(_joined(self.divergences[arm], head))) for arm in ARMS
-                    },
+                    "kl": {arm: _divergence(_joined(self.divergences[arm], head)) for arm in ARMS},
                     "far_mass": _mean(self.far, head),
                     "exact_far_mass": _mean(self.exact_far, head),
                     "spectrum": [float(x) for x in spectrum],
@@ -313,6 +313,12 @@ def _by_head(x: Any, counts: np.ndarray) -> Any:
     """`(b, n, t)` as a list of n arrays of what counts."""
     x = ops.convert_to_numpy(x)
     return [x[:, head][counts[:, head]] for head in range(x.shape[1])]
+
+
+def _divergence(values: np.ndarray) -> float:
+    """Their mean; infinite where weights that softmax gives are missing altogether."""
+    mean = float(np.mean(values))
+    return mean if mean < INFINITE else float("inf")
 
 
 def _joined(parts: list[Any], head: int) -> np.ndarray:
