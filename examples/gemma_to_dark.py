@@ -52,12 +52,12 @@ from matplotlib import pyplot as plt
 
 ARMS = {
     "exact": "exact softmax",
-    "dark": "calibrated, distilled",
-    "paper": "M finetuned (paper)",
+    "dark": "all steps",
+    "paper": "M finetuned",
     "performer": "Performer",
 }
 # What becomes of a model, in this order; not every arm has every stage.
-STAGES = ("converted", "calibrated", "transferred", "finetuned")
+STAGES = ("converted", "calibrated", "transferred", "distilled", "finetuned")
 # Characters per token are bounded by this, so that a window of characters
 # fills a sequence of tokens.
 CHARACTERS_PER_TOKEN = 6
@@ -189,7 +189,7 @@ def run_arm(arm, preset, data, args):
     compile_for_training(
         model, keras.optimizers.schedules.CosineDecay(args.finetune_rate, args.finetune_steps)
     )
-    stages = {}
+    stages, finetune = {}, data["finetune"]
 
     def judge(stage):
         stages[stage] = perplexity(model, data["test"], args.batch_size)
@@ -203,28 +203,33 @@ def run_arm(arm, preset, data, args):
         calibrate(model, data["calibrate"], seed=args.seed)
         judge("calibrated")
         transfer_attention(
-            model, data["transfer"], steps=args.transfer_steps, batch_size=args.batch_size
+            model,
+            data["transfer"],
+            steps=args.transfer_steps,
+            learning_rate=1e-2,
+            batch_size=args.batch_size,
         )
         judge("transferred")
         report = approximation_report(model, data["calibrate"][: args.batch_size])
         print(report)
         report.plot(args.output / "approximation.png")
+        # Half of the steps to learn the exact model's logits, the rest like the others.
+        half = args.finetune_steps // 2
         distil(
             model,
             load_arm("exact", preset, args),
-            data["finetune"],
-            steps=args.finetune_steps,
-            learning_rate=args.finetune_rate / 2,
+            finetune[: half * args.batch_size],
+            steps=half,
+            train="all",
+            learning_rate=args.finetune_rate,
             batch_size=args.batch_size,
-            callbacks=[times, spikes],
         )
-    else:
-        model.fit(
-            data["finetune"],
-            batch_size=args.batch_size,
-            callbacks=[times, spikes],
-            shuffle=False,
+        judge("distilled")
+        finetune = finetune[half * args.batch_size :]
+        compile_for_training(
+            model, keras.optimizers.schedules.CosineDecay(args.finetune_rate, half)
         )
+    model.fit(finetune, batch_size=args.batch_size, callbacks=[times, spikes], shuffle=False)
     judge("finetuned")
     say(f"{ARMS[arm]}: writing {args.generate_length} tokens")
     text, generate_seconds = generate(model, args)
@@ -346,9 +351,9 @@ def save_plot(rows, path):
     losses.set(
         xlabel="step",
         ylabel="loss",
-        title="finetuning on the next token; distillation (KL)",
+        title="finetuning on the next token",
     )
-    perplexities.set(ylabel="perplexity", yscale="log", title=f"held-out text: {', '.join(STAGES)}")
+    perplexities.set(ylabel="perplexity", yscale="log", title="held-out text, stage by stage")
     perplexities.set_xticks(positions, [ARMS[row["arm"]] for row in rows], fontsize=8)
     speed.set(xlabel="sequence, tokens", ylabel="tokens per second", title="reading")
     memory.set(xlabel="context, tokens", ylabel="KiB", title="cache or state in generation")
