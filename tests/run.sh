@@ -20,7 +20,14 @@ source tests/environment.sh "$(IFS=,; echo "${backends[*]}"),dev"
 export TF_CPP_MIN_LOG_LEVEL=3
 # At the same time: each keeps little more than one core busy.
 logs="$(mktemp -d)"
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$logs"' EXIT
+# A failing command in here would become the script's own exit status.
+tidy() {
+    local running
+    running="$(jobs -pr)"
+    [ -z "$running" ] || kill $running 2>/dev/null || true
+    rm -rf "$logs"
+}
+trap tidy EXIT
 pids=()
 for backend in "${backends[@]}"; do
     KERAS_BACKEND="$backend" python -m pytest "$@" >"$logs/$backend" 2>&1 &
