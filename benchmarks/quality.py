@@ -36,7 +36,7 @@ from keras_darkformer.training.data import dark_layers
 from keras_darkformer.training.distil import _only_trainable
 
 LENGTH, BATCH = teacher.LENGTH, 8
-CALIBRATION_WINDOWS = 32
+CALIBRATION_WINDOWS, VALIDATION_WINDOWS = 32, 16
 TRANSFER_STEPS, DISTIL_STEPS = 100, 300
 TRANSFER_RATES, FINETUNE_RATES = (3e-3, 1e-2), (1e-3, 3e-3)
 WINDOW = 32
@@ -59,14 +59,12 @@ class Setting:
         options = {"num_features": self.num_features, "geometry_scale": 1.0} | options
         return kd.convert_to_dark(self.exact(), seed=self.seed, **options)
 
-    def windows(self, count, stream):
-        """Training windows of text and repeats, different ones for every stream."""
-        return teacher.training_windows(
-            self.tokens["train"], count, LENGTH, 1000 * stream + self.seed
-        )
+    def windows(self, count, stream, part="train"):
+        """Windows of text and repeats, different ones for every stream."""
+        return teacher.training_windows(self.tokens[part], count, LENGTH, 1000 * stream + self.seed)
 
-    def batches(self, count, stream):
-        windows = self.windows(count * BATCH, stream)
+    def batches(self, count, stream, part="train"):
+        windows = self.windows(count * BATCH, stream, part)
         return [
             teacher.inputs(windows[start : start + BATCH])
             for start in range(0, len(windows), BATCH)
@@ -82,6 +80,7 @@ class Setting:
             self.batches(steps, 2),
             steps=steps,
             learning_rate=self.rate,
+            validation_data=self.batches(VALIDATION_WINDOWS // BATCH, 4, "validation"),
             seed=self.seed,
             verbose=0,
             **options,

@@ -14,7 +14,6 @@ class Sample(NamedTuple):
     Attributes:
         query: `(b, t, n, h)`, float32.
         key: `(b, s, k, h)`.
-        value: `(b, s, k, v)`, or `None`.
         query_mask: `(b, t)`, true = counts.
         key_mask: `(b, s)`.
         causal: Whether query t attends to keys up to t.
@@ -22,7 +21,6 @@ class Sample(NamedTuple):
 
     query: np.ndarray
     key: np.ndarray
-    value: np.ndarray | None
     query_mask: np.ndarray
     key_mask: np.ndarray
     causal: bool
@@ -57,7 +55,6 @@ class Reservoir:
         self,
         query: np.ndarray,
         key: np.ndarray,
-        value: np.ndarray | None,
         query_mask: np.ndarray | None,
         key_mask: np.ndarray | None,
         causal: bool,
@@ -67,7 +64,7 @@ class Reservoir:
         for row in range(len(query)):
             offered = tuple(
                 None if x is None else np.array(x[row, : self.max_tokens])
-                for x in (query, key, value, query_mask, key_mask)
+                for x in (query, key, query_mask, key_mask)
             )
             self.kept.append((float(self.rng.random()), offered))
         self.kept.sort(key=lambda item: item[0])
@@ -85,12 +82,11 @@ class Reservoir:
         columns = list(zip(*(parts for _, parts in self.kept), strict=True))
         masks = [
             [np.ones(len(x), bool) if m is None else m for x, m in zip(rows, given, strict=True)]
-            for rows, given in ((columns[0], columns[3]), (columns[1], columns[4]))
+            for rows, given in ((columns[0], columns[2]), (columns[1], columns[3]))
         ]
         return Sample(
             _stacked(columns[0]),
             _stacked(columns[1]),
-            None if columns[2][0] is None else _stacked(columns[2]),
             _stacked(masks[0]),
             _stacked(masks[1]),
             self.causal,
@@ -147,13 +143,12 @@ class LayerStatistics:
         self,
         query: np.ndarray,
         key: np.ndarray,
-        value: np.ndarray | None = None,
         *,
         query_mask: np.ndarray | None = None,
         key_mask: np.ndarray | None = None,
         causal: bool = False,
     ) -> None:
-        """Adds a batch of rotated queries `(b, t, n, h)`, keys and values `(b, s, k, h)`.
+        """Adds a batch of rotated queries `(b, t, n, h)` and keys `(b, s, k, h)`.
 
         Raises:
             ValueError: if shapes do not fit, or a vector that counts is not finite.
@@ -167,7 +162,7 @@ class LayerStatistics:
         key_mask = _full_mask("key_mask", key_mask, key)
         self.moments.update(query, key, query_mask, key_mask)
         if self._reservoir is not None:
-            self._reservoir.add(query, key, value, query_mask, key_mask, causal)
+            self._reservoir.add(query, key, query_mask, key_mask, causal)
 
     def update_unrotated(
         self,

@@ -151,12 +151,12 @@ def _look(
 
     def observer(layer: Any, observation: Observation) -> Any:
         of_layer = statistics[id(layer)]
-        query, key, value = map(_numpy, (observation.query, observation.key, observation.value))
+        query, key = map(_numpy, (observation.query, observation.key))
         key_mask = None if observation.key_mask is None else _numpy(observation.key_mask)
         query_mask = key_mask if query.shape[1] == key.shape[1] else None
         lengths.append(key.shape[1] if key_mask is None else int(key_mask.sum(axis=1).max()))
         masks = {"query_mask": query_mask, "key_mask": key_mask}
-        of_layer.update(query, key, value, **masks, causal=observation.causal)
+        of_layer.update(query, key, **masks, causal=observation.causal)
         if of_layer.needs_unrotated:
             unrotated = observation.unrotated_query, observation.unrotated_key
             query, key = map(_numpy, unrotated)
