@@ -20,13 +20,29 @@ from typing import Any
 
 import keras
 
+CAUSAL = (
+    "Gemma",
+    "Gemma3",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "Mixtral",
+    "Qwen",
+    "QwenMoe",
+    "Qwen3",
+    "Qwen3Moe",
+    "Phi3",
+    "GPT2",
+    "OPT",
+)
+ENCODERS = ("Bert", "Roberta", "DistilBert")
 HUB_CLASSES = (
-    "DarkGemma3Attention",
-    "DarkGemma3Backbone",
-    "DarkGemma3CausalLM",
-    "DarkGemmaAttention",
-    "DarkGemmaBackbone",
-    "DarkGemmaCausalLM",
+    *(f"Dark{name}{kind}" for name in CAUSAL for kind in ("Attention", "Backbone", "CausalLM")),
+    *(
+        f"Dark{name}{kind}"
+        for name in ENCODERS
+        for kind in ("Attention", "Backbone", "MaskedLM", "TextClassifier")
+    ),
 )
 
 

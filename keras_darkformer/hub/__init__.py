@@ -7,20 +7,17 @@ except ImportError as error:
         "`keras_darkformer.hub` needs KerasHub: pip install 'keras-darkformer[hub]'"
     ) from error
 
-from keras_darkformer.hub.attention import DarkGemma3Attention, DarkGemmaAttention
-from keras_darkformer.hub.backbone import DarkGemma3Backbone, DarkGemmaBackbone
-from keras_darkformer.hub.causal_lm import DarkGemma3CausalLM, DarkGemmaCausalLM
+from typing import TYPE_CHECKING, Any
+
+from keras_darkformer.hub.classes import DARK_CLASSES
 from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.hub.report import ConversionReport, conversion_report
 
-__all__ = [
-    "ConversionReport",
-    "DarkGemma3Attention",
-    "DarkGemma3Backbone",
-    "DarkGemma3CausalLM",
-    "DarkGemmaAttention",
-    "DarkGemmaBackbone",
-    "DarkGemmaCausalLM",
-    "conversion_report",
-    "convert_to_dark",
-]
+globals().update(DARK_CLASSES)
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
+
+__all__ = ["ConversionReport", "conversion_report", "convert_to_dark"]
+__all__ += sorted(DARK_CLASSES)

@@ -1,22 +1,18 @@
 """Backbones of which some or all layers attend in linear time."""
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import keras
-from keras_hub.models import Gemma3Backbone, GemmaBackbone
+from keras import ops
 from keras_hub.src.utils.preset_utils import get_preset_loader
 
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import (
-    DarkCachedAttention,
-    DarkGemma3Attention,
-    DarkGemmaAttention,
-    layer_seed,
-)
-from keras_darkformer.hub.options import DarkOptions, Mixin
+from keras_darkformer.hub.attention import DarkHubAttention, head_sizes, layer_seed
+from keras_darkformer.hub.families import Family
+from keras_darkformer.hub.options import DarkOptions, Mixin, dark_name
 
 
 class PresetLoading(Mixin):
@@ -55,7 +51,9 @@ class PresetLoading(Mixin):
         if not issubclass(get_preset_loader(preset).check_backbone_class(), DarkBackbone):
             options = DarkOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
-            return cls.take_over(stock, options)
+            model = cls.take_over(stock, options)
+            warn_of_dropped(getattr(model, "backbone", model))
+            return model
         if dark:
             raise ValueError(
                 f"Preset {preset!r} is dark already and is loaded as it was saved. Arguments of "
@@ -68,51 +66,25 @@ class DarkBackbone(PresetLoading):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:
+        family: the `Family` this backbone is of.
+        stock_cls: the KerasHub class this one is made of.
         attention_cls: what its attention layers become.
         dark_options: `DarkOptions`, resolved.
     """
 
-    attention_cls: type[DarkCachedAttention]
+    family: Family
+    attention_cls: type[DarkHubAttention]
 
-    def __init__(
-        self,
-        *args: Any,
-        num_features: Any = 256,
-        layers: Any = "global",
-        attention_mode: str = "linear",
-        geometry_scale: float | None = None,
-        train_geometry: bool = True,
-        train_projection: bool = False,
-        projection: str = "orthogonal",
-        tie_geometry: bool = True,
-        rope_geometry: str = "after",
-        sliding_window: int | None = None,
-        window_only: bool = False,
-        feature_forms: Any = None,
-        chunk_size: int | None = None,
-        remat: bool | None = None,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        options = DarkOptions(
-            num_features=num_features,
-            layers=layers,
-            attention_mode=attention_mode,
-            geometry_scale=geometry_scale,
-            train_geometry=train_geometry,
-            train_projection=train_projection,
-            projection=projection,
-            tie_geometry=tie_geometry,
-            rope_geometry=rope_geometry,
-            sliding_window=sliding_window,
-            window_only=window_only,
-            feature_forms=feature_forms,
-            chunk_size=chunk_size,
-            remat=remat,
-            seed=seed,
-        )
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        dark, stock = DarkOptions.split(kwargs, self._taken())
+        options = DarkOptions(**dark)
+        super().__init__(*args, **stock)
         self._darken(self._resolve(self, options))
+
+    @classmethod
+    def _taken(cls) -> set[str]:
+        """Names of arguments the stock backbone has."""
+        return set(inspect.signature(cls.stock_cls).parameters)
 
     @classmethod
     def take_over(cls, backbone: Any, options: DarkOptions) -> Any:
@@ -127,25 +99,26 @@ class DarkBackbone(PresetLoading):
         backbone.__class__ = cls
         backbone._darken(options)
         compile_anew(backbone)
-        for drop in backbone.dropped():
-            warnings.warn(
-                f"Converting {backbone.name!r} drops from layers {drop['layers']}: "
-                f"{drop['what']}. {drop['why']}",
-                stacklevel=3,
-            )
         return backbone
 
     @classmethod
-    def check_expressible(cls, backbone: Any) -> None:
-        """Raises a ValueError with the reason if the backbone can't be converted."""
-
-    @classmethod
     def _resolve(cls, backbone: Any, options: DarkOptions) -> DarkOptions:
-        cls.check_expressible(backbone)
-        is_local = [
-            bool(block.use_sliding_window_attention) for block in backbone.transformer_layers
-        ]
-        return options.resolve(is_local, backbone.head_dim)
+        family = cls.family
+        if (reason := family.refuse(backbone)) is not None:
+            raise ValueError(reason)
+        if options.sliding_window is not None and not family.causal:
+            raise ValueError(
+                f"`sliding_window` needs causal attention; {family.name}'s goes in both "
+                f"directions. Received: sliding_window={options.sliding_window}"
+            )
+        if options.rope_geometry != "after" and family.rotary is None:
+            raise ValueError(
+                f"`rope_geometry={options.rope_geometry!r}` needs rotary positions, which "
+                f"{family.name} does not have."
+            )
+        layers = [family.attention_of(block) for block in backbone.transformer_layers]
+        is_local = [family.window(layer) is not None for layer in layers]
+        return options.resolve(is_local, head_sizes(layers[0])[2])
 
     def _darken(self, options: DarkOptions) -> None:
         forms = options.feature_forms or ()
@@ -157,8 +130,8 @@ class DarkBackbone(PresetLoading):
             of_layer = dataclasses.replace(
                 options, num_features=count, seed=layer_seed(options.seed, index)
             )
-            self.attention_cls.take_over(block.attention, of_layer, form)
-            _pass_on_padding_mask(block)
+            self.attention_cls.take_over(self.family.attention_of(block), of_layer, form)
+            _pass_on_padding_mask(block, self.family)
         self.dark_options = options
 
     def dropped(self) -> list[dict[str, Any]]:
@@ -167,15 +140,15 @@ class DarkBackbone(PresetLoading):
         linear = self.dark_options.attention_mode == "linear"
         for index in self.dark_options.layer_indices:
             block = self.transformer_layers[index]
-            if block.logit_soft_cap is not None:
-                what = f"soft cap of the attention logits at {block.logit_soft_cap}"
+            if (soft_cap := getattr(block, "logit_soft_cap", None)) is not None:
+                what = f"soft cap of the attention logits at {soft_cap}"
                 why = "A bounded logit is no dark kernel."
                 found.setdefault((what, why), []).append(index)
-            if linear and block.use_sliding_window_attention:
-                what = f"sliding window of {block.sliding_window_size} tokens"
+            if linear and (window := self.family.window(self.family.attention_of(block))):
+                what = f"sliding window of {window} tokens"
                 why = "Features sum over all the past; these layers now see all of it."
                 found.setdefault((what, why), []).append(index)
-            if linear and block.dropout:
+            if linear and self.attention_cls.drops_weights and block.dropout:
                 what = "dropout of single attention weights"
                 why = "Linear attention forms none; whole tokens are dropped at the same rate."
                 found.setdefault((what, why), []).append(index)
@@ -203,97 +176,54 @@ class DarkBackbone(PresetLoading):
         options["feature_forms"] = [layer.feature_map.form for layer in self.dark_layers]
         counts = [layer.feature_map.num_features for layer in self.dark_layers]
         options["num_features"] = counts[0] if len(set(counts)) == 1 else counts
-        return {**super().get_config(), **options}
+        taken = self._taken()
+        dark = {dark_name(name, taken): value for name, value in options.items()}
+        return {**super().get_config(), **dark}
+
+    @property
+    def attention_layers(self) -> list[Any]:
+        """The attention layers of all blocks."""
+        return [self.family.attention_of(block) for block in self.transformer_layers]
 
     @property
     def dark_layers(self) -> list[Any]:
         """The attention layers that were converted."""
-        return [
-            self.transformer_layers[index].attention for index in self.dark_options.layer_indices
-        ]
+        layers = self.attention_layers
+        return [layers[index] for index in self.dark_options.layer_indices]
 
 
-def _pass_on_padding_mask(block: Any) -> None:
+def warn_of_dropped(backbone: DarkBackbone) -> None:
+    """Warns of all that a conversion, once it is done, has dropped."""
+    for drop in backbone.dropped():
+        warnings.warn(
+            f"Converting {backbone.name!r} drops from layers {drop['layers']}: "
+            f"{drop['what']}. {drop['why']}",
+            stacklevel=3,
+        )
+
+
+def _pass_on_padding_mask(block: Any, family: Family) -> None:
     """Has a decoder block hand the padding mask to attention as it is.
 
     The stock block first makes a (b, t, t) mask of it. The method is replaced
     on the instance: a subclass with another name could not read stock
     weights, whose keys come from class names.
     """
-    stock = block._compute_attention_mask
-
-    def compute_attention_mask(x: Any, padding_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        if block.attention.attention_mode == "exact":
-            return stock(x, padding_mask, *args, **kwargs)
-        return padding_mask
-
-    block._compute_attention_mask = compute_attention_mask
     block.autocast = False  # or a recurrent state would arrive in half precision
+    if family.mask_method is None:
+        return
+    stock = getattr(block, family.mask_method)
+    attention = family.attention_of(block)
+    parameters = list(inspect.signature(stock).parameters)
+    place = parameters.index(family.padding_argument)
 
+    def compute_mask(*args: Any, **kwargs: Any) -> Any:
+        if attention.attention_mode == "exact":
+            return stock(*args, **kwargs)
+        named = family.padding_argument in kwargs
+        mask = kwargs[family.padding_argument] if named else args[place]
+        if mask is None or family.mask_axis is None:
+            return mask
+        return ops.expand_dims(mask, axis=family.mask_axis)
 
-@keras.saving.register_keras_serializable(package="keras_darkformer")
-class DarkGemmaBackbone(DarkBackbone, GemmaBackbone):
-    """Gemma 1 or 2 whose layers attend in linear time.
-
-    Args:
-        num_features, layers, attention_mode, geometry_scale, train_geometry,
-            train_projection, projection, tie_geometry, rope_geometry,
-            sliding_window, window_only, chunk_size, remat, seed: as for
-            `convert_to_dark`.
-        feature_forms: forms of the converted layers' feature maps, what
-            calibration made of them.
-        *args, **kwargs: as for `keras_hub.models.GemmaBackbone`.
-
-    Example:
-
-    >>> backbone = keras_darkformer.hub.DarkGemmaBackbone(
-    ...     vocabulary_size=256, num_layers=2, num_query_heads=2, num_key_value_heads=1,
-    ...     hidden_dim=16, intermediate_dim=32, head_dim=8, num_features=32)
-    >>> backbone({"token_ids": np.ones((1, 9)), "padding_mask": np.ones((1, 9))}).shape
-    (1, 9, 16)
-    """
-
-    stock_cls = GemmaBackbone
-    attention_cls = DarkGemmaAttention
-
-
-@keras.saving.register_keras_serializable(package="keras_darkformer")
-class DarkGemma3Backbone(DarkBackbone, Gemma3Backbone):
-    """Gemma 3 (text) whose global layers attend in linear time.
-
-    Args:
-        num_features, layers, attention_mode, geometry_scale, train_geometry,
-            train_projection, projection, tie_geometry, rope_geometry,
-            sliding_window, window_only, chunk_size, remat, seed: as for
-            `convert_to_dark`.
-        feature_forms: forms of the converted layers' feature maps, what
-            calibration made of them.
-        *args, **kwargs: as for `keras_hub.models.Gemma3Backbone`.
-
-    Example:
-
-    >>> backbone = keras_darkformer.hub.DarkGemma3Backbone(
-    ...     vocabulary_size=256, image_size=16, num_layers=6, num_query_heads=2,
-    ...     num_key_value_heads=1, hidden_dim=16, intermediate_dim=32, head_dim=8,
-    ...     use_sliding_window_attention=True, sliding_window_size=4, num_features=32)
-    >>> backbone.dark_options.layers
-    (5,)
-    """
-
-    stock_cls = Gemma3Backbone
-    attention_cls = DarkGemma3Attention
-
-    @classmethod
-    def check_expressible(cls, backbone: Any) -> None:
-        """Text only, causal only."""
-        if not backbone.text_only_model:
-            raise ValueError(
-                "This Gemma 3 has a vision encoder: its image tokens attend to each other in "
-                "both directions, which causal linear attention can't express. Text-only Gemma "
-                "3 models can be converted."
-            )
-        if backbone.use_bidirectional_attention:
-            raise ValueError(
-                "This Gemma 3 attends in both directions (`use_bidirectional_attention=True`, an "
-                "embedding model). Only causal Gemma 3 models can be converted."
-            )
+    setattr(block, family.mask_method, compute_mask)

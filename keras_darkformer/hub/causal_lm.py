@@ -1,29 +1,22 @@
-"""Causal language models that generate with a state of constant size."""
+"""Tasks around dark backbones; causal language models generate with a state of constant size."""
 
 from typing import Any
 
-import keras
 from keras import ops
-from keras_hub.models import Gemma3CausalLM, GemmaCausalLM
 from keras_hub.src.utils.tensor_utils import any_equal
 
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import ATTEND, PAD, WRITE, DarkCachedAttention
-from keras_darkformer.hub.backbone import (
-    DarkBackbone,
-    DarkGemma3Backbone,
-    DarkGemmaBackbone,
-    PresetLoading,
-)
+from keras_darkformer.hub.attention import ATTEND, PAD, WRITE, DarkHubAttention, head_sizes
+from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
 from keras_darkformer.hub.options import DarkOptions
 
 
-class DarkCausalLM(PresetLoading):
-    """Turns a KerasHub causal LM, its base class in Python, dark.
+class DarkTask(PresetLoading):
+    """Turns a KerasHub task, its base class in Python, dark.
 
-    Generation carries a tuple with one entry a layer: a recurrent state for
-    linear layers, whose size does not depend on the length, and the stock
-    key/value cache for layers left exact.
+    Attributes:
+        stock_cls: the KerasHub class this one is made of.
+        backbone_cls: the dark backbone in it.
     """
 
     backbone_cls: type[DarkBackbone]
@@ -35,6 +28,15 @@ class DarkCausalLM(PresetLoading):
         model.__class__ = cls
         compile_anew(model)
         return model
+
+
+class DarkCausalLM(DarkTask):
+    """Turns a KerasHub causal LM dark.
+
+    Generation carries a tuple with one entry a layer: a recurrent state for
+    linear layers, whose size does not depend on the length, and the stock
+    key/value cache for layers left exact.
+    """
 
     def call_with_cache(
         self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any = None
@@ -61,19 +63,20 @@ class DarkCausalLM(PresetLoading):
     def _run_layers(
         self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any
     ) -> Any:
-        backbone = self.backbone
-        x = backbone.token_embedding(token_ids)
-        x = x * ops.cast(ops.sqrt(backbone.hidden_dim), x.dtype)
+        backbone, family = self.backbone, self.backbone.family
+        x = family.embed(backbone, token_ids, cache_update_index)
         entries = []
-        for block, entry in zip(backbone.transformer_layers, cache, strict=True):
-            x, entry = block(
-                x,
+        for block, attention, entry in zip(
+            backbone.transformer_layers, backbone.attention_layers, cache, strict=True
+        ):
+            arguments = {
                 # Exact layers need none: in a row padded behind, the causal
                 # mask hides padding until it is overwritten.
-                padding_mask=padding_mask if _is_linear(block.attention) else None,
-                cache=entry,
-                cache_update_index=cache_update_index,
-            )
+                family.padding_argument: padding_mask if _is_linear(attention) else None,
+                family.cache_argument: entry,
+                f"{family.cache_argument}_update_index": cache_update_index,
+            }
+            x, entry = block(x, **arguments)
             entries.append(entry)
         return backbone.layer_norm(x), tuple(entries)
 
@@ -89,15 +92,19 @@ class DarkCausalLM(PresetLoading):
             float32 tensors `(b, k, m, h)`, `(b, k, m)`, `(b, k)`.
         """
         return tuple(
-            block.attention.feature_map.get_initial_state(batch_size)
-            if _is_linear(block.attention)
-            else self._empty_key_value_cache(batch_size, max_length)
-            for block in self.backbone.transformer_layers
+            attention.feature_map.get_initial_state(batch_size)
+            if _is_linear(attention)
+            else self._empty_key_value_cache(attention, batch_size, max_length)
+            for attention in self.backbone.attention_layers
         )
 
-    def _empty_key_value_cache(self, batch_size: Any, max_length: Any) -> Any:
-        shape = (batch_size, 2, max_length, self.backbone.num_key_value_heads)
-        return ops.zeros((*shape, self.backbone.head_dim), dtype=self.compute_dtype)
+    def _empty_key_value_cache(self, attention: Any, batch_size: Any, max_length: Any) -> Any:
+        _, num_heads, head_dim = head_sizes(attention)
+        if self.backbone.family.paired_cache:
+            pair = (batch_size, max_length, num_heads, head_dim)
+            return tuple(ops.zeros(pair, dtype=self.compute_dtype) for _ in range(2))
+        both = (batch_size, 2, max_length, num_heads, head_dim)
+        return ops.zeros(both, dtype=self.compute_dtype)
 
     def _prefill_mask(self, padding_mask: Any, start: Any) -> Any:
         """Codes of a padded batch of prompts from which sampling goes on at `start`.
@@ -157,50 +164,4 @@ class DarkCausalLM(PresetLoading):
 
 
 def _is_linear(attention: Any) -> bool:
-    return isinstance(attention, DarkCachedAttention) and attention.attention_mode == "linear"
-
-
-@keras.saving.register_keras_serializable(package="keras_darkformer")
-class DarkGemmaCausalLM(DarkCausalLM, GemmaCausalLM):
-    """Gemma 1 or 2 with linear attention, trained and used as the stock model.
-
-    Args:
-        backbone: a `DarkGemmaBackbone`.
-        preprocessor: a `keras_hub.models.GemmaCausalLMPreprocessor` or `None`.
-        **kwargs: as for `keras_hub.models.GemmaCausalLM`.
-
-    Example:
-
-        model = keras_darkformer.hub.DarkGemmaCausalLM.from_preset("gemma_2b_en")
-        model.compile(optimizer=keras.optimizers.AdamW(1e-4), sampler="greedy")
-        model.fit(texts, batch_size=2)
-        model.generate("Linear attention", max_length=4096)
-        model.save_to_preset("dark_gemma")
-    """
-
-    stock_cls = GemmaCausalLM
-    backbone_cls = DarkGemmaBackbone
-
-
-@keras.saving.register_keras_serializable(package="keras_darkformer")
-class DarkGemma3CausalLM(DarkCausalLM, Gemma3CausalLM):
-    """Gemma 3 (text) with linear attention in its global layers.
-
-    Args:
-        backbone: a `DarkGemma3Backbone`.
-        preprocessor: a `keras_hub.models.Gemma3CausalLMPreprocessor` or `None`.
-        **kwargs: as for `keras_hub.models.Gemma3CausalLM`.
-
-    Example:
-
-        model = keras_darkformer.hub.DarkGemma3CausalLM.from_preset("gemma3_1b")
-        model.generate("Linear attention", max_length=4096)
-    """
-
-    stock_cls = Gemma3CausalLM
-    backbone_cls = DarkGemma3Backbone
-
-    def _empty_key_value_cache(self, batch_size: Any, max_length: Any) -> Any:
-        backbone = self.backbone
-        shape = (batch_size, max_length, backbone.num_key_value_heads, backbone.head_dim)
-        return tuple(ops.zeros(shape, dtype=self.compute_dtype) for _ in range(2))
+    return isinstance(attention, DarkHubAttention) and attention.attention_mode == "linear"

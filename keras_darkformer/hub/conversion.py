@@ -2,33 +2,12 @@
 
 from typing import Any
 
-from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
-
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.backbone import (
-    DarkBackbone,
-    DarkGemma3Backbone,
-    DarkGemmaBackbone,
-)
-from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkGemma3CausalLM, DarkGemmaCausalLM
+from keras_darkformer.hub.backbone import DarkBackbone, warn_of_dropped
+from keras_darkformer.hub.causal_lm import DarkTask
+from keras_darkformer.hub.classes import BY_STOCK_CLASS
+from keras_darkformer.hub.families import INEXPRESSIBLE
 from keras_darkformer.hub.options import DarkOptions
-
-DARK_CLASSES: dict[type, Any] = {
-    GemmaBackbone: DarkGemmaBackbone,
-    GemmaCausalLM: DarkGemmaCausalLM,
-    Gemma3Backbone: DarkGemma3Backbone,
-    Gemma3CausalLM: DarkGemma3CausalLM,
-}
-
-# Families whose logits have terms that no product of features gives.
-INEXPRESSIBLE = {
-    "Bloom": "Its logits have linear position biases (ALiBi).",
-    "Falcon": "Its logits have linear position biases (ALiBi).",
-    "T5": "Its logits have learned relative position biases.",
-    "GptOss": "Its softmax has learned attention sinks.",
-    "Gemma3n": "Its layers share keys and values.",
-    "Gemma4": "Its layers share keys and values.",
-}
 
 
 def convert_to_dark(
@@ -66,13 +45,17 @@ def convert_to_dark(
     fresh optimizer and fresh metrics.
 
     Args:
-        model: a `GemmaCausalLM`, `GemmaBackbone` (Gemma 1 and 2),
-            `Gemma3CausalLM` or `Gemma3Backbone` (text).
+        model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2),
+            Gemma3 (text), Llama, Llama3, Mistral, Mixtral, Qwen (2 and 2.5),
+            QwenMoe, Qwen3, Qwen3Moe, Phi3, GPT2 or OPT; or a backbone, masked
+            LM or text classifier of Bert, Roberta or DistilBert, whose
+            attention goes in both directions.
         num_features: int, or a sequence with one for each converted layer.
             Random features m per key/value head.
-        layers: `"global"` converts the layers without a sliding window (in
-            Gemma 1 that is all), `"all"` every layer, a sequence of indices
-            just these. Layers left keep softmax and their key/value cache.
+        layers: `"global"` converts the layers without a sliding window, or
+            all where each layer has one (Mistral's older models); `"all"`
+            every layer, a sequence of indices just these. Layers left keep
+            softmax and their key/value cache.
         attention_mode: `"linear"`, or `"exact"` for the learned kernel
             computed exactly, quadratic in the length. With
             `geometry_scale=1.0` that is the stock model's function, but for a
@@ -89,9 +72,11 @@ def convert_to_dark(
         tie_geometry: bool. One geometry for queries and keys, as in the paper,
             or one each, which fits better.
         rope_geometry: `"after"` the rotation, `"before"` it, or `"planes"`,
-            one scalar per rotary plane; see `DarkFeatureMap`.
+            one scalar per rotary plane; see `DarkFeatureMap`. But for
+            `"after"`, only for models with rotary positions.
         sliding_window: int. The last tokens, met with softmax's own kernel;
-            features stand for those further back only. `None` for none.
+            features stand for those further back only. Causal models only.
+            `None` for none.
         window_only: bool. With a sliding window: leaves the features out, to
             measure the window alone.
         chunk_size: int, tokens handled at once, or `None` to pick by shape.
@@ -102,8 +87,8 @@ def convert_to_dark(
         copy: bool. Convert a copy; needs memory for two models.
 
     Returns:
-        The dark model: `DarkGemmaCausalLM`, `DarkGemmaBackbone`,
-        `DarkGemma3CausalLM` or `DarkGemma3Backbone`.
+        The dark model, of the class in `keras_darkformer.hub` that has `Dark`
+        before its name: `DarkGemmaCausalLM`, `DarkBertBackbone`.
 
     Raises:
         ValueError: with the reason, if the model is of no class that can be
@@ -144,28 +129,30 @@ def convert_to_dark(
         seed=seed,
     )
     dark_cls = _dark_class(model)
-    return dark_cls.take_over(_copy(model) if copy else model, options)
+    model = dark_cls.take_over(_copy(model) if copy else model, options)
+    warn_of_dropped(getattr(model, "backbone", model))
+    return model
 
 
 def _dark_class(model: Any) -> Any:
-    if isinstance(model, DarkBackbone | DarkCausalLM) or isinstance(
+    if isinstance(model, DarkBackbone | DarkTask) or isinstance(
         getattr(model, "backbone", None), DarkBackbone
     ):
         raise ValueError(
             f"`model` is dark already: {type(model).__name__}. A second conversion would lose "
             "what the feature maps have learned."
         )
-    if type(model) not in DARK_CLASSES:
+    if type(model) not in BY_STOCK_CLASS:
         raise ValueError(
             f"`model` can't be converted: {type(model).__module__}.{type(model).__name__}. "
             f"{_reason(type(model))} Convertible are, from keras_hub.models: "
-            f"{', '.join(cls.__name__ for cls in DARK_CLASSES)}."
+            f"{', '.join(cls.__name__ for cls in BY_STOCK_CLASS)}."
         )
-    return DARK_CLASSES[type(model)]
+    return BY_STOCK_CLASS[type(model)]
 
 
 def _reason(cls: type) -> str:
-    stock = next((base for base in cls.__mro__ if base in DARK_CLASSES), None)
+    stock = next((base for base in cls.__mro__ if base in BY_STOCK_CLASS), None)
     if stock is not None:
         return f"It subclasses {stock.__name__}, and what it changes there would be lost silently."
     for family, reason in INEXPRESSIBLE.items():
@@ -175,16 +162,17 @@ def _reason(cls: type) -> str:
 
 
 def _copy(model: Any) -> Any:
-    backbone = getattr(model, "backbone", model)
-    twin = type(backbone).from_config(backbone.get_config())
-    if len(twin.weights) != len(backbone.weights):
+    # A preprocessor's vocabulary is not in its config; both models share it.
+    config = model.get_config() | ({"preprocessor": None} if hasattr(model, "backbone") else {})
+    twin = type(model).from_config(config)
+    if len(twin.weights) != len(model.weights):
         raise ValueError(
             "`copy=True` rebuilds the model from its config, which does not describe all of its "
-            f"weights: {len(backbone.weights)} against {len(twin.weights)}, as with LoRA. Save "
+            f"weights: {len(model.weights)} against {len(twin.weights)}, as with LoRA. Save "
             "and load it instead, or convert it in place."
         )
-    twin.set_weights(backbone.get_weights())
-    if backbone is not model:
-        twin = type(model)(backbone=twin, preprocessor=model.preprocessor, name=model.name)
+    twin.set_weights(model.get_weights())
+    if hasattr(model, "backbone"):
+        twin.preprocessor = model.preprocessor
     compile_anew(twin, like=model)
     return twin

@@ -24,8 +24,8 @@ class DarkOptions:
     Attributes:
         num_features: Random features per key/value head; one number, or one
             for each converted layer.
-        layers: `"global"` for the layers without a sliding window, `"all"`,
-            or a sequence of indices.
+        layers: `"global"` for the layers without a sliding window, or all
+            where each has one; `"all"`, or a sequence of indices.
         attention_mode: `"linear"` or `"exact"`.
         geometry_scale: The geometry starts at this times the identity; `None`
             for `default_geometry_scale`.
@@ -97,10 +97,17 @@ class DarkOptions:
             )
 
     @classmethod
-    def split(cls, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Parts keyword arguments into dark ones and the others."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        dark = {name: value for name, value in arguments.items() if name in names}
+    def split(
+        cls, arguments: Mapping[str, Any], taken: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parts keyword arguments into dark ones and the others.
+
+        Args:
+            arguments: keyword arguments.
+            taken: names that mean something else here, see `dark_name`.
+        """
+        names = {dark_name(field.name, taken): field.name for field in dataclasses.fields(cls)}
+        dark = {names[name]: value for name, value in arguments.items() if name in names}
         return dark, {name: value for name, value in arguments.items() if name not in names}
 
     def resolve(self, is_local: Sequence[bool], head_dim: int) -> "DarkOptions":
@@ -143,6 +150,14 @@ class DarkOptions:
         return config
 
 
+def dark_name(option: str, taken: Iterable[str]) -> str:
+    """What an option is called among arguments of which `taken` has names for others.
+
+    Mistral, for one, has a `sliding_window` of its own.
+    """
+    return f"dark_{option}" if option in taken else option
+
+
 def default_geometry_scale(head_dim: int, num_features: int) -> float:
     """The scale at which m features can still tell queries and keys of unit variance apart.
 
@@ -167,7 +182,8 @@ def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tu
                 '`layers` must be "global", "all" or a sequence of layer indices. '
                 f"Received: layers={layers!r}"
             )
-        chosen = tuple(i for i in range(count) if layers == "all" or not is_local[i])
+        every = layers == "all" or all(is_local)
+        chosen = tuple(i for i in range(count) if every or not is_local[i])
     else:
         wrong = [i for i in layers if not -count <= i < count]
         if wrong:
@@ -176,8 +192,5 @@ def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tu
             )
         chosen = tuple(sorted({i % count for i in layers}))
     if not chosen:
-        raise ValueError(
-            f"`layers={layers!r}` selects no layer: of {count}, {sum(is_local)} have a sliding "
-            'window and count as local. Pass `layers="all"` or indices to convert these.'
-        )
+        raise ValueError("`layers` is empty: nothing would be converted.")
     return chosen

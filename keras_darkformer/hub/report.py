@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_darkformer.hub.attention import DarkCachedAttention
+from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.backbone import DarkBackbone
 
 
@@ -86,14 +86,15 @@ def conversion_report(model: Any) -> ConversionReport:
         )
     options = backbone.dark_options
     layers = []
-    for index, block in enumerate(backbone.transformer_layers):
-        attention = block.attention
-        converted = isinstance(attention, DarkCachedAttention)
+    blocks = zip(backbone.transformer_layers, backbone.attention_layers, strict=True)
+    for index, (block, attention) in enumerate(blocks):
+        converted = isinstance(attention, DarkHubAttention)
+        window = backbone.family.window(attention)
         layers.append(
             {
                 "index": index,
                 "name": block.name,
-                "kind": "local" if block.use_sliding_window_attention else "global",
+                "kind": "global" if window is None else "local",
                 "converted": converted,
                 "num_features": attention.feature_map.num_features if converted else None,
                 "new_parameters": attention.feature_map.count_params() if converted else 0,

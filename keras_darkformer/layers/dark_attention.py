@@ -213,6 +213,15 @@ class DarkAttention(keras.layers.Layer):
         """Random features per key/value head."""
         return self.feature_map.num_features
 
+    @property
+    def is_rotary(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.rope_max_wavelength is not None
+
+    def dense_layers(self) -> tuple[Any, Any, Any]:
+        """The projections to queries, keys and values."""
+        return self.query_dense, self.key_dense, self.value_dense
+
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         """Creates the four projections and the feature map."""
         key_shape = value_shape if key_shape is None else key_shape

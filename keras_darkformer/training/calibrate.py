@@ -94,8 +94,8 @@ def calibrate(
         seed=seed,
     )
     positive_integer("max_tokens", max_tokens)
-    check_position_offset(position_offset)
     layers = dark_layers(model)
+    check_position_offset(position_offset, layers.values())
     for layer in layers.values():
         options.check(layer.feature_map)
     statistics = {

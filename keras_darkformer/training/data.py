@@ -30,8 +30,11 @@ def dark_layers(model: Any) -> dict[str, Any]:
 
 
 def run(model: Any, inputs: Any) -> Any:
-    """Runs the layers of a model, of a causal LM without its logits."""
-    return getattr(model, "backbone", model)(inputs, training=False)
+    """Runs the layers of a model, of a KerasHub task without its head."""
+    backbone = getattr(model, "backbone", model)
+    if backbone is not model:  # a head may have inputs of its own, as a masked LM's positions
+        inputs = {name: inputs[name] for name in backbone.input}
+    return backbone(inputs, training=False)
 
 
 def batches(model: Any, data: Any, batch_size: int = 8) -> Iterator[Any]:
@@ -154,8 +157,11 @@ def position_offsets(
         yield int(rng.integers(low, high + 1))
 
 
-def check_position_offset(position_offset: Any) -> None:
-    """Raises a ValueError unless it is `None`, an int or a pair of ints, from 0 up."""
+def check_position_offset(position_offset: Any, layers: Iterable[Any]) -> None:
+    """Raises a ValueError unless it is `None`, an int or a pair of ints, from 0 up.
+
+    And unless all of the dark attention layers have rotary positions, which it shifts.
+    """
     bounds = (0, position_offset) if isinstance(position_offset, int) else position_offset
     if bounds is None:
         return
@@ -168,4 +174,9 @@ def check_position_offset(position_offset: Any) -> None:
         raise ValueError(
             "`position_offset` must be `None`, the largest offset or a (smallest, largest) pair "
             f"of integers, 0 or more. Received: {position_offset!r}"
+        )
+    if not all(layer.is_rotary for layer in layers):
+        raise ValueError(
+            "`position_offset` shifts rotary positions, which this model's attention does not "
+            f"have. Received: {position_offset!r}"
         )

@@ -57,6 +57,11 @@ def teacher_targets(
 def _targets(teacher: Any, inputs: Any, top_k: int | None) -> TeacherTargets:
     # Keras' own, for a KerasHub task would preprocess its inputs again.
     logits = np.asarray(keras.Model.predict_on_batch(teacher, inputs), "float32")
+    if logits.ndim != 3:
+        raise ValueError(
+            "`teacher` must give logits of tokens, of shape `(b, t, vocabulary)`. Received: an "
+            f"output of shape {logits.shape}. Finetune a classifier with `fit`."
+        )
     logits -= logits.max(axis=-1, keepdims=True)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     if top_k is None:
@@ -247,7 +252,7 @@ def _examples(
         known: Iterator[Any] | None = None if isinstance(teacher, keras.Model) else iter(teacher)
         for inputs in batches(model, data, batch_size):
             targets = _targets(teacher, inputs, top_k) if known is None else next(known, None)
-            shape = keras.tree.flatten(inputs)[0].shape[:2]
+            shape = _predicted(inputs).shape[:2]
             if targets is None or targets.log_probs.shape[:2] != shape:
                 raise ValueError(
                     "`teacher` must hold the targets of every batch of `data`, in its order: one "
@@ -256,11 +261,19 @@ def _examples(
             packed = targets.log_probs
             if targets.token_ids is not None:
                 packed = np.concatenate([targets.token_ids.astype("float32"), packed], axis=-1)
-            mask = inputs.get("padding_mask") if isinstance(inputs, dict) else None
+            masks_tokens = isinstance(inputs, dict) and "mask_positions" not in inputs
+            mask = inputs.get("padding_mask") if masks_tokens else None
             weights = np.ones(packed.shape[:2]) if mask is None else mask
             yield inputs, packed, np.asarray(weights, "float32")
         if not repeat:
             return
+
+
+def _predicted(inputs: Any) -> Any:
+    """The input that has an entry for each prediction: tokens, or a masked LM's positions."""
+    if isinstance(inputs, dict) and "mask_positions" in inputs:
+        return inputs["mask_positions"]
+    return keras.tree.flatten(inputs)[0]
 
 
 def _chosen(model: Any, layers: dict[str, Any], train: str) -> list[Any]:
@@ -268,7 +281,7 @@ def _chosen(model: Any, layers: dict[str, Any], train: str) -> list[Any]:
     chosen = [v for layer in layers.values() for v in layer.feature_map.trainable_variables]
     if train == "qkv":
         for layer in layers.values():
-            for dense in (layer.query_dense, layer.key_dense, layer.value_dense):
+            for dense in layer.dense_layers():
                 chosen += dense.variables
     elif train != "feature_maps":
         backbone = getattr(model, "backbone", model)

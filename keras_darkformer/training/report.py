@@ -199,8 +199,8 @@ def approximation_report(
         print(approximation_report(model, held_out_texts))
     """
     positive_integer("max_batches", max_batches)
-    check_position_offset(position_offset)
     layers = dark_layers(model)
+    check_position_offset(position_offset, layers.values())
     judges = {id(layer): _Judge(layer, seed) for layer in layers.values()}
 
     def observer(layer: Any, observation: Observation) -> Any:

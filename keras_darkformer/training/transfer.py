@@ -100,8 +100,8 @@ def transfer_attention(
     validate_every = min(positive_integer("validate_every", validate_every), steps)
     positive_integer("patience", patience)
     one_of("objective", objective, OBJECTIVES)
-    check_position_offset(position_offset)
     transfer = AttentionTransfer(model, objective)
+    check_position_offset(position_offset, transfer.dark_layers.values())
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
         optimizer = keras.optimizers.Adam(schedule, clipnorm=1.0)

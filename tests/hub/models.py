@@ -1,5 +1,6 @@
-"""Tiny Gemmas under which every token counts, and what to feed and ask them."""
+"""Tiny models under which every token counts, and what to feed and ask them."""
 
+import keras_hub
 import numpy as np
 from backends import to_numpy
 from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
@@ -39,6 +40,50 @@ def gemma3(num_layers=6, preprocessor=None, **options):
 
 FAMILIES = {"gemma": gemma, "gemma2": gemma2, "gemma3": gemma3}
 
+_GROUPED = {name: SIZES[name] for name in SIZES if name != "head_dim"} | {"hidden_dim": 32}
+_ONE_TO_ONE = {
+    "vocabulary_size": VOCABULARY,
+    "num_heads": 4,
+    "hidden_dim": 32,
+    "intermediate_dim": 32,
+    "max_sequence_length": 64,
+    "dropout": 0.0,
+}
+_EXPERTS = {"num_experts": 4, "top_k": 2}
+_OWN_HEADS = {"head_dim": 6, "sliding_window_size": None}
+# The families that differ from Gemma in how they are put together: arguments of the backbone.
+ROWS = {
+    "Llama": _GROUPED,
+    "Llama3": _GROUPED
+    | {"rope_frequency_adjustment_factor": 8.0, "rope_low_freq_factor": 1.0}
+    | {"rope_high_freq_factor": 4.0, "rope_pretraining_sequence_length": 32},
+    "Mistral": _GROUPED | {"sliding_window": WINDOW},
+    "Mixtral": _GROUPED | _EXPERTS | {"sliding_window": None},
+    "Qwen": _GROUPED,
+    "QwenMoe": _GROUPED
+    | _EXPERTS
+    | {"moe_intermediate_dim": 8, "shared_expert_intermediate_dim": 8},
+    "Qwen3": _GROUPED | _OWN_HEADS,
+    "Qwen3Moe": _GROUPED | _OWN_HEADS | _EXPERTS | {"moe_intermediate_dim": 8},
+    "Phi3": _GROUPED,
+    "GPT2": _ONE_TO_ONE,
+    "OPT": _ONE_TO_ONE,
+    "Bert": _ONE_TO_ONE,
+    "Roberta": _ONE_TO_ONE,
+    "DistilBert": _ONE_TO_ONE,
+}
+ENCODERS = ("Bert", "Roberta", "DistilBert")
+CAUSAL = tuple(name for name in ROWS if name not in ENCODERS)
+
+
+def row(name, num_layers=3, **options):
+    """A causal LM of a family, or an encoder's backbone."""
+    backbone_class = getattr(keras_hub.models, f"{name}Backbone")
+    backbone = backbone_class(num_layers=num_layers, **ROWS[name] | options)
+    if name in CAUSAL:
+        return _randomized(getattr(keras_hub.models, f"{name}CausalLM")(backbone))
+    return _randomized(backbone)
+
 
 def _randomized(model, seed=1):
     """The model with weights under which attention is sharp and the next token hangs on it."""
@@ -49,8 +94,12 @@ def _randomized(model, seed=1):
         if name == "kernel":
             fan_in = np.prod(weight.shape[:-1]) if layer == "attention_output" else weight.shape[-2]
             value *= (2.0 if layer in ("query", "key") else 3.0) / np.sqrt(fan_in)
-        elif name == "scale":  # of an RMSNorm, which adds 1
-            value = 0.2 * value + (2.0 if layer.startswith("post") else 0.0)
+        elif name.startswith("expert_"):
+            value *= 3.0 / np.sqrt(weight.shape[-2])
+        elif name in ("scale", "gamma", "beta", "bias"):
+            # Around what it starts from: Gemma's norms add 1, others have it.
+            value = 0.2 * value + to_numpy(weight.value).mean()
+            value += 2.0 if layer.startswith("post_") and name == "scale" else 0.0
         else:  # embeddings; of one norm, for else the longest always win
             value /= np.linalg.norm(value, axis=-1, keepdims=True)
         weight.assign(value.astype("float32"))
@@ -59,9 +108,7 @@ def _randomized(model, seed=1):
 
 def dark(model, **options):
     """The model converted, with geometries that are no longer what they started as."""
-    model = convert_to_dark(model, **{"num_features": 16} | options)
-    scramble_geometries(model)
-    return model
+    return scramble_geometries(convert_to_dark(model, **{"num_features": 16} | options))
 
 
 def scramble_geometries(model, seed=1):
@@ -69,6 +116,7 @@ def scramble_geometries(model, seed=1):
     for feature_map in feature_maps(model):
         geometry = feature_map.geometry
         geometry.assign(to_numpy(geometry.value) + 0.2 * rng.standard_normal(geometry.shape))
+    return model
 
 
 def blocks(model):
@@ -76,7 +124,8 @@ def blocks(model):
 
 
 def attentions(model):
-    return [block.attention for block in blocks(model)]
+    slots = ("attention", "_self_attention_layer")
+    return [next(getattr(block, x) for x in slots if hasattr(block, x)) for block in blocks(model)]
 
 
 def feature_maps(model):
@@ -89,16 +138,22 @@ def real(*lengths, total=LENGTH):
     return np.arange(total) < np.array(lengths)[:, None]
 
 
-def inputs(*lengths, total=LENGTH, vocabulary=VOCABULARY):
-    """A batch of random tokens with padding behind."""
+def inputs(*lengths, total=LENGTH, vocabulary=VOCABULARY, model=None):
+    """A batch of random tokens with padding behind, with all inputs that `model` has."""
     mask = real(*lengths, total=total)
     token_ids = np.random.default_rng(2).integers(1, vocabulary, mask.shape)
-    return {"token_ids": (token_ids * mask).astype("int32"), "padding_mask": mask.astype("int32")}
+    batch = {"token_ids": (token_ids * mask).astype("int32"), "padding_mask": mask.astype("int32")}
+    for name in getattr(model, "input", {}):
+        batch.setdefault(name, np.zeros_like(batch["token_ids"]))
+    return batch
 
 
 def outputs(model, batch):
     """The model called as it is now, past anything compiled earlier."""
-    return to_numpy(model(batch)).astype("float32")
+    result = model(batch)
+    if isinstance(result, dict):  # of Bert's backbone
+        result = result["sequence_output"]
+    return to_numpy(result).astype("float32")
 
 
 def values(model):

@@ -9,9 +9,9 @@ import pytest
 from backends import to_numpy
 from keras import ops
 
-from keras_darkformer import hub
+from keras_darkformer import _lazy_hub, hub
 from keras_darkformer.hub import DarkGemma3Attention, DarkGemmaAttention
-from keras_darkformer.hub.attention import DarkCachedAttention
+from keras_darkformer.hub.attention import LAYER_OPTIONS
 
 from .models import attentions, dark, gemma, gemma3, values
 
@@ -57,9 +57,8 @@ NORMS = {f"attention/{name}_norm/scale" for name in ("query", "key")}
 
 def constructor_arguments(layer_class):
     stock = inspect.signature(layer_class.stock_cls).parameters
-    added = inspect.signature(DarkCachedAttention).parameters
     # A soft cap is taken, and dropped: no kernel can hold it.
-    return ({*stock} | {*added}) - {"args", "kwargs", "logit_soft_cap"}
+    return ({*stock} | {*LAYER_OPTIONS, "feature_form"}) - {"kwargs", "logit_soft_cap"}
 
 
 @pytest.mark.parametrize(("layer_class", "arguments"), LAYERS)
@@ -120,5 +119,4 @@ def test_every_layer_and_model_is_registered_under_its_name(name):
 
 def test_every_layer_and_model_is_exported():
     exported = {name for name in hub.__all__ if name.startswith("Dark")}
-    families, parts = ("Gemma", "Gemma3"), ("Attention", "Backbone", "CausalLM")
-    assert exported == {f"Dark{family}{part}" for family in families for part in parts}
+    assert exported == set(_lazy_hub.HUB_CLASSES)

@@ -1,11 +1,15 @@
 """What `convert_to_dark` and `conversion_report` refuse, leaving the model as it was."""
 
+import re
+
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from keras_hub.models import Gemma3VisionEncoder, GemmaCausalLM
 
 from keras_darkformer import conversion_report, convert_to_dark
+from keras_darkformer.hub.families import INEXPRESSIBLE
 
 from .models import dark, gemma, gemma2, gemma3, inputs, outputs, values
 
@@ -70,10 +74,6 @@ def test_a_backbone_stays_too(stock, options):
     refused(stock.backbone, ValueError, "layers", layers=[2], **options)
 
 
-def test_global_layers_of_a_model_without_any_are_refused_with_a_way_out():
-    refused(gemma2(num_layers=1), ValueError, 'selects no layer.*Pass `layers="all"`')
-
-
 def test_a_dark_model_is_not_converted_twice(converted):
     refused(converted, ValueError, "dark already: DarkGemmaCausalLM")
 
@@ -94,6 +94,21 @@ def test_a_model_of_another_kind_is_refused_by_its_name():
     inputs = {name: keras.Input((None,), name=name) for name in BATCH}
     model = keras.Model(inputs, inputs["token_ids"] * inputs["padding_mask"])
     refused(model, ValueError, "Functional.*no conversion.*GemmaBackbone")
+
+
+def test_families_that_can_not_be_expressed_are_refused_with_the_reason():
+    of_keras_hub = dir(keras_hub.models)
+    for family, reason in INEXPRESSIBLE.items():
+        assert any(name.startswith(family) for name in of_keras_hub), family
+        stand_in = type(f"{family}Backbone", (keras.Model,), {})()
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            convert_to_dark(stand_in)
+
+
+def test_bloom_is_refused_by_its_biases():
+    sizes = {"hidden_dim": 16, "intermediate_dim": 32, "num_heads": 2, "num_layers": 1}
+    model = keras_hub.models.BloomBackbone(vocabulary_size=64, **sizes)
+    refused(model, ValueError, "linear position biases")
 
 
 @pytest.mark.parametrize("model", [None, "gemma_2b_en", gemma])
