@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from keras_darkformer.hub.classes import DARK_CLASSES
 from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.hub.report import ConversionReport, conversion_report
+from keras_darkformer.hub.stream import Stream
 
 globals().update(DARK_CLASSES)
 if TYPE_CHECKING:
@@ -19,5 +20,5 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> Any: ...
 
 
-__all__ = ["ConversionReport", "conversion_report", "convert_to_dark"]
+__all__ = ["ConversionReport", "Stream", "conversion_report", "convert_to_dark"]
 __all__ += sorted(DARK_CLASSES)

@@ -36,7 +36,14 @@ class DarkCausalLM(DarkTask):
     Generation carries a tuple with one entry a layer: a recurrent state for
     linear layers, whose size does not depend on the length, and the stock
     key/value cache for layers left exact.
+
+    Attributes:
+        prefill_size: tokens of a prompt that go through the layers at once; a
+            longer prompt goes piece by piece, in memory that does not grow
+            with it. `None` for all at once.
     """
+
+    prefill_size: int | None = 1024
 
     def call_with_cache(
         self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any = None
@@ -72,7 +79,7 @@ class DarkCausalLM(DarkTask):
             arguments = {
                 # Exact layers need none: in a row padded behind, the causal
                 # mask hides padding until it is overwritten.
-                family.padding_argument: padding_mask if _is_linear(attention) else None,
+                family.padding_argument: padding_mask if is_linear(attention) else None,
                 family.cache_argument: entry,
                 f"{family.cache_argument}_update_index": cache_update_index,
             }
@@ -93,7 +100,7 @@ class DarkCausalLM(DarkTask):
         """
         return tuple(
             attention.feature_map.get_initial_state(batch_size)
-            if _is_linear(attention)
+            if is_linear(attention)
             else self._empty_key_value_cache(attention, batch_size, max_length)
             for attention in self.backbone.attention_layers
         )
@@ -119,9 +126,29 @@ class DarkCausalLM(DarkTask):
         return ops.where(ops.cast(padding_mask, "bool"), real, PAD)
 
     def _build_cache(self, token_ids: Any, padding_mask: Any, start: Any) -> Any:
-        batch_size, max_length = ops.shape(token_ids)[:2]
-        cache = self.get_initial_cache(batch_size, max_length)
-        return self._run_layers(token_ids, cache, 0, self._prefill_mask(padding_mask, start))
+        batch_size, length = ops.shape(token_ids)[:2]
+        codes = self._prefill_mask(padding_mask, start)
+        cache = self.get_initial_cache(batch_size, length)
+        size = self.prefill_size
+        if size is None or not isinstance(length, int) or length <= size:
+            return self._run_layers(token_ids, cache, 0, codes)
+        # What does not fill a piece comes first: a piece that reached behind
+        # the end would ask for positions that a table may not have.
+        first = length % size or size
+        found, cache = self._run_layers(token_ids[:, :first], cache, 0, codes[:, :first])
+        hidden_states = ops.pad(found, [[0, 0], [0, length - first], [0, 0]])
+
+        def unread(index: Any, hidden_states: Any, cache: Any) -> Any:
+            return index < start  # the sampler feeds all tokens from there on
+
+        def read(index: Any, hidden_states: Any, cache: Any) -> Any:
+            piece = [ops.slice(x, [0, index], [batch_size, size]) for x in (token_ids, codes)]
+            found, cache = self._run_layers(piece[0], cache, index, piece[1])
+            return index + size, ops.slice_update(hidden_states, [0, index, 0], found), cache
+
+        index = ops.convert_to_tensor(first, "int32")
+        _, hidden_states, cache = ops.while_loop(unread, read, (index, hidden_states, cache))
+        return hidden_states, cache
 
     def generate_step(self, inputs: Any, stop_token_ids: Any = None) -> Any:
         """Generates for one batch: the compiled part of `generate`.
@@ -163,5 +190,6 @@ class DarkCausalLM(DarkTask):
         return {"token_ids": token_ids, "padding_mask": ops.equal(behind_stop, 0)}
 
 
-def _is_linear(attention: Any) -> bool:
+def is_linear(attention: Any) -> bool:
+    """Whether an attention layer carries a state, not a key/value cache."""
     return isinstance(attention, DarkHubAttention) and attention.attention_mode == "linear"

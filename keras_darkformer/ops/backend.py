@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -54,6 +54,48 @@ def power(exponent: Any) -> Any:
 def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
     """`ops.reshape`, which on torch takes 15 microseconds to look for symbolic tensors."""
     return x.reshape(shape) if _BACKEND == "torch" else ops.reshape(x, shape)
+
+
+def compiled(
+    function: Callable[..., Any], variables: Sequence[Any], updated: Sequence[Any] = ()
+) -> Callable[..., Any]:
+    """A function of tensors, compiled where the backend compiles, for inference.
+
+    JAX compiles what it closes over into the program: the weights of a model
+    have to go in as arguments, and what it draws random numbers from out again.
+
+    Args:
+        function: function of positional tensors and Python values that a
+            trace may take as tensors.
+        variables: the variables it reads.
+        updated: those of other variables it also assigns.
+    """
+    if _BACKEND == "torch":
+        import torch
+
+        return torch.no_grad()(function)
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    import jax
+
+    everything = [*variables, *updated]
+
+    @jax.jit
+    def stateless(values: Any, *arguments: Any) -> Any:
+        mapping = list(zip(everything, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            result = function(*arguments)
+        return result, [scope.get_current_value(v) for v in updated]
+
+    def run(*arguments: Any) -> Any:
+        result, values = stateless([v.value for v in everything], *arguments)
+        for variable, value in zip(updated, values, strict=True):
+            variable.assign(value)
+        return result
+
+    return run
 
 
 def scan(

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, MODES, compiled, to_numpy
+from backends import DEFAULT_JIT, MODES, compiled, largest_intermediate, to_numpy
 from keras import ops
 from keras_hub.samplers import BeamSampler
 
 from keras_darkformer.hub.attention import PAD, WRITE
 from keras_darkformer.hub.causal_lm import DarkCausalLM
 
-from .models import FAMILIES, LENGTH, dark, inputs, outputs
+from .models import FAMILIES, LENGTH, dark, gemma, inputs, outputs
 from .searches import beam_search, greedy_search
 
 RAGGED = inputs(8, 2, 5)
@@ -72,11 +72,35 @@ def test_greedy_generation_of_a_ragged_batch_equals_an_argmax_loop(model, by_arg
     check_greedy(model, by_argmax)
 
 
+@pytest.mark.parametrize("size", [1, 5, LENGTH - 1])
+def test_a_prompt_prefilled_in_pieces_gives_the_same(model, by_argmax, monkeypatch, size):
+    monkeypatch.setattr(model, "prefill_size", size)
+    model.compile(sampler="greedy")
+    check_greedy(model, by_argmax)
+
+
 @pytest.mark.slow
 def test_generation_of_a_batch_equals_generation_row_by_row(model, by_argmax):
     for index in range(3):
         tokens = generated(model, row(RAGGED, index))
         np.testing.assert_array_equal(tokens, by_argmax[index : index + 1])
+
+
+def test_pieces_bound_the_memory_of_a_prefill():
+    """Feedforward activations of all tokens are never there at once."""
+    model, length = dark(gemma(num_layers=1, intermediate_dim=1024)), 512
+    model.compile(sampler="greedy")
+
+    def largest(size):
+        model.prefill_size = size
+
+        def prefill(token_ids, padding_mask):
+            return model._build_cache(token_ids, padding_mask, length)
+
+        tokens = np.ones((1, length), "int32")
+        return largest_intermediate(prefill, tokens, tokens)
+
+    assert largest(None) >= length * 512 > 8 * largest(32)
 
 
 def test_the_whole_prompt_in_the_prefilled_state_would_be_wrong(model, by_argmax, monkeypatch):

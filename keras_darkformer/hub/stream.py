@@ -1,0 +1,227 @@
+"""A text that goes on between calls, and between sessions."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from keras import ops, tree
+
+from keras_darkformer.hub.causal_lm import DarkCausalLM, is_linear
+from keras_darkformer.ops.backend import compiled
+from keras_darkformer.ops.checks import positive_integer
+
+
+class Stream:
+    """Reads tokens as they come and writes on; its memory does not grow with the text.
+
+    All that was read is in the model's state: a few tensors of constant size a
+    layer, kept between calls and, with `save`, on disk. Layers left exact keep
+    a key/value cache instead, for at most `max_length` tokens.
+
+    Args:
+        model: a dark causal LM.
+        batch_size: int. Texts side by side.
+        max_length: int. Longest text, in tokens. Needed where layers were left
+            exact; `None` for no end.
+
+    Attributes:
+        position: int. Tokens read so far.
+
+    Raises:
+        ValueError: if the model is no dark causal LM, or needs `max_length`.
+
+    Example:
+
+        stream = keras_darkformer.hub.Stream(model)
+        stream.read(model.preprocessor.tokenizer(["A long text"]))
+        stream.save("text.npz")
+        # in another session
+        stream = keras_darkformer.hub.Stream.load("text.npz", model)
+        tokens = stream.write(100)
+        text = model.preprocessor.tokenizer.detokenize(tokens)
+    """
+
+    def __init__(self, model: Any, batch_size: int = 1, max_length: int | None = None) -> None:
+        if not isinstance(model, DarkCausalLM):
+            raise ValueError(
+                "`model` must be a causal LM made by `convert_to_dark`. "
+                f"Received: {type(model).__name__}"
+            )
+        backbone = model.backbone
+        if max_length is None and not all(map(is_linear, backbone.attention_layers)):
+            raise ValueError(
+                "`max_length` is needed: layers left exact keep a key/value cache, which must "
+                "have a size. Convert all layers for a text without end."
+            )
+        if backbone.family.rotary is None:  # learned positions: there is a table of them
+            table = backbone.max_sequence_length
+            max_length = table if max_length is None else min(max_length, table)
+        self.model = model
+        self.max_length = max_length
+        self.position = 0
+        # The last token is not in the state yet: sampling starts with it.
+        self._last = np.zeros((positive_integer("batch_size", batch_size), 0), "int32")
+        self._state = model.get_initial_cache(batch_size, max_length or 0)
+        self._step = compiled(model.call_with_cache, model.variables)
+        self._samplers: dict[Any, Any] = {}
+
+    def read(self, token_ids: Any) -> Any:
+        """Reads tokens.
+
+        Args:
+            token_ids: int array or tensor of shape `(batch_size, t)`, or `(t,)`
+                for a batch of one. All rows have t tokens: no padding.
+
+        Returns:
+            Logits of the token that follows, of shape `(batch_size, vocabulary)`.
+
+        Raises:
+            ValueError: if the shape does not fit, or the text gets longer than
+                `max_length`. The stream is then as it was.
+        """
+        token_ids = np.asarray(ops.convert_to_numpy(token_ids))
+        batch_size = len(self._last)
+        if token_ids.ndim == 1 and batch_size == 1:
+            token_ids = token_ids[None]
+        if token_ids.ndim != 2 or len(token_ids) != batch_size or not token_ids.size:
+            raise ValueError(
+                f"`token_ids` must have shape ({batch_size}, t), t at least 1. "
+                f"Received: shape {token_ids.shape}"
+            )
+        self._check_room(token_ids.shape[1])
+        tokens = np.concatenate([self._last, token_ids.astype("int32")], axis=1)
+        state, start = self._state, self.position - self._last.shape[1]
+        for size in _pieces(tokens.shape[1] - 1, self.model.prefill_size):
+            _, _, state = self._run(tokens[:, :size], state, start)
+            tokens, start = tokens[:, size:], start + size
+        logits, _, _ = self._run(tokens, state, start)
+        self._state, self._last, self.position = state, tokens, start + 1
+        return logits[:, -1]
+
+    def write(self, num_tokens: int, stop_token_ids: Any = None) -> np.ndarray:
+        """Continues the text with the model's sampler, see `compile`, and reads what it wrote.
+
+        Args:
+            num_tokens: int. Tokens to write.
+            stop_token_ids: ids; writing ends when every row has come to one.
+
+        Returns:
+            Token ids, int32 of shape `(batch_size, num_tokens)`, or fewer where
+            all rows stopped; in a row that stopped before the others, what
+            follows its stop token does not count, but was read.
+
+        Raises:
+            ValueError: if nothing was read yet, or the text gets longer than
+                `max_length`.
+        """
+        positive_integer("num_tokens", num_tokens)
+        if not self.position:
+            raise ValueError("`read` at least one token first: there is nothing to continue.")
+        self._check_room(num_tokens)
+        stops = None if stop_token_ids is None else tuple(int(x) for x in stop_token_ids)
+        key = (id(self.model.sampler), stops)
+        if key not in self._samplers:
+            self._samplers[key] = compiled(
+                lambda prompt, state, start: self._sample(prompt, state, start, stops),
+                self.model.variables,
+                self.model.sampler.variables,
+            )
+        prompt = np.pad(self._last, [(0, 0), (0, num_tokens)])
+        start = ops.convert_to_tensor(self.position - 1, "int32")
+        found = self._samplers[key](ops.convert_to_tensor(prompt), self._state, start)
+        written = np.asarray(ops.convert_to_numpy(found))[:, 1:].astype("int32")
+        if stops is not None:
+            ends = [np.flatnonzero(np.isin(row, stops)) for row in written]
+            if all(end.size for end in ends):
+                written = written[:, : 1 + max(end[0] for end in ends)]
+        self.read(written)
+        return written
+
+    def _sample(self, prompt: Any, state: Any, start: Any, stops: Any) -> Any:
+        model = self.model
+
+        def next_token(prompt: Any, cache: Any, index: Any) -> Any:
+            last = ops.slice(prompt, [0, index - 1], [prompt.shape[0], 1])
+            logits, hidden, cache = model.call_with_cache(last, cache, start + index - 1)
+            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+
+        return model.sampler(
+            next=next_token,
+            prompt=prompt,
+            cache=state,
+            index=1,
+            mask=ops.broadcast_to(ops.arange(prompt.shape[1]) < 1, prompt.shape),
+            stop_token_ids=stops,
+            hidden_states=ops.zeros((*prompt.shape, model.backbone.hidden_dim)),
+            model=model,
+        )
+
+    def _run(self, token_ids: np.ndarray, state: Any, start: int) -> Any:
+        # As tensors, or TensorFlow would trace anew for every position.
+        return self._step(
+            ops.convert_to_tensor(token_ids), state, ops.convert_to_tensor(start, "int32")
+        )
+
+    def _check_room(self, count: int) -> None:
+        if self.max_length is not None and self.position + count > self.max_length:
+            raise ValueError(
+                f"The text would get longer than `max_length={self.max_length}`: "
+                f"{self.position} tokens were read, {count} more are asked for."
+            )
+
+    def save(self, path: Any) -> None:
+        """Writes the stream, not the model, to a `.npz` file."""
+        leaves = [_stored(leaf) for leaf in tree.flatten(self._state)]
+        arrays: dict[str, Any] = {f"state_{index}": leaf for index, leaf in enumerate(leaves)}
+        longest = -1 if self.max_length is None else self.max_length
+        np.savez(path, last=self._last, position=self.position, max_length=longest, **arrays)
+
+    @classmethod
+    def load(cls, path: Any, model: Any) -> "Stream":
+        """A stream as `save` left it.
+
+        Args:
+            path: a file that `save` wrote.
+            model: the model it was read with: the same weights.
+
+        Raises:
+            ValueError: if the state is not of such a model.
+        """
+        with np.load(path) as arrays:
+            longest = int(arrays["max_length"])
+            last = arrays["last"]
+            stream = cls(model, len(last), None if longest < 0 else longest)
+            expected = tree.flatten(stream._state)
+            stored = [arrays[f"state_{i}"] for i in range(len(arrays.files) - 3)]
+            position = int(arrays["position"])
+        if [x.shape for x in stored] != [tuple(x.shape) for x in expected]:
+            raise ValueError(
+                f"{pathlib.Path(path).name!r} holds the state of another model: its tensors have "
+                f"other shapes than those of {type(model).__name__} with "
+                f"{model.backbone.get_config()['num_features']} features."
+            )
+        leaves = [
+            ops.convert_to_tensor(x, dtype=like.dtype)
+            for x, like in zip(stored, expected, strict=True)
+        ]
+        stream._state = tree.pack_sequence_as(stream._state, leaves)
+        stream._last, stream.position = last, position
+        return stream
+
+
+def _stored(leaf: Any) -> np.ndarray:
+    # NumPy has no bfloat16 of its own, and its files can't hold one.
+    if ops.is_tensor(leaf) and "float" in ops.dtype(leaf):
+        leaf = ops.cast(leaf, "float32")
+    return np.asarray(ops.convert_to_numpy(leaf))
+
+
+def _pieces(length: int, largest: int | None) -> Iterator[int]:
+    """Sizes that add up to a length, of few different ones: each compiles once."""
+    size = length if largest is None else largest
+    while length:
+        while size > length:
+            size = max(size // 2, 1)
+        yield size
+        length -= size

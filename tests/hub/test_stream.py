@@ -1,0 +1,175 @@
+"""A stream is the model reading everything at once, whatever it was read in and wherever."""
+
+import json
+
+import numpy as np
+import pytest
+from backends import to_numpy
+from fresh_process import run_python
+from keras_hub.samplers import RandomSampler
+
+from keras_darkformer.hub import Stream
+
+from .models import LENGTH, dark, gemma, gemma2, inputs, outputs, row
+from .searches import greedy_search
+
+TOKENS = inputs(LENGTH, LENGTH, LENGTH)["token_ids"]
+# One of the layers of gemma2 is left exact, with a key/value cache.
+BUILDERS = {
+    "gemma2": lambda: dark(gemma2()),
+    "window": lambda: dark(gemma(), sliding_window=3),
+}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def model(request):
+    model = BUILDERS[request.param]()
+    model.compile(sampler="greedy")
+    model.prefill_size = 4
+    return model
+
+
+def stream_of(model, batch_size=3, **options):
+    return Stream(model, batch_size, **{"max_length": 40} | options)
+
+
+def last_logits(model, token_ids):
+    batch = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    return outputs(model, batch)[:, -1]
+
+
+@pytest.mark.parametrize("pieces", [[14], [1, 1, 7, 5]], ids=["once", "pieces"])
+def test_logits_are_those_of_the_whole_text(model, pieces):
+    stream, start = stream_of(model), 0
+    for size in pieces:
+        logits = to_numpy(stream.read(TOKENS[:, start : start + size]))
+        start += size
+        assert stream.position == start
+        if start in (1, 2, 9, 14):
+            expected = last_logits(model, TOKENS[:, :start])
+            np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_written_is_an_argmax_loop_and_is_read(model):
+    prompt = inputs(5, 5, 5)
+    expected = greedy_search(model, prompt)
+    stream = stream_of(model)
+    stream.read(prompt["token_ids"][:, :5])
+    written = np.concatenate([stream.write(3), stream.write(6)], axis=1)
+    np.testing.assert_array_equal(written, expected[:, 5:])
+    assert stream.position == LENGTH
+    logits = stream.read(TOKENS[:, :1])
+    whole = np.concatenate([expected, TOKENS[:, :1]], axis=1)
+    np.testing.assert_allclose(to_numpy(logits), last_logits(model, whole), rtol=1e-3, atol=1e-4)
+
+
+def test_a_loaded_stream_goes_on_exactly(model, tmp_path):
+    stream = stream_of(model)
+    stream.read(TOKENS[:, :9])
+    stream.save(tmp_path / "text.npz")
+    expected = to_numpy(stream.read(TOKENS[:, 9:])), stream.write(5)
+    loaded = Stream.load(tmp_path / "text.npz", model)
+    assert (loaded.position, loaded.max_length) == (9, stream.max_length)
+    np.testing.assert_array_equal(to_numpy(loaded.read(TOKENS[:, 9:])), expected[0])
+    np.testing.assert_array_equal(loaded.write(5), expected[1])
+
+
+GO_ON = """
+    import json, sys
+    import keras, keras_hub, numpy as np
+    from keras_darkformer.hub import Stream
+
+    folder = sys.argv[1]
+    # KerasHub loads presets as float32 unless told.
+    options = {"preprocessor": None, "dtype": "bfloat16"}
+    model = keras_hub.models.CausalLM.from_preset(folder + "/preset", **options)
+    model.compile(sampler="greedy")
+    stream = Stream.load(folder + "/text.npz", model)
+    print(json.dumps(stream.write(6).tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_in_a_fresh_process(tmp_path):
+    model = dark(gemma2(dtype="bfloat16"))
+    model.compile(sampler="greedy")
+    stream = stream_of(model)
+    stream.read(TOKENS)
+    stream.save(tmp_path / "text.npz")
+    model.save_to_preset(tmp_path / "preset")
+    written = json.loads(run_python(GO_ON, tmp_path).splitlines()[-1])
+    np.testing.assert_array_equal(written, stream.write(6))
+
+
+def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
+    stream, sizes = Stream(dark(gemma()), 3), []
+    for part in (TOKENS[:, :2], TOKENS):
+        stream.read(part)
+        stream.save(tmp_path / "text.npz")
+        sizes.append((tmp_path / "text.npz").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_writing_ends_when_every_row_has_stopped():
+    model = dark(gemma())
+    model.compile(sampler="greedy")
+    stream = Stream(model, 3)
+    stream.read(TOKENS[:, :5])
+    stream_again = Stream(model, 3)
+    stream_again.read(TOKENS[:, :5])
+    free = stream.write(9)
+    stops = [int(row[3]) for row in free]
+    ends = [min(np.flatnonzero(np.isin(row, stops))) + 1 for row in free]
+    written = stream_again.write(9, stop_token_ids=stops)
+    assert written.shape == (3, max(ends))
+    for actual, expected, end in zip(written, free, ends, strict=True):
+        np.testing.assert_array_equal(actual[:end], expected[:end])
+    assert stream_again.position == 5 + max(ends)
+
+
+def test_a_random_sampler_goes_on_drawing():
+    model = dark(gemma())
+    model.compile(sampler=RandomSampler(temperature=5.0, seed=3))
+    stream = Stream(model)
+    stream.read(TOKENS[0])
+    drawn = [tuple(stream.write(8)[0]) for _ in range(3)]
+    assert len(set(drawn)) == 3
+    assert {token for row in drawn for token in row} <= set(range(64))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (3, 0), (3, 4, 1)])
+def test_tokens_of_another_shape_are_refused(shape):
+    stream = Stream(dark(gemma(num_layers=1)), 3)
+    with pytest.raises(ValueError, match=r"`token_ids` must have shape \(3, t\)"):
+        stream.read(np.ones(shape, "int32"))
+
+
+def test_a_text_that_gets_too_long_is_refused_and_the_stream_stays(model):
+    stream = stream_of(model, max_length=10)
+    stream.read(TOKENS[:, :8])
+    for too_much in (lambda: stream.read(TOKENS[:, :3]), lambda: stream.write(3)):
+        with pytest.raises(ValueError, match=r"`max_length=10`: 8 tokens were read, 3 more"):
+            too_much()
+    assert stream.position == 8
+    logits = to_numpy(stream.read(TOKENS[:, 8:10]))
+    expected = last_logits(model, TOKENS[:, :10])
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_can_not_be_streamed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`model` must be a causal LM made by"):
+        Stream(gemma(num_layers=1))
+    with pytest.raises(ValueError, match="`max_length` is needed: layers left exact"):
+        Stream(dark(gemma2()))
+    stream = Stream(dark(gemma(num_layers=1)))
+    with pytest.raises(ValueError, match="`read` at least one token first"):
+        stream.write(3)
+    stream.read(TOKENS[0])
+    stream.save(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match=r"state of another model.*24 features"):
+        Stream.load(tmp_path / "text.npz", dark(gemma(num_layers=1), num_features=24))
+
+
+def test_learned_positions_end_the_text():
+    model = dark(row("GPT2", num_layers=1))
+    assert Stream(model).max_length == 64
