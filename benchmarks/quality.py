@@ -384,9 +384,12 @@ def page(results, args):
         )
         lines += ["| arm | at 1x | up to 2x | up to 4x |", "| --- | --- | --- | --- |"]
         for name in names:
-            row = next(r for r in results["rows"] if r["arm"] == name)
-            losses = [row[key]["text"] for key in ("test", "test at 2x", "test at 4x")]
-            lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in losses) + " |")
+            rows = [r for r in results["rows"] if r["arm"] == name and "test at 4x" in r]
+            cells = []
+            for key in ("test", "test at 2x", "test at 4x"):
+                losses = [row[key]["text"] for row in rows]
+                cells.append(cell((statistics.mean(losses), min(losses), max(losses))))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
     done = list(summary)
