@@ -51,7 +51,7 @@ def job(case, options):
 
 
 MIXED = (0.3, 12.0, 1.0, 5.0, 0.1, 30.0, 2.0, 0.01)
-LARGE = (70.0, 60.0, 80.0, 65.0, 90.0, 60.0, 99.0, 70.0)  # log-features below -200 all
+LARGE = (35.0, 30.0, 40.0, 32.0, 45.0, 30.0, 50.0, 35.0)  # sums below what counts as none
 
 
 def hostile(case, norms):
@@ -119,7 +119,7 @@ def test_eight_devices_compute_what_one_does(name, results):
         ):
             assert_close(x, y, 2e-5)
     for argument, gradient in expected_gradients.items():
-        assert np.abs(gradient).max() > 1e-5
+        assert np.abs(gradient).max() > 1e-3
         assert_close(gradients[argument], gradient, 1e-4)
 
 
