@@ -11,15 +11,20 @@ import keras
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_python(code, *args):
+EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+def run_python(code, *args, env=None):
     """What `code` prints, run from the repository root with this backend.
 
-    `args` are its `sys.argv[1:]`. Fails with what it wrote to stderr.
+    `args` are its `sys.argv[1:]`, `env` is added to the environment: of
+    `EIGHT_DEVICES` JAX makes eight of the CPU. Fails with what it wrote to
+    stderr.
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         cwd=ROOT,
-        env=os.environ | {"KERAS_BACKEND": keras.backend.backend()},
+        env=os.environ | {"KERAS_BACKEND": keras.backend.backend()} | (env or {}),
         capture_output=True,
         text=True,
     )

@@ -8,6 +8,7 @@ from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.backbone import DarkBackbone
 from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkTask
 from keras_darkformer.hub.families import FAMILIES, Family
+from keras_darkformer.hub.sharding import ShardedBackbone
 
 ATTENTION_DOC = """`{stock}` with the dark kernel.
 
@@ -62,7 +63,7 @@ def _classes_of(family: Family) -> dict[type, type]:
     )
     backbone = _dark_class(
         f"Dark{family.name}Backbone",
-        DarkBackbone,
+        ShardedBackbone if hasattr(family.backbone, "get_layout_map") else DarkBackbone,
         family.backbone,
         BACKBONE_DOC,
         family=family,

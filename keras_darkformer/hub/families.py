@@ -60,6 +60,8 @@ class Family:
             block.
         paired_cache: whether an exact layer's cache is a pair of keys and
             values `(b, s, k, h)`, or one tensor `(b, 2, s, k, h)`.
+        kernel_heads_axis: the axis of the key projection's kernel that heads
+            are along.
         refuse: says why a backbone can't be converted, or `None` if it can.
     """
 
@@ -79,6 +81,7 @@ class Family:
     mask_axis: int | None = None
     embed: Callable[[Any, Any, Any], Any] = _token_embedding
     paired_cache: bool = False
+    kernel_heads_axis: int = 1
     refuse: Callable[[Any], str | None] = lambda backbone: None
 
     def attention_of(self, block: Any) -> Any:
@@ -136,6 +139,7 @@ _GEMMA: dict[str, Any] = {
     "cache_argument": "cache",
     "mask_method": "_compute_attention_mask",
     "embed": _scaled_embedding,
+    "kernel_heads_axis": 0,
 }
 _LEARNED_POSITIONS: dict[str, Any] = {
     "attention": CachedMultiHeadAttention,

@@ -13,6 +13,7 @@ from keras_darkformer.ops.exact_attention import (
 from keras_darkformer.ops.features import apply_geometry, dark_features
 from keras_darkformer.ops.projections import draw_projection, proposal_log_weight
 from keras_darkformer.ops.rotary import rotary_embedding
+from keras_darkformer.ops.sequence_parallel import sequence_parallel_dark_attention
 from keras_darkformer.ops.sums import initial_state
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "initial_state",
     "proposal_log_weight",
     "rotary_embedding",
+    "sequence_parallel_dark_attention",
 ]

@@ -175,3 +175,50 @@ def _rematerialized(step: Callable[..., Any]) -> Callable[..., Any]:
         return tree.pack_sequence_as(result, list(leaves))
 
     return rematerialized
+
+
+class SequenceAxis:
+    """A sequence split over devices along a mesh axis, seen inside `jax.shard_map`.
+
+    Args:
+        name: the mesh axis.
+
+    Raises:
+        RuntimeError: on another backend than JAX, which alone has `shard_map`.
+    """
+
+    def __init__(self, name: str) -> None:
+        if _BACKEND != "jax":
+            raise RuntimeError(
+                "Sequence parallel attention is written for `jax.shard_map` and needs the JAX "
+                f"backend. Received: backend {_BACKEND!r}"
+            )
+        import jax
+
+        self.name = name
+        self._jax = jax
+        try:
+            self.index = jax.lax.axis_index(name)
+        except NameError as error:
+            raise ValueError(
+                f"`axis_name` must be an axis of the mesh that `jax.shard_map` runs over. "
+                f"Received: axis_name={name!r} ({error})"
+            ) from error
+
+    def gather(self, x: Any) -> Any:
+        """`x` of all devices, along a new first axis."""
+        return self._jax.lax.all_gather(x, self.name)
+
+    def sum(self, x: Any) -> Any:
+        """The sum of all devices' `x`."""
+        return self._jax.lax.psum(x, self.name)
+
+    def max(self, x: Any) -> Any:
+        """The maximum of all devices' `x`, a constant to the gradient."""
+        return self._jax.lax.pmax(ops.stop_gradient(x), self.name)
+
+    def from_previous(self, x: Any) -> Any:
+        """`x` of the device before; zeros on the first."""
+        size = self._jax.lax.psum(1, self.name)
+        steps = [(device, device + 1) for device in range(size - 1)]
+        return self._jax.lax.ppermute(x, self.name, steps)

@@ -103,7 +103,7 @@ def linear_attention(
         )
     else:
         packed = absorb(key, value, key_mask, projections, packed, remat)
-        output = _read(query, projections, packed, remat)
+        output = read(query, projections, packed, remat)
     return output, unpack(packed)
 
 
@@ -142,7 +142,7 @@ def _recurrent(
     return tokens_first(output, ops.shape(query)[1]), state
 
 
-def _read(
+def read(
     query: Any, projections: FeatureProjections, packed: tuple[Any, Any], remat: bool | None
 ) -> Any:
     """What every query reads from the state, block by block."""

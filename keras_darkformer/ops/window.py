@@ -102,7 +102,7 @@ def accumulate_windowed(
     last one that is not: padding leaves the state as it was.
     """
     state = _state(state, key, value, projections, window)
-    seen = _followed_by(state[-3:], _tokens(key, value, key_mask))
+    seen = _followed_by(state[-3:], window_tokens(key, value, key_mask))
     if key_mask is None:
         due, last = _leaving(seen, window.size)
     else:
@@ -125,7 +125,7 @@ def _recurrent(
     state: State,
 ) -> tuple[Any, State]:
     """One more key against the state."""
-    seen = _followed_by(state[-3:], _tokens(key, value, key_mask))
+    seen = _followed_by(state[-3:], window_tokens(key, value, key_mask))
     due, after = _leaving(seen, window.size)
     query = by_head(query, key.shape[2])
     far = None
@@ -168,7 +168,7 @@ def _chunked(
     blocks, chunks, chunk = chunk_partition(length, head_dim, groups, chunk_size)
     tokens = chunks * chunk
     padding = blocks * tokens - length
-    last, new = state[-3:], _tokens(key, value, key_mask)
+    last, new = state[-3:], window_tokens(key, value, key_mask)
     if not isinstance(padding, int) or padding:
         # What fills up the first block goes before all keys: behind them it
         # would push the last ones out of the window.
@@ -314,7 +314,7 @@ def _state(
     )
 
 
-def _tokens(key: Any, value: Any, key_mask: Any) -> Tokens:
+def window_tokens(key: Any, value: Any, key_mask: Any) -> Tokens:
     """Zeros stand where a key is masked, whatever stood there."""
     key, value = ops.cast(key, "float32"), ops.cast(value, "float32")
     if key_mask is None:
