@@ -56,6 +56,17 @@ def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
     return x.reshape(shape) if _BACKEND == "torch" else ops.reshape(x, shape)
 
 
+def split_at(x: Any, index: int, axis: int) -> Any:
+    """`x` before `index` and from there on.
+
+    On torch `ops.split` makes a tensor of the index and reads it back: it
+    waits for the device, and `torch.export` then knows no sizes.
+    """
+    if _BACKEND == "torch":
+        return x.split((index, x.shape[axis] - index), dim=axis)
+    return ops.split(x, [index], axis=axis)
+
+
 def scan(
     step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
