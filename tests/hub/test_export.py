@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 from backends import BACKEND, to_numpy
 
-from .models import LENGTH, dark, gemma, inputs, outputs, row
+from .models import LENGTH, dark, inputs, outputs, row
 
 BUILDERS = {
-    "Gemma": lambda: gemma(num_layers=1),
     "Llama": lambda: row("Llama", num_layers=1),
     "GPT2": lambda: row("GPT2", num_layers=1),
 }
-OPTIONS = {"Gemma": {}, "Llama": {"sliding_window": 3}, "GPT2": {}}
+OPTIONS = {"Llama": {"sliding_window": 3}, "GPT2": {}}
 BATCHES = inputs(LENGTH, 5, 9), inputs(4, LENGTH)
 SHORTER = inputs(9, 4, 6, total=9)
 

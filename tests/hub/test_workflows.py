@@ -27,6 +27,10 @@ def build(request):
     return BUILDERS[request.param]
 
 
+# Where families do not differ; a new compilation each time is what takes long.
+one_family = pytest.mark.parametrize("build", [BUILDERS["Llama"]], ids=["Llama"])
+
+
 def generated(model, prompt=PROMPT):
     return model.generate(dict(prompt), stop_token_ids=None)["token_ids"]
 
@@ -59,6 +63,7 @@ def gap(some, others):
     return max(np.abs(value - others[path]).max() for path, value in some.items())
 
 
+@one_family
 def test_labels_of_no_weight_do_not_count_and_weights_scale_the_loss(build):
     x, y, weights = data(9, 4, 6)
     nonsense = np.where(weights > 0, y, 1)
@@ -71,6 +76,7 @@ def test_labels_of_no_weight_do_not_count_and_weights_scale_the_loss(build):
     assert gap(trained(dark(build()), [(x, y)]), plain) > 1e-3
 
 
+@one_family
 def test_accumulated_gradients_of_two_batches_are_those_of_one(build):
     x, y, weights = data(9, 4, 6, 7)
 
@@ -91,6 +97,7 @@ def test_accumulated_gradients_of_two_batches_are_those_of_one(build):
 JIT = [False, True] if BACKEND != "torch" else [False]  # torch.compile takes minutes
 
 
+@one_family
 @pytest.mark.parametrize("jit", JIT)
 def test_batches_of_several_lengths_train_as_the_same_ones_padded(build, jit):
     lengths = [(6, 4, 3), (9, 5, 7), (8, 8, 2)]
@@ -109,6 +116,7 @@ def test_batches_of_several_lengths_train_as_the_same_ones_padded(build, jit):
     assert np.abs(after[geometry] - before[geometry]).max() > 1e-4
 
 
+@one_family
 @pytest.mark.parametrize("dtype", ["mixed_float16", "bfloat16"])
 def test_fit_in_half_precision_keeps_feature_maps_in_float32(build, dtype):
     model = dark(build(dtype=dtype))
@@ -180,6 +188,7 @@ def with_lora(model, train_geometry=True, seed=0):
     return model
 
 
+@one_family
 def test_fit_with_lora_moves_only_lora_and_geometries(build):
     model = dark(build())
     model.backbone.enable_lora(2)
@@ -266,7 +275,15 @@ def saved_and_loaded(model, folder):
     )
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+@pytest.mark.parametrize(
+    ("build", "mode"),
+    [
+        pytest.param(BUILDERS["Gemma"], "int8", id="Gemma-int8"),
+        pytest.param(BUILDERS["Llama"], "int4", id="Llama-int4", marks=pytest.mark.slow),
+        pytest.param(BUILDERS["GPT2"], "float8", id="GPT2-float8"),
+        pytest.param(BUILDERS["GPT2"], "int8", id="GPT2-int8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_quantized_model_is_saved_and_loaded_and_generates(build, mode, tmp_path):
     model = dark(build())
     feature_map = values(feature_maps(model)[0])
@@ -284,25 +301,30 @@ def test_a_quantized_model_is_saved_and_loaded_and_generates(build, mode, tmp_pa
     for loaded in saved_and_loaded(model, tmp_path):
         assert type(loaded) is type(model)
         np.testing.assert_allclose(outputs(loaded, BATCH), expected, rtol=0, atol=tolerance)
-        loaded.compile(sampler="greedy")
-        found = generated(loaded)
-        if mode != "int4":
-            np.testing.assert_array_equal(found, tokens)
+    loaded.compile(sampler="greedy")
+    found = generated(loaded)
+    if mode != "int4":
+        np.testing.assert_array_equal(found, tokens)
 
 
+@pytest.mark.slow
 def test_an_int4_model_of_stock_keras_is_not_quite_the_same_when_loaded(tmp_path):
     """Why `test_a_quantized_model_...` is lenient there."""
-    model = BUILDERS["Gemma"]()
+    model = BUILDERS["Llama"]()
     model.quantize("int4")
-    expected = outputs(model, BATCH)
-    for loaded in saved_and_loaded(model, tmp_path):
-        assert np.abs(outputs(loaded, BATCH) - expected).max() > 1e-3
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert np.abs(outputs(loaded, BATCH) - outputs(model, BATCH)).max() > 1e-3
 
 
 TOLERANCES = {"mixed_bfloat16": 0.01, "bfloat16": 0.01, "mixed_float16": 0.002}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [(BUILDERS[name], dtype) for name, dtype in zip(BUILDERS, TOLERANCES, strict=True)],
+    ids=TOLERANCES,
+)
 def test_outputs_in_half_precision_are_near_those_in_float32(build, dtype):
     expected = outputs(dark(build()), PROMPT)
     model = dark(build(dtype=dtype))
