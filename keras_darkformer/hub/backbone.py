@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import h5py
 from keras import ops
 from keras_hub.src.utils.preset_utils import get_preset_loader
 
@@ -13,6 +15,9 @@ from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.attention import DarkHubAttention, head_sizes, layer_seed
 from keras_darkformer.hub.families import Family
 from keras_darkformer.hub.options import DarkOptions, Mixin, dark_name
+
+# Group of a LoRA file that holds feature maps.
+LORA_FEATURE_MAPS = "feature_maps"
 
 
 class PresetLoading(Mixin):
@@ -98,6 +103,7 @@ class DarkBackbone(PresetLoading):
         options = cls._resolve(backbone, options)
         backbone.__class__ = cls
         backbone._darken(options)
+        backbone._renumber_lora_layers()
         compile_anew(backbone)
         return backbone
 
@@ -134,6 +140,18 @@ class DarkBackbone(PresetLoading):
             _pass_on_padding_mask(block, self.family)
         self.dark_options = options
 
+    def _renumber_lora_layers(self) -> None:
+        """Has LoRA that was enabled before the conversion find its layers again.
+
+        The stock backbone knows them by their places among all layers with
+        weights, and feature maps have moved these.
+        """
+        if getattr(self, "_lora_enabled_layers", None):
+            layers = [x for x in self._flatten_layers(include_self=False) if x.weights]
+            self._lora_enabled_layers = [
+                index for index, x in enumerate(layers) if getattr(x, "lora_enabled", False)
+            ]
+
     def dropped(self) -> list[dict[str, Any]]:
         """What the converted layers no longer do: dicts of `what`, `why` and `layers`."""
         found: dict[tuple[str, str], list[int]] = {}
@@ -168,6 +186,62 @@ class DarkBackbone(PresetLoading):
         super().enable_lora(rank, target_layer_names)
         for layer in self.dark_layers:
             layer.feature_map.trainable = train_geometry
+
+    def save_lora_weights(self, filepath: str | Path) -> None:
+        """Saves LoRA weights as the stock backbone does, and the feature maps with them.
+
+        Feature maps are trained beside LoRA, so an adapter is worth little
+        without its own.
+
+        Args:
+            filepath: where to; must end in `.lora.h5`.
+        """
+        super().save_lora_weights(filepath)
+        with h5py.File(filepath, "a") as file:
+            for name, weight in self._feature_map_weights().items():
+                file[f"{LORA_FEATURE_MAPS}/{name}"] = ops.convert_to_numpy(weight)
+
+    def load_lora_weights(self, filepath: str | Path) -> None:
+        """Loads what `save_lora_weights` of a dark backbone converted alike has saved.
+
+        Args:
+            filepath: path of the file.
+
+        Raises:
+            ValueError: if the file is a stock model's, which numbers layers
+                otherwise, or its feature maps are of other shapes.
+        """
+        weights = self._feature_map_weights()
+        with h5py.File(filepath, "r") as file:
+            if LORA_FEATURE_MAPS not in file:
+                raise ValueError(
+                    f"{str(filepath)!r} has no feature maps: it was saved from a stock model. "
+                    "Load it into the stock model and convert that."
+                )
+            saved = {
+                f"{layer}/{name}": x[()]
+                for layer, group in file[LORA_FEATURE_MAPS].items()
+                for name, x in group.items()
+            }
+        shapes, here = (
+            {name: tuple(x.shape) for name, x in found.items()} for found in (saved, weights)
+        )
+        if shapes != here:
+            raise ValueError(
+                f"{str(filepath)!r} is of a model that was converted or calibrated otherwise: its "
+                f"feature maps have weights {shapes}, those of {self.name!r} {here}."
+            )
+        super().load_lora_weights(filepath)
+        for name, weight in weights.items():
+            weight.assign(saved[name])
+
+    def _feature_map_weights(self) -> dict[str, Any]:
+        """Weights of feature maps by layer and name."""
+        return {
+            f"{index}/{weight.name}": weight
+            for index, layer in zip(self.dark_options.layer_indices, self.dark_layers, strict=True)
+            for weight in layer.feature_map.weights
+        }
 
     def get_config(self) -> dict[str, Any]:
         """The stock backbone's config and the options of the conversion."""

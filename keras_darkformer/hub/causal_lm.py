@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 from keras import ops
+from keras_hub.samplers import SpeculativeSampler
+from keras_hub.samplers import get as get_sampler
 from keras_hub.src.utils.tensor_utils import any_equal
 
 from keras_darkformer.compiling import compile_anew
@@ -44,6 +47,42 @@ class DarkCausalLM(DarkTask):
     """
 
     prefill_size: int | None = 1024
+    generate_function: Any
+
+    @classmethod
+    def take_over(cls, model: Any, options: DarkOptions) -> Any:
+        """As for other tasks; refuses a model compiled for speculative sampling first."""
+        if options.attention_mode == "linear":
+            _refuse_speculative(getattr(model, "sampler", None))
+        return super().take_over(model, options)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock model's.
+
+        Raises:
+            ValueError: for a speculative sampler, which has to roll the
+                recurrent state back.
+        """
+        if self._is_recurrent() and "sampler" in kwargs:
+            _refuse_speculative(get_sampler(kwargs["sampler"]))
+        super().compile(*args, **kwargs)
+
+    def make_generate_function(self) -> Any:
+        """The compiled part of `generate`, behind a look at its prompts."""
+        if self.generate_function is None:
+            generate = super().make_generate_function()
+
+            def checked(inputs: Any, stop_token_ids: Any = None) -> Any:
+                if self._is_recurrent():
+                    _refuse_empty(inputs["padding_mask"])
+                return generate(inputs, stop_token_ids)
+
+            self.generate_function = checked
+        return self.generate_function
+
+    def _is_recurrent(self) -> bool:
+        """Whether any layer carries a state."""
+        return any(map(is_linear, self.backbone.attention_layers))
 
     def call_with_cache(
         self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any = None
@@ -193,3 +232,24 @@ class DarkCausalLM(DarkTask):
 def is_linear(attention: Any) -> bool:
     """Whether an attention layer carries a state, not a key/value cache."""
     return isinstance(attention, DarkHubAttention) and attention.attention_mode == "linear"
+
+
+def _refuse_speculative(sampler: Any) -> None:
+    if isinstance(sampler, SpeculativeSampler):
+        raise ValueError(
+            "Speculative sampling is refused: it feeds drafted tokens and takes back those that "
+            "are not accepted. A recurrent state can't be rolled back to the accepted ones, as a "
+            "key/value cache can, which is overwritten. Use another sampler, or convert with "
+            '`attention_mode="exact"`.'
+        )
+
+
+def _refuse_empty(padding_mask: Any) -> None:
+    lengths = np.sum(ops.convert_to_numpy(padding_mask) != 0, axis=-1)
+    if (lengths == 0).any():
+        # The sampler would begin with a token from behind: a key/value cache
+        # is overwritten later, the states of all rows would keep it.
+        raise ValueError(
+            "Every prompt needs at least one token to go on from, such as the start token. "
+            f"Received prompts of lengths {lengths.tolist()}."
+        )

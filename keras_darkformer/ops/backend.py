@@ -98,6 +98,17 @@ def compiled(
     return run
 
 
+def split_at(x: Any, index: int, axis: int) -> Any:
+    """`x` before `index` and from there on.
+
+    On torch `ops.split` makes a tensor of the index and reads it back: it
+    waits for the device, and `torch.export` then knows no sizes.
+    """
+    if _BACKEND == "torch":
+        return x.split((index, x.shape[axis] - index), dim=axis)
+    return ops.split(x, [index], axis=axis)
+
+
 def scan(
     step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,

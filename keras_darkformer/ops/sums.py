@@ -17,7 +17,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_darkformer.ops.backend import BASE, power, reshape, scan
+from keras_darkformer.ops.backend import BASE, power, reshape, scan, split_at
 from keras_darkformer.ops.features import (
     FeatureProjections,
     log_key_features,
@@ -118,7 +118,7 @@ def with_ones(value: Any) -> Any:
 
 def split_last(sums: Any) -> tuple[Any, Any]:
     """All columns but the last, and the last."""
-    return ops.split(sums, [sums.shape[-1] - 1], axis=-1)
+    return split_at(sums, sums.shape[-1] - 1, axis=-1)
 
 
 def features_of_queries(query: Any, projections: FeatureProjections) -> Any:
@@ -262,7 +262,7 @@ def chunked_sums(
     states = reshape(states, (batch, kv_heads, chunks + 1, num_features, value_dim))
 
     if isinstance(chunks, int):  # the gradient of slices fills tensors with zeros
-        states, last = ops.split(states, [chunks], axis=2)
+        states, last = split_at(states, chunks, axis=2)
         last = last[:, :, 0]
     else:
         states, last = states[:, :, :-1], states[:, :, -1]

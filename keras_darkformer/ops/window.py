@@ -21,7 +21,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_darkformer.ops.backend import BASE, power, reshape, scan
+from keras_darkformer.ops.backend import BASE, power, reshape, scan, split_at
 from keras_darkformer.ops.features import (
     FeatureProjections,
     Window,
@@ -334,7 +334,7 @@ def _leaving(seen: Tokens, size: int) -> tuple[Any, Any]:
     if seen[0].shape[1] is None:
         return tuple(x[:, :-size] for x in seen), tuple(x[:, -size:] for x in seen)
     # The gradient of slices fills tensors with zeros.
-    due, last = zip(*(ops.split(x, [x.shape[1] - size], axis=1) for x in seen), strict=True)
+    due, last = zip(*(split_at(x, x.shape[1] - size, axis=1) for x in seen), strict=True)
     return due, last
 
 

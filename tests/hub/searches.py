@@ -45,3 +45,28 @@ def beam_search(model, prompt, num_beams):
         beams = np.take_along_axis(beams, parent[..., None], axis=1)
         beams[..., index] = token
     return beams[np.arange(batch), scores.argmax(1)]
+
+
+def contrastive_search(model, prompt, k, alpha):
+    """The token of the top k whose probability, less what it adds to sameness, is largest."""
+    token_ids, given = prompt["token_ids"].copy(), prompt["padding_mask"].astype(bool)
+    for index in range(given.sum(1).min(), token_ids.shape[1]):
+        logits = next_logits(model, token_ids, index)
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        candidates = np.argsort(-logits, axis=-1)[:, :k]
+        scores = []
+        for choice in range(k):
+            tried = token_ids.copy()
+            tried[:, index] = candidates[:, choice]
+            seen = np.broadcast_to(np.arange(token_ids.shape[1]) <= index, tried.shape)
+            batch = {"token_ids": tried, "padding_mask": seen.astype("int32")}
+            hidden = outputs(model.backbone, batch).astype("float64")
+            hidden /= np.linalg.norm(hidden, axis=-1, keepdims=True)
+            sameness = np.einsum("bth,bh->bt", hidden[:, :index], hidden[:, index]).max(1)
+            chance = np.take_along_axis(probabilities, candidates[:, [choice]], axis=1)[:, 0]
+            scores.append((1 - alpha) * chance - alpha * sameness)
+        best = np.argmax(scores, axis=0)
+        chosen = candidates[np.arange(len(best)), best]
+        token_ids[:, index] = np.where(given[:, index], token_ids[:, index], chosen)
+    return token_ids
