@@ -50,8 +50,7 @@ def main():
         [stretch.encode() for stretch in text], args.steps * args.batch_size, args.length + 1, 1
     )
     data = tf.data.Dataset.from_tensor_slices(to_batches(windows))
-    data = data.batch(args.batch_size, drop_remainder=True)  # fit gives each process its part
-
+    data = data.batch(args.batch_size, drop_remainder=True)
     if args.workers:
         data = strategy.experimental_distribute_dataset(data)  # each process gets its part
 
