@@ -327,15 +327,19 @@ def outcome(family, name):
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         raised_by_us = "keras_darkformer" in pathlib.Path(frames[-1].filename).parts
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        reason = _in_short(error)
         if isinstance(error, ValueError) and raised_by_us:
             return "refused", reason
     if name not in OURS:
         try:
             CHECKS[name](Case(family, dark=False))
         except Exception as error:
-            return "stock fails", f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+            return "stock fails", _in_short(error)
     return "failed", reason
+
+
+def _in_short(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def page():

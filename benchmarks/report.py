@@ -732,7 +732,12 @@ bash benchmarks/run.sh          # sets up .venv; TensorFlow, JAX and PyTorch; re
 bash benchmarks/run.sh torch    # one of them; the others' results stay
 ```
 
-Linux only. Leave the machine alone meanwhile: what else runs takes caches and memory bandwidth."""
+Linux only. Leave the machine alone meanwhile: what else runs takes caches and memory bandwidth.
+
+Not on this page, each a script of its own: `quality.py`, what conversion loses and what brings it
+back ([its page](results/quality.md)); `compatibility.py`, what works with which KerasHub family
+([its table](../docs/compatibility.md)); `conversion_memory.py`; `sequence_parallel.py`, what
+devices send each other."""
 
 READ = """\
 ## How to read it
