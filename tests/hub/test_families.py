@@ -45,6 +45,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 EXACT = {"attention_mode": "exact", "geometry_scale": 1.0, "layers": "all"}
 # One layer stays exact, with a key/value cache.
 MIXED = {"layers": [0, 2]}
+# Where a test compiles much and families differ little: one of each kind. What all of them do is
+# tried by benchmarks/compatibility.py too.
+KINDS = ("Llama", "Mixtral", "Qwen3", "Phi3", "GPT2", "Bert")
 TASKS = [(name, task) for name in ENCODERS for task in ("MaskedLM", "TextClassifier")]
 
 
@@ -116,7 +119,7 @@ def test_a_converted_layer_is_the_reference_between_its_own_projections(family, 
     assert_close(to_numpy(actual), expected)
 
 
-@pytest.mark.parametrize("family", CAUSAL, scope="module")
+@pytest.mark.parametrize("family", [x for x in KINDS if x in CAUSAL], scope="module")
 def test_recurrent_logits_equal_those_of_the_full_forward(family, mixed):
     batch = inputs(LENGTH, LENGTH, LENGTH)
     step = compiled(mixed.call_with_cache) if DEFAULT_JIT else mixed.call_with_cache
@@ -158,6 +161,7 @@ def test_a_report_names_the_layers(family, mixed):
     assert {layer["kind"] for layer in report["layers"]} == {kind}
 
 
+@pytest.mark.parametrize("family", KINDS, scope="module")
 def test_calibration_transfer_and_report(family, stock):
     options = {"sliding_window": WINDOW - 1 if family in CAUSAL else None, "tie_geometry": False}
     model = convert_to_dark(stock, num_features=16, copy=True, layers="all", **options)
@@ -225,6 +229,7 @@ def test_stock_presets_load_as_dark_models(family, stock, tmp_path):
     assert conversion_report(loaded)["num_features"] == 12
 
 
+@pytest.mark.parametrize("family", KINDS, scope="module")
 def test_fit_moves_every_geometry_and_no_projection(family, stock):
     model = dark(stock, copy=True, **MIXED)
     batch = inputs(LENGTH, 5, 9, model=stock)
@@ -308,6 +313,7 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
     np.testing.assert_array_equal(outputs(loaded, batch), outputs(model.backbone, batch))
 
 
+@pytest.mark.parametrize("family", KINDS, scope="module")
 def test_lora_leaves_geometries_trainable(family):
     def trainable(model):
         backbone = getattr(model, "backbone", model)
@@ -350,16 +356,15 @@ def test_position_offsets_are_refused_without_rotary_positions():
         calibrate(model, inputs(LENGTH, 5, 9), position_offset=10, verbose=False)
 
 
-@pytest.mark.parametrize("geometry", ["before", "planes"])
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Phi3"])
+@pytest.mark.parametrize(("name", "geometry"), [("Llama", "planes"), ("Qwen3", "before")])
 def test_exact_mode_has_a_geometry_before_the_rotation_too(name, geometry):
-    """With all keys and queries at one position, before and after are the same but for a scalar."""
+    """A scalar is the same before and after a rotation, other geometries are not."""
     options = {"attention_mode": "exact", "num_features": 16, "layers": "all", "copy": True}
     source = row(name, num_layers=1)
     batch = inputs(LENGTH, 5, 9)
     before = convert_to_dark(source, rope_geometry=geometry, geometry_scale=0.5, **options)
     after = convert_to_dark(source, geometry_scale=0.5, **options)
-    assert_close(outputs(before, batch), outputs(after, batch))  # a scalar commutes
+    assert_close(outputs(before, batch), outputs(after, batch))
     for feature_map in feature_maps(before):
         scale = np.linspace(0.5, 1.5, feature_map.geometry.shape[-1])
         feature_map.geometry.assign(to_numpy(feature_map.geometry.value) * scale)

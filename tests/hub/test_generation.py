@@ -72,7 +72,7 @@ def test_greedy_generation_of_a_ragged_batch_equals_an_argmax_loop(model, by_arg
     check_greedy(model, by_argmax)
 
 
-@pytest.mark.parametrize("size", [1, 5, LENGTH - 1])
+@pytest.mark.parametrize("size", [5, pytest.param(LENGTH - 1, marks=pytest.mark.slow)])
 def test_a_prompt_prefilled_in_pieces_gives_the_same(model, by_argmax, monkeypatch, size):
     monkeypatch.setattr(model, "prefill_size", size)
     model.compile(sampler="greedy")
