@@ -68,6 +68,7 @@ def main():
     if rank == 0 and args.output:
         model.save_weights(args.output)
     if size > 1:
+        distributed.barrier()  # none ends while another still talks to it
         distributed.destroy_process_group()
 
 
