@@ -350,7 +350,6 @@ def page():
         path = RESULTS / f"compatibility_{name}.json"
         if path.exists():
             found[name] = json.loads(path.read_text())
-    marks = {"passed": "✓", "refused": "refused", "stock fails": "stock fails", "failed": "failed"}
     lines = [
         "# What works with which family",
         "",
@@ -368,11 +367,8 @@ def page():
     for check in CHECKS:
         cells = []
         for name in names:
-            by = {
-                b: marks.get(r["outcomes"][name][check][0], r["outcomes"][name][check][0])
-                for b, r in found.items()
-                if check in r["outcomes"].get(name, {})
-            }
+            by = {b: r["outcomes"][name][check][0] for b, r in found.items()}
+            by = {b: "✓" if status == "passed" else status for b, status in by.items()}
             short = {"tensorflow": "TF", "jax": "JAX", "torch": "PT"}
             same = len(set(by.values())) == 1
             cells.append(

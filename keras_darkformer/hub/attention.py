@@ -5,14 +5,13 @@ KerasHub block expects, and `classes.py` joins these with the stock layers.
 """
 
 import contextlib
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_darkformer.hub.options import DarkOptions, Mixin, dark_name
+from keras_darkformer.hub.options import DarkOptions, Mixin, argument_names, dark_name
 from keras_darkformer.layers import DarkFeatureMap
 from keras_darkformer.layers.dark_attention import drop_tokens
 from keras_darkformer.layers.observation import Observation, Observer
@@ -70,15 +69,10 @@ class DarkHubAttention(Mixin):
     drops_weights = True
 
     def __init__(self, *args: Any, feature_form: str = "random", **kwargs: Any) -> None:
-        dark, stock = DarkOptions.split(kwargs, self._taken())
+        dark, stock = DarkOptions.split(kwargs, self.stock_cls)
         # As in `DarkAttention`: a state must arrive in float32.
         super().__init__(*args, autocast=False, **stock)
         self._configure(DarkOptions(**dark), feature_form)
-
-    @classmethod
-    def _taken(cls) -> set[str]:
-        """Names of arguments the stock layer has."""
-        return set(inspect.signature(cls.stock_cls).parameters)
 
     @classmethod
     def take_over(cls, attention: Any, options: DarkOptions, feature_form: str = "random") -> Any:
@@ -179,10 +173,11 @@ class DarkHubAttention(Mixin):
                 state a padding mask; with one, tokens are `PAD`, `ATTEND`
                 (seen, but not kept) or `WRITE`.
             state: state of the tokens before, or `None`.
-            start_index: position of the first token.
+            start_index: position of the first token; `None` for 0.
             training: bool.
         """
-        if self.position_offset is not None and self.is_rotary:
+        start_index = 0 if start_index is None else start_index
+        if self.position_offset is not None:
             start_index = start_index + self.position_offset
         query, key, value = self._project(x)
         attends = None if code is None else ops.greater(ops.cast(code, "int32"), PAD)
@@ -245,7 +240,7 @@ class DarkHubAttention(Mixin):
     def _stock_config(self) -> dict[str, Any]:
         """The stock layer's constructor arguments, which it does not list, or not well."""
         config = keras.layers.Layer.get_config(self)
-        for name in self._taken() - {"kwargs", "logit_soft_cap"}:
+        for name in argument_names(self.stock_cls) - {"kwargs", "logit_soft_cap"}:
             value = part(self, name)
             if isinstance(value, keras.initializers.Initializer):
                 value = keras.initializers.serialize(value)
@@ -259,8 +254,7 @@ class DarkHubAttention(Mixin):
             feature_map = self.feature_map.get_config()
             options |= {name: feature_map[name] for name in FEATURE_MAP_OPTIONS}
             form = feature_map["form"]
-        taken = self._taken()
-        dark = {dark_name(name, taken): options[name] for name in LAYER_OPTIONS}
+        dark = {dark_name(name, self.stock_cls): options[name] for name in LAYER_OPTIONS}
         return {**self._stock_config(), **dark, "feature_form": form}
 
 
@@ -322,8 +316,7 @@ class LlamaAttention(DarkHubAttention):
             return super().call(hidden_states, attention_mask, cache, cache_update_index, training)
         if attention_mask is not None and len(attention_mask.shape) == 3:  # `(b, t, 1)`
             attention_mask = ops.squeeze(attention_mask, axis=2)
-        start_index = 0 if cache_update_index is None else cache_update_index
-        return self._attend(hidden_states, attention_mask, cache, start_index, training)
+        return self._attend(hidden_states, attention_mask, cache, cache_update_index, training)
 
 
 class MultiHeadAttention(DarkHubAttention):

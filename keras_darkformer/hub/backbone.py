@@ -57,7 +57,7 @@ class PresetLoading(Mixin):
             options = DarkOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
             model = cls.take_over(stock, options)
-            warn_of_dropped(getattr(model, "backbone", model))
+            warn_of_dropped(model)
             return model
         if dark:
             raise ValueError(
@@ -81,15 +81,10 @@ class DarkBackbone(PresetLoading):
     attention_cls: type[DarkHubAttention]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        dark, stock = DarkOptions.split(kwargs, self._taken())
+        dark, stock = DarkOptions.split(kwargs, self.stock_cls)
         options = DarkOptions(**dark)
         super().__init__(*args, **stock)
         self._darken(self._resolve(self, options))
-
-    @classmethod
-    def _taken(cls) -> set[str]:
-        """Names of arguments the stock backbone has."""
-        return set(inspect.signature(cls.stock_cls).parameters)
 
     @classmethod
     def take_over(cls, backbone: Any, options: DarkOptions) -> Any:
@@ -250,8 +245,7 @@ class DarkBackbone(PresetLoading):
         options["feature_forms"] = [layer.feature_map.form for layer in self.dark_layers]
         counts = [layer.feature_map.num_features for layer in self.dark_layers]
         options["num_features"] = counts[0] if len(set(counts)) == 1 else counts
-        taken = self._taken()
-        dark = {dark_name(name, taken): value for name, value in options.items()}
+        dark = {dark_name(name, self.stock_cls): value for name, value in options.items()}
         return {**super().get_config(), **dark}
 
     @property
@@ -266,8 +260,9 @@ class DarkBackbone(PresetLoading):
         return [layers[index] for index in self.dark_options.layer_indices]
 
 
-def warn_of_dropped(backbone: DarkBackbone) -> None:
-    """Warns of all that a conversion, once it is done, has dropped."""
+def warn_of_dropped(model: Any) -> None:
+    """Warns of all that a conversion of a task or backbone, once it is done, has dropped."""
+    backbone = getattr(model, "backbone", model)
     for drop in backbone.dropped():
         warnings.warn(
             f"Converting {backbone.name!r} drops from layers {drop['layers']}: "

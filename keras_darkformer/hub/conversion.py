@@ -130,7 +130,7 @@ def convert_to_dark(
     )
     dark_cls = _dark_class(model)
     model = dark_cls.take_over(_copy(model) if copy else model, options)
-    warn_of_dropped(getattr(model, "backbone", model))
+    warn_of_dropped(model)
     return model
 
 

@@ -1,6 +1,7 @@
 """What a conversion was asked to do; kept in the converted model's config."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -98,15 +99,15 @@ class DarkOptions:
 
     @classmethod
     def split(
-        cls, arguments: Mapping[str, Any], taken: Iterable[str] = ()
+        cls, arguments: Mapping[str, Any], stock_cls: type | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parts keyword arguments into dark ones and the others.
 
         Args:
             arguments: keyword arguments.
-            taken: names that mean something else here, see `dark_name`.
+            stock_cls: the class they are for besides, see `dark_name`.
         """
-        names = {dark_name(field.name, taken): field.name for field in dataclasses.fields(cls)}
+        names = {dark_name(field.name, stock_cls): field.name for field in dataclasses.fields(cls)}
         dark = {names[name]: value for name, value in arguments.items() if name in names}
         return dark, {name: value for name, value in arguments.items() if name not in names}
 
@@ -150,12 +151,18 @@ class DarkOptions:
         return config
 
 
-def dark_name(option: str, taken: Iterable[str]) -> str:
-    """What an option is called among arguments of which `taken` has names for others.
+def argument_names(stock_cls: type) -> set[str]:
+    """Names of a class's constructor arguments."""
+    return set(inspect.signature(stock_cls).parameters)
+
+
+def dark_name(option: str, stock_cls: type | None) -> str:
+    """What an option is called beside the arguments of a stock class.
 
     Mistral, for one, has a `sliding_window` of its own.
     """
-    return f"dark_{option}" if option in taken else option
+    taken = stock_cls is not None and option in argument_names(stock_cls)
+    return f"dark_{option}" if taken else option
 
 
 def default_geometry_scale(head_dim: int, num_features: int) -> float:

@@ -152,32 +152,20 @@ def dark_attention(
         - [LoLCATs](https://arxiv.org/abs/2410.10254), for window and features
           under one normaliser
     """
-    query, key, value, key_mask = _tensors(query, key, value, key_mask)
+    query, key, value, key_mask = tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    feature_map = FeatureMap(
-        *_tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
+    feature_map = checked_feature_map(
+        key, geometry, projection, query_geometry, log_weight, query_shift, key_shift
     )
-    check_features(feature_map, key)
-    (far_offset,) = _tensors(far_offset)
-    check_window(sliding_window, window_only, far_offset, query, causal)
-    kv_heads, head_dim = key.shape[2:]
-    window = None
-    if sliding_window is not None:
-        window = fold_window(
-            feature_map,
-            kv_heads,
-            head_dim,
-            query.shape[2],
-            sliding_window,
-            far_offset,
-            only=window_only,
-        )
+    window = checked_window(
+        feature_map, query, key, sliding_window, window_only, far_offset, causal=causal
+    )
     factored = initial_state is not None and _few(query, feature_map.projection)
     return _attend(
         query,
         key,
         value,
-        fold_projections(feature_map, kv_heads, head_dim, factored=factored),
+        fold_projections(feature_map, *key.shape[2:], factored=factored),
         window=window,
         causal=causal,
         key_mask=key_mask,
@@ -223,21 +211,14 @@ def dark_attention_state(
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
     """
-    key, value, key_mask = _tensors(key, value, key_mask)
+    key, value, key_mask = tensors(key, value, key_mask)
     check_attention(None, key, value, causal=False, key_mask=key_mask)
-    feature_map = FeatureMap(
-        *_tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
+    feature_map = checked_feature_map(
+        key, geometry, projection, query_geometry, log_weight, query_shift, key_shift
     )
-    check_features(feature_map, key)
-    check_window(sliding_window, window_only, None, None, True)
-    kv_heads, head_dim = key.shape[2:]
-    window = None
-    if sliding_window is not None:
-        window = fold_window(
-            feature_map, kv_heads, head_dim, kv_heads, sliding_window, None, only=window_only
-        )
+    window = checked_window(feature_map, None, key, sliding_window, window_only, None, causal=True)
     factored = initial_state is not None and _few(key, feature_map.projection)
-    projections = fold_projections(feature_map, kv_heads, head_dim, factored=factored)
+    projections = fold_projections(feature_map, *key.shape[2:], factored=factored)
     return _accumulate(key, value, projections, window, key_mask, initial_state)
 
 
@@ -292,9 +273,9 @@ def feature_attention(
     References:
         - [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347)
     """
-    query, key, value, key_mask = _tensors(query, key, value, key_mask)
+    query, key, value, key_mask = tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    query_kernel, key_kernel, key_bias = _tensors(query_kernel, key_kernel, key_bias)
+    query_kernel, key_kernel, key_bias = tensors(query_kernel, key_kernel, key_bias)
     check_direct_features(query_kernel, key_kernel, key_bias, key)
     return _attend(
         query,
@@ -336,9 +317,9 @@ def feature_attention_state(
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
     """
-    key, value, key_mask = _tensors(key, value, key_mask)
+    key, value, key_mask = tensors(key, value, key_mask)
     check_attention(None, key, value, causal=False, key_mask=key_mask)
-    key_kernel, key_bias = _tensors(key_kernel, key_bias)
+    key_kernel, key_bias = tensors(key_kernel, key_bias)
     check_direct_features(key_kernel, key_kernel, key_bias, key)
     projections = direct_projections(key_kernel, key_kernel, key_bias)
     return _accumulate(key, value, projections, None, key_mask, initial_state)
@@ -394,7 +375,43 @@ def _accumulate(
     )
 
 
-def _tensors(*arrays: Any) -> tuple[Any, ...]:
+def checked_feature_map(key: Any, *arrays: Any) -> FeatureMap:
+    """The fields of a `FeatureMap` as tensors, once they are known to fit the keys."""
+    feature_map = FeatureMap(*tensors(*arrays))
+    check_features(feature_map, key)
+    return feature_map
+
+
+def checked_window(
+    feature_map: FeatureMap,
+    query: Any,
+    key: Any,
+    sliding_window: int | None,
+    window_only: bool,
+    far_offset: Any,
+    *,
+    causal: bool,
+) -> Window | None:
+    """What a sliding window needs of a feature map; `query` is `None` where only a state is."""
+    (far_offset,) = tensors(far_offset)
+    check_window(sliding_window, window_only, far_offset, query, causal)
+    if sliding_window is None:
+        return None
+    kv_heads, head_dim = key.shape[2:]
+    num_query_heads = kv_heads if query is None else query.shape[2]
+    return fold_window(
+        feature_map,
+        kv_heads,
+        head_dim,
+        num_query_heads,
+        sliding_window,
+        far_offset,
+        only=window_only,
+    )
+
+
+def tensors(*arrays: Any) -> tuple[Any, ...]:
+    """Arrays as tensors; `None` stays."""
     return tuple(None if x is None else ops.convert_to_tensor(x) for x in arrays)
 
 

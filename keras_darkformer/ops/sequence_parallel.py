@@ -17,20 +17,14 @@ from typing import Any
 from keras import ops, tree
 
 from keras_darkformer.ops.backend import SequenceAxis
-from keras_darkformer.ops.checks import (
-    check_attention,
-    check_features,
-    check_state,
-    check_window,
-    positive_integer,
+from keras_darkformer.ops.checks import check_attention, check_state, positive_integer
+from keras_darkformer.ops.dark_attention import (
+    checked_feature_map,
+    checked_window,
+    output_dtype,
+    tensors,
 )
-from keras_darkformer.ops.dark_attention import output_dtype
-from keras_darkformer.ops.features import (
-    FeatureMap,
-    FeatureProjections,
-    fold_projections,
-    fold_window,
-)
+from keras_darkformer.ops.features import FeatureProjections, fold_projections
 from keras_darkformer.ops.linear_attention import accumulate_state, linear_attention, read
 from keras_darkformer.ops.sums import FUTURE, LOG_ZERO, State, pack
 from keras_darkformer.ops.sums import initial_state as empty_state
@@ -123,21 +117,16 @@ def sequence_parallel_dark_attention(
         - [Transformers are RNNs](https://arxiv.org/abs/2006.16236), for the state
     """
     axis = SequenceAxis(axis_name)
-    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    key_mask = None if key_mask is None else ops.convert_to_tensor(key_mask)
+    query, key, value, key_mask = tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    feature_map = FeatureMap(
-        *(
-            None if x is None else ops.convert_to_tensor(x)
-            for x in (geometry, projection, query_geometry, log_weight, query_shift, key_shift)
-        )
+    feature_map = checked_feature_map(
+        key, geometry, projection, query_geometry, log_weight, query_shift, key_shift
     )
-    check_features(feature_map, key)
-    check_window(sliding_window, False, far_offset, query, causal)
+    window = checked_window(
+        feature_map, query, key, sliding_window, False, far_offset, causal=causal
+    )
     if chunk_size is not None:
         chunk_size = positive_integer("chunk_size", chunk_size)
-    kv_heads, head_dim = key.shape[2:]
-    window = None
     if sliding_window is not None:
         if sliding_window > key.shape[1]:
             raise ValueError(
@@ -150,16 +139,7 @@ def sequence_parallel_dark_attention(
                 "`initial_state` and `return_state` do not go with a `sliding_window` here: the "
                 "last tokens of a padded sequence lie on different devices in every row."
             )
-        window = fold_window(
-            feature_map,
-            kv_heads,
-            head_dim,
-            query.shape[2],
-            sliding_window,
-            far_offset,
-            only=False,
-        )
-    projections = fold_projections(feature_map, kv_heads, head_dim)
+    projections = fold_projections(feature_map, *key.shape[2:])
     if initial_state is not None:
         check_state(initial_state, key, value, projections.num_features)
     zeros = empty_state(

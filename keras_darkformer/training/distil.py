@@ -252,7 +252,7 @@ def _examples(
         known: Iterator[Any] | None = None if isinstance(teacher, keras.Model) else iter(teacher)
         for inputs in batches(model, data, batch_size):
             targets = _targets(teacher, inputs, top_k) if known is None else next(known, None)
-            shape = _predicted(inputs).shape[:2]
+            shape, mask = _predictions(inputs)
             if targets is None or targets.log_probs.shape[:2] != shape:
                 raise ValueError(
                     "`teacher` must hold the targets of every batch of `data`, in its order: one "
@@ -261,19 +261,18 @@ def _examples(
             packed = targets.log_probs
             if targets.token_ids is not None:
                 packed = np.concatenate([targets.token_ids.astype("float32"), packed], axis=-1)
-            masks_tokens = isinstance(inputs, dict) and "mask_positions" not in inputs
-            mask = inputs.get("padding_mask") if masks_tokens else None
             weights = np.ones(packed.shape[:2]) if mask is None else mask
             yield inputs, packed, np.asarray(weights, "float32")
         if not repeat:
             return
 
 
-def _predicted(inputs: Any) -> Any:
-    """The input that has an entry for each prediction: tokens, or a masked LM's positions."""
-    if isinstance(inputs, dict) and "mask_positions" in inputs:
-        return inputs["mask_positions"]
-    return keras.tree.flatten(inputs)[0]
+def _predictions(inputs: Any) -> tuple[Any, Any]:
+    """The shape of what is predicted, and which of it counts, or `None` for all."""
+    if isinstance(inputs, dict) and "mask_positions" in inputs:  # of a masked LM
+        return inputs["mask_positions"].shape[:2], None
+    mask = inputs.get("padding_mask") if isinstance(inputs, dict) else None
+    return keras.tree.flatten(inputs)[0].shape[:2], mask
 
 
 def _chosen(model: Any, layers: dict[str, Any], train: str) -> list[Any]:
