@@ -26,8 +26,8 @@ from keras_darkformer.calibration.moments import Moments
 from keras_darkformer.calibration.projections import DarkParameters, Projections, fold_dark
 from keras_darkformer.calibration.refine import best_draw, refine_clusters, refine_dark
 from keras_darkformer.calibration.sample import LayerStatistics, Sample
+from keras_darkformer.checks import one_of
 from keras_darkformer.ops import draw_projection, proposal_log_weight
-from keras_darkformer.ops.checks import one_of
 
 BUDGETS = ("uniform", "adaptive")
 METHODS = ("identity", "scale", "whitening", "spectral", "clusters", "auto")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.layers.dark_attention import ATTENTION_MODES
 from keras_darkformer.layers.dark_feature_map import ROPE_GEOMETRIES
-from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.projections import PROJECTIONS
 
 # Base of the classes that turn a stock class dark: type checkers can't know

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.hub.causal_lm import DarkCausalLM, is_linear
 from keras_darkformer.ops.backend import compiled
-from keras_darkformer.ops.checks import positive_integer
 
 
 class Stream:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.layers.dark_feature_map import DarkFeatureMap
 from keras_darkformer.layers.masks import merge_masks, split_attention_mask
 from keras_darkformer.layers.observation import Observation, Observer
@@ -14,7 +15,6 @@ from keras_darkformer.ops import (
     exact_dark_attention_scores,
     rotary_embedding,
 )
-from keras_darkformer.ops.checks import one_of, positive_integer
 
 ATTENTION_MODES = ("linear", "exact")
 

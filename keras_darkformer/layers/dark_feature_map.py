@@ -15,6 +15,7 @@ from keras_darkformer.calibration.feature_maps import (
     fit_feature_map,
 )
 from keras_darkformer.calibration.sample import LayerStatistics
+from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.ops import (
     apply_geometry,
     dark_attention,
@@ -26,7 +27,6 @@ from keras_darkformer.ops import (
     initial_state,
     proposal_log_weight,
 )
-from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.features import (
     FeatureMap,
     direct_projections,

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.layers.dark_attention import ATTENTION_MODES, DarkAttention
-from keras_darkformer.ops.checks import one_of, positive_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")

@@ -1,22 +1,8 @@
-"""Checks of arguments: each error names the argument, what came and what was expected."""
+"""Checks of shapes: each error names the argument, what came and what was expected."""
 
 from typing import Any
 
-import numpy as np
-
-
-def positive_integer(name: str, value: Any) -> int:
-    """`value` as an int; a ValueError that names it if it is none or below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    return int(value)
-
-
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value`; a ValueError that names it and the choices if it is none of them."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
-    return value
+from keras_darkformer.checks import positive_integer
 
 
 def check_attention(query: Any, key: Any, value: Any, *, causal: bool, key_mask: Any) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.ops.checks import (
     check_attention,
     check_direct_features,
     check_features,
     check_state,
     check_window,
-    positive_integer,
 )
 from keras_darkformer.ops.features import (
     FeatureMap,

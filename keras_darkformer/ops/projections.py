@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_darkformer.ops.checks import one_of, positive_integer
-
-PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
+from keras_darkformer.checks import one_of, positive_integer
+from keras_darkformer.options import PROJECTIONS
 
 
 def draw_projection(

@@ -16,8 +16,9 @@ from typing import Any
 
 from keras import ops, tree
 
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.ops.backend import SequenceAxis
-from keras_darkformer.ops.checks import check_attention, check_state, positive_integer
+from keras_darkformer.ops.checks import check_attention, check_state
 from keras_darkformer.ops.dark_attention import (
     checked_feature_map,
     checked_window,

@@ -10,9 +10,9 @@ from keras import ops
 from keras_darkformer.calibration.far_mass import FarMass
 from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
 from keras_darkformer.calibration.sample import LayerStatistics
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.compiling import compile_anew
 from keras_darkformer.layers.observation import Observation, observed
-from keras_darkformer.ops.checks import positive_integer
 from keras_darkformer.training.data import (
     batches,
     check_position_offset,

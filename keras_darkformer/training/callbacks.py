@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_darkformer.ops.checks import positive_integer
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.training.data import dark_layers
 
 

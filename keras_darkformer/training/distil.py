@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_darkformer.ops.checks import one_of, positive_integer
+from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.training.data import Kept, KnownBatches, batches, dark_layers
 
 TRAINABLE = ("qkv", "lora", "all", "feature_maps")

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_darkformer.calibration.moments import Moments
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.layers.observation import Observation, observed
 from keras_darkformer.ops import draw_projection
-from keras_darkformer.ops.checks import positive_integer
 from keras_darkformer.ops.features import FeatureMap, fold_projections
 from keras_darkformer.ops.scores import exact_logits, log_scores
 from keras_darkformer.training.data import (

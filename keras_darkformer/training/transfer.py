@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.layers.observation import Observation, observed
-from keras_darkformer.ops.checks import one_of, positive_integer
 from keras_darkformer.ops.scores import exact_logits
 from keras_darkformer.training.callbacks import RedrawProjections
 from keras_darkformer.training.data import (

@@ -1,0 +1,333 @@
+"""The options of feature maps, attention layers and conversions: each is spelled here, once.
+
+A layer takes them as keyword arguments, keeps them as one object, and writes
+them flat into its config.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from keras_darkformer.checks import is_integer, one_of, optional_integer, positive_integer
+from keras_darkformer.types import Config
+
+ATTENTION_MODES = ("linear", "exact")
+FEATURE_MAPS = ("dark", "exponential")
+PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
+ROPE_GEOMETRIES = ("after", "before", "planes")
+# What every Keras layer takes beside its own arguments.
+KERAS_ARGUMENTS = ("name", "dtype", "trainable", "activity_regularizer")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What a feature map is made of.
+
+    Args:
+        num_features: int. Features m per key/value head. More cost more and
+            estimate the kernel better.
+        feature_map: `"dark"` for `DarkFeatureMap`, the paper's, or
+            `"exponential"` for `ExponentialFeatureMap`, features without a
+            geometry, which calibration by clusters makes.
+        rank: int. Rows r of the geometry; `None` for `head_dim`.
+        projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`; see
+            `ops.draw_projection`.
+        train_geometry: bool. Whether the geometry is trainable. False, with
+            `geometry_scale=1.0`, is Performer.
+        train_projection: bool. Whether the projection is trainable: the
+            features are then learned, no longer random.
+        geometry_scale: float. The geometry starts at this times the identity.
+            Below 1 it trades a flatter kernel for less noise.
+        tie_geometry: bool. One geometry for queries and keys, as in the paper,
+            or one each: then the kernel is `exp(q^' M_q' M_k k^)`.
+        rope_geometry: where the geometry of rotated queries and keys sits:
+            `"after"` the rotation, `"before"` it, or `"planes"`, one scalar
+            per rotary plane, which commutes with it. Only `"after"` is a
+            kernel of any shape at every pair of positions; the other two see
+            relative positions only.
+        sliding_window: int. Each query of a causal call meets its last
+            `sliding_window` keys with softmax's own kernel, and features only
+            stand for those further back. `None` for features alone.
+        seed: int. Seed of the projection; `None` for a random one, which
+            `keras.utils.set_random_seed` makes repeatable.
+
+    Raises:
+        ValueError: if a value is out of range; the message names the option.
+    """
+
+    num_features: int = 256
+    feature_map: str = "dark"
+    rank: int | None = None
+    projection: str = "orthogonal"
+    train_geometry: bool = True
+    train_projection: bool = False
+    geometry_scale: float = 1.0
+    tie_geometry: bool = True
+    rope_geometry: str = "after"
+    sliding_window: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        self._settle("num_features", _each(self.num_features, positive_integer, "num_features"))
+        self._settle("feature_map", _each(self.feature_map, _known_map, "feature_map"))
+        for name in ("rank", "sliding_window"):
+            self._settle(name, optional_integer(name, getattr(self, name)))
+        one_of("projection", self.projection, PROJECTIONS)
+        one_of("rope_geometry", self.rope_geometry, ROPE_GEOMETRIES)
+        scale = self.geometry_scale
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"`geometry_scale` must be positive and finite. Received: {scale!r}")
+        if self.seed is not None:
+            if not is_integer(self.seed) or self.seed < 0:
+                raise ValueError(
+                    f"`seed` must be an integer, 0 or more. Received: seed={self.seed!r}"
+                )
+            self._settle("seed", int(self.seed))
+
+    def _settle(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The options' names, in order."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def split(cls, arguments: Mapping[str, Any]) -> tuple[Config, Config]:
+        """Parts keyword arguments into these options and the others."""
+        names = set(cls.names())
+        dark = {name: value for name, value in arguments.items() if name in names}
+        return dark, {name: value for name, value in arguments.items() if name not in names}
+
+    @classmethod
+    def take(cls, owner: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Self, Config]:
+        """The options among a layer's keyword arguments, and what is left for Keras.
+
+        Raises:
+            TypeError: for a name that neither knows.
+        """
+        dark, others = cls.split(arguments)
+        known = [*inspect.signature(owner).parameters, *KERAS_ARGUMENTS]
+        for name in others:
+            if name not in known:
+                raise unknown_argument(owner, name, known)
+        return cls(**dark), others
+
+    def of(self, kind: type["FeatureOptions"], **changes: Any) -> Any:
+        """The part of these options that `kind` has, with changes."""
+        own = {name: getattr(self, name) for name in kind.names()}
+        return kind(**own | changes)
+
+    def get_config(self) -> Config:
+        """A flat dict that JSON can hold and the constructor takes."""
+        config = {name: getattr(self, name) for name in self.names()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in config.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions(FeatureOptions):
+    """Options of an attention layer: those of `FeatureOptions`, and how attention is computed.
+
+    Args:
+        attention_mode: `"linear"`, or `"exact"` for the learned kernel itself,
+            quadratic in the length, to compare with.
+        chunk_size: int. Tokens handled at once in causal linear attention;
+            `None` picks by shape. It does not change the result.
+        remat: bool. Whether training computes each block of the sequence anew
+            in the backward pass instead of keeping its features; `None` where
+            that is faster. See `ops.dark_attention`.
+    """
+
+    attention_mode: str = "linear"
+    chunk_size: int | None = None
+    remat: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        super().__post_init__()
+        one_of("attention_mode", self.attention_mode, ATTENTION_MODES)
+        self._settle("chunk_size", optional_integer("chunk_size", self.chunk_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionOptions(AttentionOptions):
+    """Options of a conversion: those of `AttentionOptions`, and which layers are converted.
+
+    `num_features` and `feature_map` may be sequences with one entry for each
+    converted layer.
+
+    Args:
+        layers: `"global"` converts the layers without a sliding window, or
+            all where each layer has one (Mistral's older models); `"all"`
+            every layer, a sequence of indices just these. Layers left keep
+            softmax and their key/value cache.
+        geometry_scale: float. Each geometry starts at this times the identity.
+            `None` for `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m
+            features can just estimate the kernel for queries and keys of unit
+            variance. 1.0 starts at softmax's own kernel, which is noise for
+            large heads.
+        seed: int. Seed of the projections; every layer has one of its own.
+    """
+
+    layers: str | Sequence[int] = "global"
+    num_features: int | Sequence[int] = 256  # type: ignore[assignment]
+    feature_map: str | Sequence[str] = "dark"  # type: ignore[assignment]
+    geometry_scale: float | None = None  # type: ignore[assignment]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before a model is touched."""
+        super().__post_init__()
+        if isinstance(self.layers, str):
+            if self.layers in ("global", "all"):
+                return
+        elif isinstance(self.layers, Iterable) and all(map(is_integer, self.layers)):
+            self._settle("layers", tuple(int(index) for index in self.layers))
+            return
+        raise ValueError(
+            '`layers` must be "global", "all" or a sequence of layer indices. '
+            f"Received: layers={self.layers!r}"
+        )
+
+    def resolve(self, is_local: Sequence[bool], head_dim: int) -> "ConversionOptions":
+        """These options with one entry a converted layer, and nothing left open.
+
+        Args:
+            is_local: for each layer of a model, whether it has a sliding window.
+            head_dim: int.
+        """
+        layers = _resolve_layers(self.layers, is_local)
+        scale = self.geometry_scale
+        if scale is None:
+            scale = default_geometry_scale(head_dim, min(_as_tuple(self.num_features)))
+        return dataclasses.replace(
+            self,
+            layers=layers,
+            geometry_scale=float(scale),
+            num_features=_one_a_layer("num_features", self.num_features, len(layers)),
+            feature_map=_one_a_layer("feature_map", self.feature_map, len(layers)),
+        )
+
+    def get_config(self) -> Config:
+        """As for other options; what is the same in all layers is written once."""
+        config = super().get_config()
+        for name in ("num_features", "feature_map"):
+            if isinstance(config[name], list) and len(set(config[name])) == 1:
+                config[name] = config[name][0]
+        return config
+
+    def by_layer(self) -> dict[int, AttentionOptions]:
+        """The options of every converted layer, by its index; once resolved."""
+        layers, counts, maps = map(_as_tuple, (self.layers, self.num_features, self.feature_map))
+        return {
+            index: self.of(
+                AttentionOptions,
+                num_features=m,
+                feature_map=kind,
+                seed=layer_seed(self.seed, index),
+            )
+            for index, m, kind in zip(layers, counts, maps, strict=True)
+        }
+
+
+def shows_options(options: type[FeatureOptions]) -> Callable[[Function], Function]:
+    """Has a function's signature show the options that its last parameter, `**kwargs`, takes."""
+
+    def show(function: Function) -> Function:
+        signature = inspect.signature(function)
+        *own, rest = signature.parameters.values()
+        taken = {parameter.name for parameter in own}
+        shown = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in dataclasses.fields(options)
+            if field.name not in taken
+        ]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own, *shown, rest]
+        )
+        return function
+
+    return show
+
+
+def unknown_argument(owner: Callable[..., Any], name: str, known: Iterable[str]) -> TypeError:
+    """An error that names the argument, and the known one nearest to it."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return TypeError(f"`{owner.__name__}` has no argument `{name}`.{hint}")
+
+
+def default_geometry_scale(head_dim: int, num_features: int) -> float:
+    """The scale at which m features can still tell queries and keys of unit variance apart.
+
+    One feature's relative variance is `exp(|M(q^ + k^)|^2) - 1`. For entries
+    of unit variance and `M = alpha I`, `|M(q^ + k^)|^2` is about
+    `2 alpha^2 sqrt(h)`; this is the alpha at which that is `log m`, at most 1.
+    A flatter kernel than softmax's, but one the features can estimate: at
+    alpha = 1 and h = 256 the estimate is noise.
+    """
+    return min(1.0, math.sqrt(math.log(max(num_features, 2)) / (2.0 * math.sqrt(head_dim))))
+
+
+def layer_seed(seed: int, index: int) -> int:
+    """A seed of its own for every layer."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def _known_map(name: str, value: Any) -> str:
+    return one_of(name, value, FEATURE_MAPS)
+
+
+def _each(value: Any, check: Callable[[str, Any], Any], name: str) -> Any:
+    """A checked value, or a tuple of them."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(check(name, one) for one in value)
+    return check(name, value)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _one_a_layer(name: str, value: Any, count: int) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(
+            f"`{name}` must be one value or one for each of the {count} converted layers. "
+            f"Received: {value!r}"
+        )
+    return value
+
+
+def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tuple[int, ...]:
+    count = len(is_local)
+    if isinstance(layers, str):
+        every = layers == "all" or all(is_local)
+        chosen = tuple(i for i in range(count) if every or not is_local[i])
+    else:
+        wrong = [i for i in layers if not -count <= i < count]
+        if wrong:
+            raise ValueError(
+                f"`layers` must hold indices of the model's {count} layers. Received: {wrong}"
+            )
+        chosen = tuple(sorted({i % count for i in layers}))
+    if not chosen:
+        raise ValueError("`layers` is empty: nothing would be converted.")
+    return chosen

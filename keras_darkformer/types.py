@@ -1,0 +1,15 @@
+"""Names for types that Keras leaves open."""
+
+from typing import Any, TypeAlias
+
+# A tensor of whichever backend, a variable, or an array that becomes one.
+Tensor: TypeAlias = Any
+# Sizes, `None` where unknown when traced.
+Shape: TypeAlias = tuple[int | None, ...]
+# A Keras model or layer. Keras ships no type information.
+Model: TypeAlias = Any
+Layer: TypeAlias = Any
+# Keyword arguments and configs.
+Config: TypeAlias = dict[str, Any]
+# What `fit` takes: strings, arrays, dicts of arrays or an iterable of batches.
+Data: TypeAlias = Any
