@@ -1,14 +1,18 @@
 """Checks of shapes: each error names the argument, what came and what was expected."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from keras_darkformer.checks import positive_integer
+from keras_darkformer.types import Shape, Tensor
+
+if TYPE_CHECKING:
+    from keras_darkformer.ops.features import DarkParameters
 
 
-def check_attention(query: Any, key: Any, value: Any, *, causal: bool, key_mask: Any) -> None:
-    """Shapes of all but the features; `query` may be `None`."""
-    if query is None:
-        query = key
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, key_mask: Tensor
+) -> None:
+    """Shapes of all but the features."""
     for name, x, axes in (
         ("key", key, "(batch, key_length, num_key_value_heads, head_dim)"),
         ("query", query, "(batch, query_length, num_query_heads, head_dim)"),
@@ -42,21 +46,27 @@ def check_attention(query: Any, key: Any, value: Any, *, causal: bool, key_mask:
             "With `causal=True`, `query` and `key` must have the same length; what came "
             f"before goes into `initial_state`. Received: query {_show(query)}, key {_show(key)}"
         )
-    if key_mask is not None:
-        shape = tuple(key_mask.shape)
-        batch_size, length = key.shape[:2]
-        if (
-            len(shape) != 2
-            or _differ(shape[1], length)
-            or (shape[0] != 1 and _differ(shape[0], batch_size))
-        ):
-            raise ValueError(
-                "`key_mask` must have shape (batch, key_length) = "
-                f"({batch_size}, {length}). Received: shape {shape}"
-            )
+    check_mask("key_mask", key_mask, key)
 
 
-def check_geometry(name: str, geometry: Any, kv_heads: int, head_dim: int) -> None:
+def check_mask(name: str, mask: Tensor, key: Tensor) -> None:
+    """Shape of a mask of keys, which may be `None`."""
+    if mask is None:
+        return
+    shape = tuple(mask.shape)
+    batch_size, length = key.shape[:2]
+    if (
+        len(shape) != 2
+        or _differ(shape[1], length)
+        or (shape[0] != 1 and _differ(shape[0], batch_size))
+    ):
+        raise ValueError(
+            f"`{name}` must have shape (batch, key_length) = "
+            f"({batch_size}, {length}). Received: shape {shape}"
+        )
+
+
+def check_geometry(name: str, geometry: Tensor, kv_heads: int, head_dim: int) -> None:
     """Shape of a geometry, which may be `None`."""
     shape = None if geometry is None else tuple(geometry.shape)
     if shape is not None and (len(shape) != 3 or (shape[0], shape[2]) != (kv_heads, head_dim)):
@@ -66,10 +76,10 @@ def check_geometry(name: str, geometry: Any, kv_heads: int, head_dim: int) -> No
         )
 
 
-def check_features(feature_map: Any, key: Any) -> None:
-    """Shapes of what a `FeatureMap` holds; all but the projection may be `None`."""
+def check_parameters(parameters: "DarkParameters", key: Tensor) -> None:
+    """Shapes of the parameters of a dark feature map."""
     kv_heads, head_dim = key.shape[2:]
-    geometry, projection, query_geometry, log_weight, query_shift, key_shift = feature_map
+    geometry, projection, query_geometry, log_weight, query_shift, key_shift = parameters
     check_geometry("geometry", geometry, kv_heads, head_dim)
     check_geometry("query_geometry", query_geometry, kv_heads, head_dim)
     rank = head_dim if geometry is None else geometry.shape[1]
@@ -97,7 +107,9 @@ def check_features(feature_map: Any, key: Any) -> None:
             )
 
 
-def check_direct_features(query_kernel: Any, key_kernel: Any, key_bias: Any, key: Any) -> None:
+def check_exponential(
+    query_kernel: Tensor, key_kernel: Tensor, key_bias: Tensor, key: Tensor
+) -> None:
     """Shapes of kernels that are not made of geometry and projection."""
     kv_heads, head_dim = key.shape[2:]
     num_features = key_kernel.shape[-1]
@@ -113,54 +125,29 @@ def check_direct_features(query_kernel: Any, key_kernel: Any, key_bias: Any, key
             raise ValueError(f"`{name}` must have shape {axes} = {shape}. Received: {_show(x)}")
 
 
-def check_window(
-    sliding_window: Any, window_only: bool, far_offset: Any, query: Any, causal: bool
-) -> None:
+def check_far_offset(far_offset: Tensor, sliding_window: int | None, num_query_heads: int) -> None:
     """What goes with a sliding window, and what needs one."""
-    if sliding_window is None:
-        if window_only or far_offset is not None:
-            raise ValueError("`window_only` and `far_offset` need a `sliding_window`.")
+    if sliding_window is not None:
+        positive_integer("sliding_window", sliding_window)
+    if far_offset is None:
         return
-    positive_integer("sliding_window", sliding_window)
-    if not causal:
+    if sliding_window is None:
+        raise ValueError("`far_offset` needs a `sliding_window`.")
+    if tuple(far_offset.shape) != (num_query_heads,):
         raise ValueError(
-            "`sliding_window` needs `causal=True`: it holds the last tokens before a query."
-        )
-    if far_offset is not None and tuple(far_offset.shape) != (query.shape[2],):
-        raise ValueError(
-            f"`far_offset` must have shape (num_query_heads,) = ({query.shape[2]},). "
+            f"`far_offset` must have shape (num_query_heads,) = ({num_query_heads},). "
             f"Received: shape {tuple(far_offset.shape)}"
         )
 
 
-def check_state(state: Any, key: Any, value: Any, num_features: int, window: Any = None) -> None:
-    """Shapes of a recurrent state that these keys and values go on from."""
-    batch, kv_heads = heads = (key.shape[0], key.shape[2])
-    expected: tuple[tuple[Any, ...], ...] = (
-        (*heads, num_features, value.shape[3]),
-        (*heads, num_features),
-        heads,
-    )
-    if window is not None:
-        kept = (
-            (batch, window.size, kv_heads, key.shape[3]),
-            (batch, window.size, kv_heads, value.shape[3]),
-            (batch, window.size),
-        )
-        expected = kept if window.only else (*expected, *kept)
-    received = tuple(tuple(x.shape) for x in state)
-    if len(received) != len(expected) or any(
-        len(a) != len(b) or any(map(_differ, a, b)) for a, b in zip(received, expected, strict=True)
-    ):
-        raise ValueError(
-            "`initial_state` must be a state returned for these sizes, a tuple of shapes "
-            f"{expected}. Received: shapes {received}"
-        )
+def shapes_differ(a: Shape, b: Shape) -> bool:
+    """Whether two shapes can't be the same, sizes that are `None` being unknown."""
+    return len(a) != len(b) or any(map(_differ, a, b))
 
 
 def _differ(a: int | None, b: int | None) -> bool:
     return a is not None and b is not None and a != b
 
 
-def _show(x: Any) -> str:
+def _show(x: Tensor) -> str:
     return f"shape {tuple(x.shape)}"

@@ -1,52 +1,46 @@
 """Attention with the dark kernel, estimated by random features in linear time."""
 
-import math
-from typing import Any
-
-import keras
 from keras import ops
 
-from keras_darkformer.checks import positive_integer
+from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.checks import (
     check_attention,
-    check_direct_features,
-    check_features,
-    check_state,
-    check_window,
+    check_exponential,
+    check_far_offset,
+    check_parameters,
 )
 from keras_darkformer.ops.features import (
-    FeatureMap,
-    FeatureProjections,
-    Window,
-    direct_projections,
-    fold_projections,
-    fold_window,
+    DarkParameters,
+    FoldedFeatures,
+    fold,
+    fold_exponential,
+    fold_query_scale,
 )
-from keras_darkformer.ops.linear_attention import accumulate_state, linear_attention
-from keras_darkformer.ops.sums import State
+from keras_darkformer.ops.state import AttentionState, State
+from keras_darkformer.types import Tensor
 
 
 def dark_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    geometry: Any,
-    projection: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    projection: Tensor,
     *,
-    query_geometry: Any = None,
-    log_weight: Any = None,
-    query_shift: Any = None,
-    key_shift: Any = None,
+    query_geometry: Tensor = None,
+    log_weight: Tensor = None,
+    query_shift: Tensor = None,
+    key_shift: Tensor = None,
     sliding_window: int | None = None,
-    window_only: bool = False,
-    far_offset: Any = None,
+    far_offset: Tensor = None,
     causal: bool = False,
-    key_mask: Any = None,
-    initial_state: State | None = None,
+    key_mask: Tensor = None,
+    write_mask: Tensor = None,
+    initial_state: AttentionState | None = None,
     return_state: bool = False,
     chunk_size: int | None = None,
     remat: bool | None = None,
-) -> Any:
+) -> Tensor:
     """DARKFormer attention, in time and memory linear in the length.
 
     With `x^ = h^(-1/4) x`, `M` the geometry and `Sigma = M'M`, softmax
@@ -99,11 +93,15 @@ def dark_attention(
         key_shift: optional `c`, of shape `(k, h)`, on the scale of `k^`.
         sliding_window: optional int W. Query t meets keys t - W + 1 to t
             exactly; needs `causal=True`.
-        window_only: bool. With `sliding_window`: leave the far part out, to
-            measure the window alone.
-        far_offset: optional, of shape `(n,)`, with `sliding_window`.
+        far_offset: optional, of shape `(n,)`, with `sliding_window`. -1e30
+            leaves the far part out, to measure the window alone.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
+        write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true =
+            enters the state that is returned; needs `causal=True`. `None` for
+            all that may be attended to. With a sliding window, tokens left out
+            behind all others leave no trace; before others they take a place
+            in the window.
         initial_state: optional state returned by an earlier call: the keys
             seen before these.
         return_state: bool. Also return the state after these keys.
@@ -118,11 +116,11 @@ def dark_attention(
 
     Returns:
         The output, of shape `(b, t, n, v)` and the inputs' dtype. With
-        `return_state`, `(output, state)`: the state is a tuple of float32
+        `return_state`, `(output, state)`: the state is a `State` of float32
         tensors of shapes `(b, k, m, v)`, `(b, k, m)` and `(b, k)`, whatever
-        the length; a sliding window adds its keys `(b, W, k, h)`, values
-        `(b, W, k, v)` and which of them there are, `(b, W)` (with
-        `window_only` these are all).
+        the length; with a sliding window a `WindowedState`, which also holds
+        the window's keys `(b, W, k, h)`, values `(b, W, k, v)` and mask
+        `(b, W)`.
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
@@ -152,23 +150,22 @@ def dark_attention(
         - [LoLCATs](https://arxiv.org/abs/2410.10254), for window and features
           under one normaliser
     """
-    query, key, value, key_mask = tensors(query, key, value, key_mask)
+    query, key, value, key_mask, write_mask = tensors(query, key, value, key_mask, write_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    feature_map = checked_feature_map(
-        key, geometry, projection, query_geometry, log_weight, query_shift, key_shift
+    parameters = DarkParameters(
+        *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
-    window = checked_window(
-        feature_map, query, key, sliding_window, window_only, far_offset, causal=causal
-    )
-    factored = initial_state is not None and _few(query, feature_map.projection)
-    return _attend(
+    check_parameters(parameters, key)
+    factored = initial_state is not None and are_few(query, parameters.projection.shape[-2])
+    return attend(
         query,
         key,
         value,
-        fold_projections(feature_map, *key.shape[2:], factored=factored),
-        window=window,
+        folded(parameters, query, key, sliding_window, far_offset, factored=factored),
+        sliding_window=sliding_window,
         causal=causal,
         key_mask=key_mask,
+        write_mask=write_mask,
         initial_state=initial_state,
         return_state=return_state,
         chunk_size=chunk_size,
@@ -176,67 +173,22 @@ def dark_attention(
     )
 
 
-def dark_attention_state(
-    key: Any,
-    value: Any,
-    geometry: Any,
-    projection: Any,
-    *,
-    query_geometry: Any = None,
-    log_weight: Any = None,
-    query_shift: Any = None,
-    key_shift: Any = None,
-    sliding_window: int | None = None,
-    window_only: bool = False,
-    key_mask: Any = None,
-    initial_state: State | None = None,
-) -> State:
-    """The state `dark_attention` would return, without the cost of its output.
-
-    Args:
-        key: float tensor of shape `(b, s, k, h)`.
-        value: float tensor of shape `(b, s, k, v)`.
-        geometry: M, of shape `(k, r, h)`, or `None` for the identity.
-        projection: W, of shape `(k, m, r)` or `(m, r)`.
-        key_mask: optional bool tensor of shape `(b, s)`, true = enters the
-            state. With a sliding window, masked keys behind all others leave
-            no trace; before others they take a place in the window.
-        initial_state: optional state of the keys before these.
-        query_geometry, log_weight, query_shift, key_shift, sliding_window,
-            window_only: as for `dark_attention`.
-
-    Returns:
-        The state, as described at `dark_attention`.
-
-    Raises:
-        ValueError: if shapes do not fit; the message names the argument.
-    """
-    key, value, key_mask = tensors(key, value, key_mask)
-    check_attention(None, key, value, causal=False, key_mask=key_mask)
-    feature_map = checked_feature_map(
-        key, geometry, projection, query_geometry, log_weight, query_shift, key_shift
-    )
-    window = checked_window(feature_map, None, key, sliding_window, window_only, None, causal=True)
-    factored = initial_state is not None and _few(key, feature_map.projection)
-    projections = fold_projections(feature_map, *key.shape[2:], factored=factored)
-    return _accumulate(key, value, projections, window, key_mask, initial_state)
-
-
 def feature_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    query_kernel: Any,
-    key_kernel: Any,
-    key_bias: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_kernel: Tensor,
+    key_kernel: Tensor,
+    key_bias: Tensor,
     *,
     causal: bool = False,
-    key_mask: Any = None,
+    key_mask: Tensor = None,
+    write_mask: Tensor = None,
     initial_state: State | None = None,
     return_state: bool = False,
     chunk_size: int | None = None,
     remat: bool | None = None,
-) -> Any:
+) -> Tensor:
     """Attention with exponential features of any kernel, in linear time.
 
         phi_q[j](q) = exp(q . A_q[:, j])
@@ -244,7 +196,7 @@ def feature_attention(
         output_t = sum_s phi_q(q_t) . phi_k(k_s) v_s / sum_s phi_q(q_t) . phi_k(k_s)
 
     The form of features that are fitted or learned rather than drawn:
-    `DarkFeatureMap.calibrate(method="clusters")` makes such, and with
+    `ExponentialFeatureMap` holds such, and with
     `A_k = A_q = [W', -W']` they are Hedgehog's.
 
     Args:
@@ -254,8 +206,8 @@ def feature_attention(
         query_kernel: `A_q`, of shape `(k, h, m)`.
         key_kernel: `A_k`, of shape `(k, h, m)`.
         key_bias: `a`, of shape `(k, m)`.
-        causal, key_mask, initial_state, return_state, chunk_size, remat: as
-            for `dark_attention`.
+        causal, key_mask, write_mask, initial_state, return_state, chunk_size,
+            remat: as for `dark_attention`.
 
     Returns:
         As `dark_attention`.
@@ -273,18 +225,18 @@ def feature_attention(
     References:
         - [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347)
     """
-    query, key, value, key_mask = tensors(query, key, value, key_mask)
+    query, key, value, key_mask, write_mask = tensors(query, key, value, key_mask, write_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
     query_kernel, key_kernel, key_bias = tensors(query_kernel, key_kernel, key_bias)
-    check_direct_features(query_kernel, key_kernel, key_bias, key)
-    return _attend(
+    check_exponential(query_kernel, key_kernel, key_bias, key)
+    return attend(
         query,
         key,
         value,
-        direct_projections(query_kernel, key_kernel, key_bias),
-        window=None,
+        fold_exponential(query_kernel, key_kernel, key_bias),
         causal=causal,
         key_mask=key_mask,
+        write_mask=write_mask,
         initial_state=initial_state,
         return_state=return_state,
         chunk_size=chunk_size,
@@ -292,135 +244,26 @@ def feature_attention(
     )
 
 
-def feature_attention_state(
-    key: Any,
-    value: Any,
-    key_kernel: Any,
-    key_bias: Any,
-    *,
-    key_mask: Any = None,
-    initial_state: State | None = None,
-) -> State:
-    """The state `feature_attention` would return, without the cost of its output.
-
-    Args:
-        key: float tensor of shape `(b, s, k, h)`.
-        value: float tensor of shape `(b, s, k, v)`.
-        key_kernel: `A_k`, of shape `(k, h, m)`.
-        key_bias: `a`, of shape `(k, m)`.
-        key_mask: optional bool tensor of shape `(b, s)`, true = enters the state.
-        initial_state: optional state of the keys before these.
-
-    Returns:
-        The state, as described at `dark_attention`.
-
-    Raises:
-        ValueError: if shapes do not fit; the message names the argument.
-    """
-    key, value, key_mask = tensors(key, value, key_mask)
-    check_attention(None, key, value, causal=False, key_mask=key_mask)
-    key_kernel, key_bias = tensors(key_kernel, key_bias)
-    check_direct_features(key_kernel, key_kernel, key_bias, key)
-    projections = direct_projections(key_kernel, key_kernel, key_bias)
-    return _accumulate(key, value, projections, None, key_mask, initial_state)
-
-
-def _attend(
-    query: Any,
-    key: Any,
-    value: Any,
-    projections: FeatureProjections,
-    *,
-    window: Window | None,
-    causal: bool,
-    key_mask: Any,
-    initial_state: State | None,
-    return_state: bool,
-    chunk_size: int | None,
-    remat: bool | None,
-) -> Any:
-    if initial_state is not None:
-        check_state(initial_state, key, value, projections.num_features, window)
-    if chunk_size is not None:
-        chunk_size = positive_integer("chunk_size", chunk_size)
-    output, state = linear_attention(
-        query,
-        key,
-        value,
-        projections,
-        causal=causal,
-        key_mask=key_mask,
-        state=initial_state,
-        chunk_size=chunk_size,
-        remat=remat,
-        window=window,
-        with_state=return_state,
-    )
-    output = ops.cast(output, output_dtype(query, key, value))
-    return (output, state) if return_state else output
-
-
-def _accumulate(
-    key: Any,
-    value: Any,
-    projections: FeatureProjections,
-    window: Window | None,
-    key_mask: Any,
-    initial_state: State | None,
-) -> State:
-    if initial_state is not None:
-        check_state(initial_state, key, value, projections.num_features, window)
-    return accumulate_state(
-        key, value, projections, key_mask=key_mask, state=initial_state, window=window
-    )
-
-
-def checked_feature_map(key: Any, *arrays: Any) -> FeatureMap:
-    """The fields of a `FeatureMap` as tensors, once they are known to fit the keys."""
-    feature_map = FeatureMap(*tensors(*arrays))
-    check_features(feature_map, key)
-    return feature_map
-
-
-def checked_window(
-    feature_map: FeatureMap,
-    query: Any,
-    key: Any,
+def folded(
+    parameters: DarkParameters,
+    query: Tensor,
+    key: Tensor,
     sliding_window: int | None,
-    window_only: bool,
-    far_offset: Any,
+    far_offset: Tensor,
     *,
-    causal: bool,
-) -> Window | None:
-    """What a sliding window needs of a feature map; `query` is `None` where only a state is."""
+    factored: bool = False,
+) -> FoldedFeatures:
+    """The parameters folded for these queries and keys."""
     (far_offset,) = tensors(far_offset)
-    check_window(sliding_window, window_only, far_offset, query, causal)
+    check_far_offset(far_offset, sliding_window, query.shape[2])
+    sizes = key.shape[2], key.shape[3]
+    features = fold(parameters, *sizes, factored=factored)
     if sliding_window is None:
-        return None
-    kv_heads, head_dim = key.shape[2:]
-    num_query_heads = kv_heads if query is None else query.shape[2]
-    return fold_window(
-        feature_map,
-        kv_heads,
-        head_dim,
-        num_query_heads,
-        sliding_window,
-        far_offset,
-        only=window_only,
-    )
+        return features
+    scale = fold_query_scale(parameters, *sizes, query.shape[2], far_offset)
+    return features._replace(query_scale=scale)
 
 
-def tensors(*arrays: Any) -> tuple[Any, ...]:
+def tensors(*arrays: Tensor) -> tuple[Tensor, ...]:
     """Arrays as tensors; `None` stays."""
     return tuple(None if x is None else ops.convert_to_tensor(x) for x in arrays)
-
-
-def _few(inputs: Any, projection: Any) -> bool:
-    """Whether folding M and W would cost more than applying both to these tokens."""
-    sizes = inputs.shape[:3]
-    return None not in sizes and math.prod(sizes) < projection.shape[-2]
-
-
-def output_dtype(*tensors: Any) -> str:
-    """The dtype attention on these tensors is returned in."""
-    return keras.backend.result_type(*(x.dtype for x in tensors))

@@ -1,24 +1,23 @@
 """Attention with the dark kernel itself: what the features estimate."""
 
-from typing import Any
-
 from keras import ops
 
+from keras_darkformer.ops.attention import output_dtype
 from keras_darkformer.ops.checks import check_attention, check_geometry
-from keras_darkformer.ops.dark_attention import output_dtype
-from keras_darkformer.ops.features import apply_geometry
+from keras_darkformer.ops.dark_features import apply_geometry
+from keras_darkformer.types import Tensor
 
 
 def exact_dark_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    geometry: Any = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor = None,
     *,
     causal: bool = False,
-    key_mask: Any = None,
-    attention_mask: Any = None,
-) -> Any:
+    key_mask: Tensor = None,
+    attention_mask: Tensor = None,
+) -> Tensor:
     """Attention with the dark kernel itself, which the features estimate.
 
     Softmax attention between `M q` and `M k`, scaled by `h^(-1/2)`, through
@@ -86,14 +85,14 @@ def exact_dark_attention(
 
 
 def exact_dark_attention_scores(
-    query: Any,
-    key: Any,
-    geometry: Any = None,
+    query: Tensor,
+    key: Tensor,
+    geometry: Tensor = None,
     *,
     causal: bool = False,
-    key_mask: Any = None,
-    attention_mask: Any = None,
-) -> Any:
+    key_mask: Tensor = None,
+    attention_mask: Tensor = None,
+) -> Tensor:
     """The weights `exact_dark_attention` gives to the values.
 
     Args:
@@ -132,7 +131,7 @@ def exact_dark_attention_scores(
     return ops.where(alive, ops.softmax(ops.where(mask, logits, -1e30)), 0.0)
 
 
-def _visible(key: Any, causal: bool, key_mask: Any, attention_mask: Any) -> Any:
+def _visible(key: Tensor, causal: bool, key_mask: Tensor, attention_mask: Tensor) -> Tensor:
     """All masks as one of rank 4; `None` where there is no more to say than `causal`."""
     if key_mask is None and attention_mask is None:
         return None
@@ -149,11 +148,11 @@ def _visible(key: Any, causal: bool, key_mask: Any, attention_mask: Any) -> Any:
     return visible
 
 
-def _causal(key: Any) -> Any:
+def _causal(key: Tensor) -> Tensor:
     index = ops.arange(ops.shape(key)[1], dtype="int32")
     return (index[None, :] <= index[:, None])[None, None]
 
 
-def _widen(x: Any, width: int) -> Any:
+def _widen(x: Tensor, width: int) -> Tensor:
     missing = width - x.shape[-1]
     return ops.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x

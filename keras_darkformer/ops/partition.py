@@ -1,14 +1,13 @@
 """How a sequence is cut into blocks, and a block into chunks."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from keras_darkformer.ops.backend import block_length, reshape
+from keras_darkformer.types import Tensor
 
 
-def block_partition(length: Any) -> tuple[int, Any]:
+def block_partition(length: Tensor) -> tuple[int, Tensor]:
     """Blocks and tokens per block that cover `length` with little padding.
 
     A block without chunks holds less: it may have twice the tokens. A length
@@ -32,8 +31,8 @@ def pick_chunk_size(head_dim: int, groups: int) -> int:
 
 
 def chunk_partition(
-    length: Any, head_dim: int, groups: int, chunk_size: int | None
-) -> tuple[Any, Any, int]:
+    length: Tensor, head_dim: int, groups: int, chunk_size: int | None
+) -> tuple[Tensor, Tensor, int]:
     """Blocks, chunks per block and chunk size that cover `length` with little padding.
 
     The one block of a length known only at run time has many chunks; the (N, N)
@@ -49,30 +48,35 @@ def chunk_partition(
     return blocks, -(-chunks // blocks), chunk_size
 
 
-def split_blocks(inputs: dict[str, Any], key_mask: Any, blocks: int, tokens: Any) -> dict[str, Any]:
-    """`(b, length, ...) -> (b, blocks, tokens, ...)`; keys that fill up are masked."""
+def split_blocks(inputs: dict[str, Tensor], blocks: int, tokens: Tensor) -> dict[str, Tensor]:
+    """`(b, length, ...) -> (b, blocks, tokens, ...)`, filled up before the first token.
+
+    Behind the last one, what fills up would push the last tokens out of a
+    window. Keys that fill up are masked: where there is a `key`, the result has
+    a `mask`. Inputs that are `None` are left out.
+    """
     batch, length = shape_of(next(iter(inputs.values())))[:2]
-    if key_mask is not None:
-        key_mask = ops.broadcast_to(ops.cast(key_mask, "bool"), (batch, length))
-    if not isinstance(tokens, int) or blocks * tokens != length:
-        padding = blocks * tokens - length
-        if key_mask is None and "key" in inputs:
-            key_mask = ops.ones((batch, length), dtype="bool")
-        inputs = {name: _pad(x, padding) for name, x in inputs.items()}
-        key_mask = None if key_mask is None else _pad(key_mask, padding)
-    if key_mask is not None:
-        inputs["key_mask"] = key_mask
-    return {name: reshape(x, (batch, blocks, tokens, *x.shape[2:])) for name, x in inputs.items()}
+    is_whole = isinstance(tokens, int) and blocks * tokens == length
+    if not is_whole and "key" in inputs and inputs["mask"] is None:
+        inputs = inputs | {"mask": ops.ones((batch, length), dtype="bool")}
+    parts = {}
+    for name, x in inputs.items():
+        if x is not None:
+            if len(x.shape) == 2:  # a mask may have one row for all
+                x = ops.broadcast_to(x, (batch, ops.shape(x)[1]))
+            x = pad_front(x, blocks * tokens - ops.shape(x)[1])
+            parts[name] = reshape(x, (batch, blocks, tokens, *x.shape[2:]))
+    return parts
 
 
-def join_blocks(output: Any, length: Any) -> Any:
+def join_blocks(output: Tensor, length: Tensor) -> Tensor:
     """`(b, blocks, tokens, n, v) -> (b, length, n, v)`."""
     batch, blocks, tokens, *sizes = shape_of(output)
     output = reshape(output, (batch, blocks * tokens, *sizes))
-    return output[:, :length]
+    return output[:, blocks * tokens - length :]
 
 
-def tokens_first(output: Any, length: Any) -> Any:
+def tokens_first(output: Tensor, length: Tensor) -> Tensor:
     """`(b, k, t * g, v) -> (b, t, n, v)`."""
     batch, kv_heads, _, value_dim = shape_of(output)
     output = reshape(output, (batch, kv_heads, length, -1, value_dim))
@@ -80,23 +84,16 @@ def tokens_first(output: Any, length: Any) -> Any:
     return reshape(output, (batch, length, -1, value_dim))
 
 
-def _pad(x: Any, amount: Any) -> Any:
-    """Zeros behind axis 1. `ops.pad` takes no amount that is a tensor."""
-    return ops.concatenate([x, _zeros(x, amount)], axis=1)
-
-
-def _zeros(x: Any, amount: Any) -> Any:
-    """Of the other sizes of `x`."""
+def pad_front(x: Tensor, amount: Tensor) -> Tensor:
+    """Zeros before axis 1. `ops.pad` takes no amount that is a tensor."""
+    if isinstance(amount, int) and not amount:
+        return x
     shape = shape_of(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
-    return ops.zeros((shape[0], amount, *shape[2:]), dtype=dtype)
+    zeros = ops.zeros((shape[0], amount, *shape[2:]), dtype=dtype)
+    return ops.concatenate([zeros, x], axis=1)
 
 
-def pad_front(x: Any, amount: Any) -> Any:
-    """Zeros before axis 1."""
-    return ops.concatenate([_zeros(x, amount), x], axis=1)
-
-
-def shape_of(x: Any) -> tuple[Any, ...]:
+def shape_of(x: Tensor) -> tuple[Tensor, ...]:
     """Static sizes as ints, the others as scalar tensors."""
     return tuple(ops.shape(x))

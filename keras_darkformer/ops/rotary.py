@@ -1,11 +1,11 @@
 """Rotary position embedding, for layers that must not depend on KerasHub."""
 
-from typing import Any
-
 from keras import ops
 
+from keras_darkformer.types import Tensor
 
-def rotary_embedding(inputs: Any, positions: Any, max_wavelength: float = 10_000.0) -> Any:
+
+def rotary_embedding(inputs: Tensor, positions: Tensor, max_wavelength: float = 10_000.0) -> Tensor:
     """Rotates pairs of channels by angles proportional to the position.
 
     Channel i is paired with channel i + h/2 and turned by

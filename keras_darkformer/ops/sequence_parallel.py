@@ -12,47 +12,49 @@ devices' keys are.
 The shapes' letters are those of `ops.features`; besides, D devices.
 """
 
-from typing import Any
-
 from keras import ops, tree
 
-from keras_darkformer.checks import positive_integer
+from keras_darkformer.ops.attention import attend, output_dtype
 from keras_darkformer.ops.backend import SequenceAxis
-from keras_darkformer.ops.checks import check_attention, check_state
-from keras_darkformer.ops.dark_attention import (
-    checked_feature_map,
-    checked_window,
-    output_dtype,
-    tensors,
+from keras_darkformer.ops.checks import check_attention, check_parameters
+from keras_darkformer.ops.dark_attention import folded, tensors
+from keras_darkformer.ops.exact_memory import tokens_of
+from keras_darkformer.ops.features import DarkParameters, FoldedFeatures
+from keras_darkformer.ops.parallel import absorb, read
+from keras_darkformer.ops.state import (
+    LOG_ZERO,
+    AttentionState,
+    State,
+    StateShapes,
+    Tokens,
+    WindowedState,
+    add_states,
 )
-from keras_darkformer.ops.features import FeatureProjections, fold_projections
-from keras_darkformer.ops.linear_attention import accumulate_state, linear_attention, read
-from keras_darkformer.ops.sums import FUTURE, LOG_ZERO, State, pack
-from keras_darkformer.ops.sums import initial_state as empty_state
-from keras_darkformer.ops.window import window_tokens
+from keras_darkformer.ops.sums import FUTURE
+from keras_darkformer.types import Tensor
 
 
 def sequence_parallel_dark_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    geometry: Any,
-    projection: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    projection: Tensor,
     *,
     axis_name: str,
-    query_geometry: Any = None,
-    log_weight: Any = None,
-    query_shift: Any = None,
-    key_shift: Any = None,
+    query_geometry: Tensor = None,
+    log_weight: Tensor = None,
+    query_shift: Tensor = None,
+    key_shift: Tensor = None,
     sliding_window: int | None = None,
-    far_offset: Any = None,
+    far_offset: Tensor = None,
     causal: bool = False,
-    key_mask: Any = None,
+    key_mask: Tensor = None,
     initial_state: State | None = None,
     return_state: bool = False,
     chunk_size: int | None = None,
     remat: bool | None = None,
-) -> Any:
+) -> Tensor:
     """`dark_attention` on a sequence split over devices, to be called in `jax.shard_map`.
 
     The outputs, the state and the gradients are those of `dark_attention` on
@@ -120,68 +122,62 @@ def sequence_parallel_dark_attention(
     axis = SequenceAxis(axis_name)
     query, key, value, key_mask = tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    feature_map = checked_feature_map(
-        key, geometry, projection, query_geometry, log_weight, query_shift, key_shift
+    parameters = DarkParameters(
+        *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
-    window = checked_window(
-        feature_map, query, key, sliding_window, False, far_offset, causal=causal
-    )
-    if chunk_size is not None:
-        chunk_size = positive_integer("chunk_size", chunk_size)
+    check_parameters(parameters, key)
+    features = folded(parameters, query, key, sliding_window, far_offset)
+    key_mask = None if key_mask is None else ops.cast(key_mask, "bool")
+    shapes = StateShapes(features.num_heads, features.num_features, value.shape[3])
+    zeros = _differing(shapes.zeros(key.shape[0]), (query, key, value, key_mask, parameters))
+    before: AttentionState | None = None
     if sliding_window is not None:
-        if sliding_window > key.shape[1]:
-            raise ValueError(
-                "`sliding_window` must fit into one device's part of the sequence, or tokens "
-                "would be needed from more than the neighbour. "
-                f"Received: sliding_window={sliding_window}, {key.shape[1]} tokens per device"
-            )
-        if initial_state is not None or return_state:
-            raise ValueError(
-                "`initial_state` and `return_state` do not go with a `sliding_window` here: the "
-                "last tokens of a padded sequence lie on different devices in every row."
-            )
-    projections = fold_projections(feature_map, *key.shape[2:])
-    if initial_state is not None:
-        check_state(initial_state, key, value, projections.num_features)
-    zeros = empty_state(
-        key.shape[0], projections.num_heads, projections.num_features, value.shape[3]
-    )
-    zeros = _differing(zeros, (query, key, value, key_mask, feature_map))
-    how: dict[str, Any] = {"chunk_size": chunk_size, "remat": remat}
-    if sliding_window is not None:
-        before = _window_before(
-            axis, key, value, key_mask, projections, zeros, sliding_window, remat
-        )
-        output, _ = linear_attention(
-            *(query, key, value, projections),
+        _check_window(sliding_window, key, initial_state, return_state)
+        before = _window_before(axis, key, value, key_mask, features, zeros, sliding_window, remat)
+    else:
+        own = absorb(key, value, features, zeros, key_mask=key_mask, remat=remat)
+        others = () if initial_state is None else (shapes.check(initial_state, key.shape[0]),)
+        if causal:
+            before = _added(_before(axis, own, axis.index), *others)
+        if return_state or not causal:
+            state = _added(_all(axis, own), *others)
+    if causal:
+        output = attend(
+            query,
+            key,
+            value,
+            features,
+            sliding_window=sliding_window,
             causal=True,
             key_mask=key_mask,
-            state=before,
-            window=window,
-            with_state=False,
-            **how,
+            initial_state=before,
+            chunk_size=chunk_size,
+            remat=remat,
         )
-        return ops.cast(output, output_dtype(query, key, value))
-
-    own = accumulate_state(key, value, projections, key_mask=key_mask, state=zeros, remat=remat)
-    if causal:
-        before = _before(axis, own, axis.index)
-        if initial_state is not None:
-            before = _added(before, initial_state)
-        output, _ = linear_attention(
-            query, key, value, projections, causal=True, key_mask=key_mask, state=before, **how
+    else:
+        output = ops.cast(
+            read(query, features, state, remat=remat), output_dtype(query, key, value)
         )
-    if return_state or not causal:
-        state = _all(axis, own)
-        if initial_state is not None:
-            state = _added(state, initial_state)
-    if not causal:
-        output = read(query, projections, pack(state, key, value, projections), remat)
-    output = ops.cast(output, output_dtype(query, key, value))
     return (output, state) if return_state else output
 
 
-def _differing(state: State, like: Any) -> State:
+def _check_window(
+    sliding_window: int, key: Tensor, initial_state: State | None, return_state: bool
+) -> None:
+    if sliding_window > key.shape[1]:
+        raise ValueError(
+            "`sliding_window` must fit into one device's part of the sequence, or tokens "
+            "would be needed from more than the neighbour. "
+            f"Received: sliding_window={sliding_window}, {key.shape[1]} tokens per device"
+        )
+    if initial_state is not None or return_state:
+        raise ValueError(
+            "`initial_state` and `return_state` do not go with a `sliding_window` here: the "
+            "last tokens of a padded sequence lie on different devices in every row."
+        )
+
+
+def _differing(state: State, like: Tensor) -> State:
     """`state`, known to differ along every axis of the mesh that `like` differs along.
 
     `shard_map` notes this of all values, and a loop wants its carry to start as
@@ -191,77 +187,63 @@ def _differing(state: State, like: Any) -> State:
     for x in tree.flatten(like):
         if x is not None:
             other = ops.cast(ops.stop_gradient(ops.reshape(x, (-1,))[0]), "float32")
-            state = tuple(ops.where(True, leaf, other) for leaf in state)
+            state = State(*(ops.where(True, leaf, other) for leaf in state))
     return state
 
 
-def _before(axis: SequenceAxis, own: State, devices: Any) -> State:
+def _before(axis: SequenceAxis, own: State, devices: Tensor) -> State:
     """The state of the keys of the first `devices` devices; all exchange theirs."""
-    gathered = tuple(axis.gather(x) for x in own)  # (D, b, k, ...)
-    earlier = ops.arange(gathered[0].shape[0], dtype="int32") < devices
-    return _sum(gathered, ops.where(earlier, 0.0, FUTURE))
+    gathered = State(*(axis.gather(x) for x in own))  # (D, b, k, ...)
+    earlier = ops.arange(gathered.log_scale.shape[0], dtype="int32") < devices
+    return add_states(gathered, ops.where(earlier, 0.0, FUTURE))
 
 
 def _all(axis: SequenceAxis, own: State) -> State:
     """The state of the keys of all devices."""
-    kv_state, key_state, log_scale = own
-    largest = axis.max(log_scale)
-    weight = ops.exp(log_scale - largest)
-    kv_state, key_state = kv_state * weight[..., None, None], key_state * weight[..., None]
-    return axis.sum(kv_state), axis.sum(key_state), largest
+    largest = axis.max(own.log_scale)
+    weight = ops.exp(own.log_scale - largest)
+    return State(
+        axis.sum(own.kv_state * weight[..., None, None]),
+        axis.sum(own.key_state * weight[..., None]),
+        largest,
+    )
 
 
 def _added(*states: State) -> State:
     """The state of the keys of several."""
-    stacked = tuple(
-        ops.stack([ops.cast(x, "float32") for x in leaves]) for leaves in zip(*states, strict=True)
-    )
-    return _sum(stacked, ops.zeros((len(states),)))
-
-
-def _sum(states: State, log_weight: Any) -> State:
-    """The sum of states, stacked along the first axis, times `exp(log_weight)`, `(D,)`."""
-    kv_states, key_states, log_scales = states
-    # Scales are constants to the gradient, as everywhere.
-    logits = ops.stop_gradient(log_scales) + log_weight[:, None, None]
-    log_scale = ops.maximum(ops.max(logits, axis=0), LOG_ZERO)
-    weights = ops.exp(logits - log_scale)
-    return (
-        ops.einsum("dbk,dbkmv->bkmv", weights, kv_states),
-        ops.einsum("dbk,dbkm->bkm", weights, key_states),
-        log_scale,
-    )
+    if len(states) == 1:
+        return states[0]
+    stacked = State(*(ops.stack(leaves) for leaves in zip(*states, strict=True)))
+    return add_states(stacked, ops.zeros((len(states),)))
 
 
 def _window_before(
     axis: SequenceAxis,
-    key: Any,
-    value: Any,
-    key_mask: Any,
-    projections: FeatureProjections,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor,
+    features: FoldedFeatures,
     zeros: State,
     size: int,
     remat: bool | None,
-) -> State:
+) -> WindowedState:
     """The state with a window of `size` tokens that this device's tokens go on from.
 
     The neighbour's last tokens are in the window, and all before them in the
     sums. So each device sums up what leaves its window by itself and, from
     there on, everything.
     """
-    tokens = window_tokens(key, value, key_mask)
+    tokens = tokens_of(key, value, key_mask)
     parts = zip(*(ops.split(x, [x.shape[1] - size], axis=1) for x in tokens), strict=True)
     state, states = zeros, []
     for part_key, part_value, mask in parts:
         if part_key.shape[1]:
-            state = accumulate_state(
-                part_key, part_value, projections, key_mask=mask > 0, state=state, remat=remat
-            )
+            state = absorb(part_key, part_value, features, state, key_mask=mask > 0, remat=remat)
         states.append(state)
     left, everything = states
     further = _before(axis, everything, axis.index - 1)
     kv_state, key_state, log_scale = (axis.from_previous(x) for x in left)
     # The first device is sent zeros; as a scale that would be a large one.
     log_scale = ops.where(axis.index == 0, LOG_ZERO, log_scale)
-    last = (axis.from_previous(x[:, -size:]) for x in tokens)
-    return *_added(further, (kv_state, key_state, log_scale)), *last
+    recent = Tokens(*(axis.from_previous(x[:, -size:]) for x in tokens))
+    return WindowedState(_added(further, State(kv_state, key_state, log_scale)), recent)

@@ -1,0 +1,75 @@
+"""The features themselves, to look at and to check estimates with."""
+
+from keras import ops
+
+from keras_darkformer.ops.backend import reshape
+from keras_darkformer.types import Tensor
+
+
+def apply_geometry(inputs: Tensor, geometry: Tensor) -> Tensor:
+    """`M x` in float32: `(b, t, n, h) -> (b, t, n, r)`, head i by M of head i // (n / k)."""
+    shape = tuple(ops.shape(inputs))
+    kv_heads, rank, head_dim = geometry.shape
+    inputs = reshape(inputs, (*shape[:2], kv_heads, shape[2] // kv_heads, head_dim))
+    outputs = ops.einsum(
+        "btkgh,krh->btkgr", ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
+    )
+    return reshape(outputs, (*shape[:3], rank))
+
+
+def dark_features(
+    inputs: Tensor,
+    geometry: Tensor,
+    projection: Tensor,
+    *,
+    log_weight: Tensor = None,
+    shift: Tensor = None,
+    tilt: Tensor = None,
+) -> Tensor:
+    """Positive random features phi(x) of the dark kernel, without a stabiliser.
+
+    With `x^ = h^(-1/4) x` and `w_j` the rows of the projection,
+
+        phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2)
+
+    so that `E[phi(q) . phi(k)] = exp(q^' M'M k^)`, the dark kernel. These are
+    the features themselves, to look at and to check estimates with; large
+    inputs overflow. `dark_attention` computes the stable ratio instead.
+
+    Args:
+        inputs: float tensor of shape `(b, s, k, h)`, queries or keys.
+        geometry: M, of shape `(k, r, h)`.
+        projection: W, of shape `(k, m, r)` or `(m, r)`.
+        log_weight: optional, of shape `(k, m)`, added to `log phi`.
+        shift: optional, of shape `(k, h)`, taken from `x^`: of queries their
+            `query_shift`, of keys their `key_shift`.
+        tilt: optional, of shape `(k, h)`: `tilt . x^` is added to `log phi`;
+            of keys the `query_shift`. See `dark_attention`.
+
+    Returns:
+        A float32 tensor of shape `(b, s, k, m)`.
+
+    Example:
+
+    >>> x = np.random.normal(size=(1, 10, 2, 8))
+    >>> geometry = np.stack([np.eye(8)] * 2)
+    >>> dark_features(x, geometry, draw_projection(16, 8)).shape
+    (1, 10, 2, 16)
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+        - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794), lemma 1
+    """
+    inputs, geometry = ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
+    projection = ops.cast(projection, "float32")
+    shift, tilt = (None if x is None else ops.cast(x, "float32") for x in (shift, tilt))
+    scaled = inputs * inputs.shape[-1] ** -0.25
+    projected = apply_geometry(scaled if shift is None else scaled - shift, geometry)
+    equation = "bskr,mr->bskm" if len(projection.shape) == 2 else "bskr,kmr->bskm"
+    log_features = ops.einsum(equation, projected, projection)
+    log_features = log_features - 0.5 * ops.sum(projected**2, axis=-1, keepdims=True)
+    if log_weight is not None:
+        log_features = log_features + ops.cast(log_weight, "float32")
+    if tilt is not None:
+        log_features = log_features + ops.sum(scaled * tilt, axis=-1, keepdims=True)
+    return ops.exp(log_features) * projection.shape[-2] ** -0.5
