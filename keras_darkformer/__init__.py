@@ -1,15 +1,17 @@
 """Linear-time attention for Keras 3 whose random features fit the data.
 
-KerasHub models live in `keras_darkformer.hub`, which is imported on first use
-or together with keras_hub: the rest works without KerasHub.
+KerasHub models live in `keras_darkformer.hub`. The rest works without KerasHub,
+so `hub` is imported on first use: by `convert_to_dark`, or by name. Import it
+yourself before loading a dark KerasHub model, `import keras_darkformer.hub`: it
+tells Keras what the model's classes are.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_darkformer import layers, ops, training
-from keras_darkformer._lazy_hub import register_hub_lazily
 from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
+from keras_darkformer.options import AttentionOptions, ConversionOptions, FeatureOptions
 from keras_darkformer.training import (
     ApproximationLogger,
     LossSpikeCounter,
@@ -29,9 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ApproximationLogger",
+    "AttentionOptions",
+    "ConversionOptions",
     "DarkAttention",
     "DarkFeatureMap",
     "DarkTransformerBlock",
+    "FeatureOptions",
     "LossSpikeCounter",
     "RedrawProjections",
     "approximation_report",
@@ -53,6 +58,3 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     hub = importlib.import_module("keras_darkformer.hub")
     return hub if name == "hub" else getattr(hub, name)
-
-
-register_hub_lazily()

@@ -4,8 +4,8 @@ from typing import Any, TypeAlias
 
 # A tensor of whichever backend, a variable, or an array that becomes one.
 Tensor: TypeAlias = Any
-# Sizes, `None` where unknown when traced.
-Shape: TypeAlias = tuple[int | None, ...]
+# Sizes: ints, or `None` where unknown when traced.
+Shape: TypeAlias = tuple[Any, ...]
 # A Keras model or layer. Keras ships no type information.
 Model: TypeAlias = Any
 Layer: TypeAlias = Any

@@ -1,4 +1,8 @@
-"""KerasHub models with linear attention. Importing this imports keras_hub."""
+"""KerasHub models with linear attention.
+
+Import this before loading a dark model: `import keras_darkformer.hub`. It
+registers the dark classes with Keras and imports keras_hub.
+"""
 
 try:
     import keras_hub  # noqa: F401
@@ -9,8 +13,7 @@ except ImportError as error:
 
 from typing import TYPE_CHECKING, Any
 
-from keras_darkformer.hub.classes import DARK_CLASSES
-from keras_darkformer.hub.conversion import convert_to_dark
+from keras_darkformer.hub.conversion import DARK_CLASSES, convert_to_dark
 from keras_darkformer.hub.report import ConversionReport, conversion_report
 from keras_darkformer.hub.stream import Stream
 

@@ -1,23 +1,20 @@
 """Backbones of which some or all layers attend in linear time."""
 
-import dataclasses
+import functools
 import inspect
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import h5py
-from keras import ops
-from keras_hub.src.utils.preset_utils import get_preset_loader
-
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import DarkHubAttention, head_sizes, layer_seed
-from keras_darkformer.hub.families import Family
-from keras_darkformer.hub.options import DarkOptions, Mixin, dark_name
-
-# Group of a LoRA file that holds feature maps.
-LORA_FEATURE_MAPS = "feature_maps"
+from keras_darkformer.hub.attention import DarkHubAttention, head_sizes
+from keras_darkformer.hub.become import Mixin, become, dark_subclass
+from keras_darkformer.hub.family import Family
+from keras_darkformer.hub.lora import LoraBackbone
+from keras_darkformer.hub.private import get_preset_loader, renumber_lora_layers
+from keras_darkformer.layers.feature_maps import BY_KIND
+from keras_darkformer.layers.feature_maps.placement import PLACEMENTS
+from keras_darkformer.options import ConversionOptions
+from keras_darkformer.types import Config, Layer, Model
 
 
 class PresetLoading(Mixin):
@@ -52,9 +49,9 @@ class PresetLoading(Mixin):
             model = keras_darkformer.hub.DarkGemmaCausalLM.from_preset(
                 "gemma_2b_en", num_features=256)
         """
-        dark, others = DarkOptions.split(kwargs)
+        dark, others = ConversionOptions.split(kwargs)
         if not issubclass(get_preset_loader(preset).check_backbone_class(), DarkBackbone):
-            options = DarkOptions(**dark)
+            options = ConversionOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
             model = cls.take_over(stock, options)
             warn_of_dropped(model)
@@ -67,43 +64,38 @@ class PresetLoading(Mixin):
         return super().from_preset(preset, load_weights, **others)
 
 
-class DarkBackbone(PresetLoading):
+class DarkBackbone(LoraBackbone, PresetLoading):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:
         family: the `Family` this backbone is of.
         stock_cls: the KerasHub class this one is made of.
-        attention_cls: what its attention layers become.
-        dark_options: `DarkOptions`, resolved.
+        options: `ConversionOptions`, resolved.
     """
 
     family: Family
-    attention_cls: type[DarkHubAttention]
+    options: ConversionOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        dark, stock = DarkOptions.split(kwargs, self.stock_cls)
-        options = DarkOptions(**dark)
-        super().__init__(*args, **stock)
+        names = option_names(self.stock_cls)
+        dark = {names[name]: kwargs.pop(name) for name in list(kwargs) if name in names}
+        options = ConversionOptions(**dark)
+        super().__init__(*args, **kwargs)
         self._darken(self._resolve(self, options))
 
     @classmethod
-    def take_over(cls, backbone: Any, options: DarkOptions) -> Any:
-        """Makes a stock backbone dark, in place, and returns it.
-
-        The object itself changes class. Copying its weights into a second
-        model would double the memory, and sharing its layers would leave a
-        stock object behind whose layers are dark, and which saves itself as a
-        softmax model.
-        """
+    def take_over(cls, backbone: Model, options: ConversionOptions) -> Model:
+        """Makes a stock backbone dark, in place, and returns it."""
         options = cls._resolve(backbone, options)
-        backbone.__class__ = cls
+        become(backbone, cls)
         backbone._darken(options)
-        backbone._renumber_lora_layers()
+        renumber_lora_layers(backbone)
         compile_anew(backbone)
         return backbone
 
     @classmethod
-    def _resolve(cls, backbone: Any, options: DarkOptions) -> DarkOptions:
+    def _resolve(cls, backbone: Model, options: ConversionOptions) -> ConversionOptions:
+        """The options for just this backbone, once all is checked that could be wrong."""
         family = cls.family
         if (reason := family.refuse(backbone)) is not None:
             raise ValueError(reason)
@@ -112,152 +104,65 @@ class DarkBackbone(PresetLoading):
                 f"`sliding_window` needs causal attention; {family.name}'s goes in both "
                 f"directions. Received: sliding_window={options.sliding_window}"
             )
-        if options.rope_geometry != "after" and family.rotary is None:
+        if PLACEMENTS[options.rope_geometry].needs_rotation and family.rotary is None:
             raise ValueError(
                 f"`rope_geometry={options.rope_geometry!r}` needs rotary positions, which "
                 f"{family.name} does not have."
             )
         layers = [family.attention_of(block) for block in backbone.transformer_layers]
-        is_local = [family.window(layer) is not None for layer in layers]
-        return options.resolve(is_local, head_sizes(layers[0])[2])
+        head_dim = head_sizes(layers[0])[2]
+        options = options.resolve([family.window(x) is not None for x in layers], head_dim)
+        for of_layer in options.by_layer().values():
+            BY_KIND[of_layer.feature_map].check(of_layer, head_dim)
+        return options
 
-    def _darken(self, options: DarkOptions) -> None:
-        forms = options.feature_forms or ()
-        counts = options.num_features
-        if not isinstance(counts, Sequence):
-            counts = [counts] * len(forms)
-        for index, form, count in zip(options.layer_indices, forms, counts, strict=True):
+    def _darken(self, options: ConversionOptions) -> None:
+        for index, of_layer in options.by_layer().items():
             block = self.transformer_layers[index]
-            of_layer = dataclasses.replace(
-                options, num_features=count, seed=layer_seed(options.seed, index)
-            )
-            self.attention_cls.take_over(self.family.attention_of(block), of_layer, form)
-            _pass_on_padding_mask(block, self.family)
-        self.dark_options = options
-
-    def _renumber_lora_layers(self) -> None:
-        """Has LoRA that was enabled before the conversion find its layers again.
-
-        The stock backbone knows them by their places among all layers with
-        weights, and feature maps have moved these.
-        """
-        if getattr(self, "_lora_enabled_layers", None):
-            layers = [x for x in self._flatten_layers(include_self=False) if x.weights]
-            self._lora_enabled_layers = [
-                index for index, x in enumerate(layers) if getattr(x, "lora_enabled", False)
-            ]
+            attention = self.family.attention_of(block)
+            DarkHubAttention.take_over(attention, self.family, of_layer)
+            # Or a recurrent state would arrive in half precision.
+            become(block, dark_subclass(self.family.dark_block_cls, type(block)), autocast=False)
+        self.options = options
 
     def dropped(self) -> list[dict[str, Any]]:
         """What the converted layers no longer do: dicts of `what`, `why` and `layers`."""
         found: dict[tuple[str, str], list[int]] = {}
-        linear = self.dark_options.attention_mode == "linear"
-        for index in self.dark_options.layer_indices:
-            block = self.transformer_layers[index]
+        for index, layer in self.dark_layers.items():
+            block, linear = self.transformer_layers[index], layer.is_linear
             if (soft_cap := getattr(block, "logit_soft_cap", None)) is not None:
                 what = f"soft cap of the attention logits at {soft_cap}"
                 why = "A bounded logit is no dark kernel."
                 found.setdefault((what, why), []).append(index)
-            if linear and (window := self.family.window(self.family.attention_of(block))):
+            if linear and (window := self.family.window(layer)):
                 what = f"sliding window of {window} tokens"
                 why = "Features sum over all the past; these layers now see all of it."
                 found.setdefault((what, why), []).append(index)
-            if linear and self.attention_cls.drops_weights and block.dropout:
+            if linear and layer.drops_weights and block.dropout:
                 what = "dropout of single attention weights"
                 why = "Linear attention forms none; whole tokens are dropped at the same rate."
                 found.setdefault((what, why), []).append(index)
         return [{"what": what, "why": why, "layers": where} for (what, why), where in found.items()]
 
-    def enable_lora(
-        self, rank: int, target_layer_names: list[str] | None = None, *, train_geometry: bool = True
-    ) -> None:
-        """Enables LoRA as the stock backbone does, and keeps feature maps trainable.
-
-        Args:
-            rank: int. The rank of the factorization.
-            target_layer_names: names of the layers to adapt; `None` for the
-                stock model's.
-            train_geometry: bool. False freezes the feature maps with the rest.
-        """
-        super().enable_lora(rank, target_layer_names)
-        for layer in self.dark_layers:
-            layer.feature_map.trainable = train_geometry
-
-    def save_lora_weights(self, filepath: str | Path) -> None:
-        """Saves LoRA weights as the stock backbone does, and the feature maps with them.
-
-        Feature maps are trained beside LoRA, so an adapter is worth little
-        without its own.
-
-        Args:
-            filepath: where to; must end in `.lora.h5`.
-        """
-        super().save_lora_weights(filepath)
-        with h5py.File(filepath, "a") as file:
-            for name, weight in self._feature_map_weights().items():
-                file[f"{LORA_FEATURE_MAPS}/{name}"] = ops.convert_to_numpy(weight)
-
-    def load_lora_weights(self, filepath: str | Path) -> None:
-        """Loads what `save_lora_weights` of a dark backbone converted alike has saved.
-
-        Args:
-            filepath: path of the file.
-
-        Raises:
-            ValueError: if the file is a stock model's, which numbers layers
-                otherwise, or its feature maps are of other shapes.
-        """
-        weights = self._feature_map_weights()
-        with h5py.File(filepath, "r") as file:
-            if LORA_FEATURE_MAPS not in file:
-                raise ValueError(
-                    f"{str(filepath)!r} has no feature maps: it was saved from a stock model. "
-                    "Load it into the stock model and convert that."
-                )
-            saved = {
-                f"{layer}/{name}": x[()]
-                for layer, group in file[LORA_FEATURE_MAPS].items()
-                for name, x in group.items()
-            }
-        shapes, here = (
-            {name: tuple(x.shape) for name, x in found.items()} for found in (saved, weights)
-        )
-        if shapes != here:
-            raise ValueError(
-                f"{str(filepath)!r} is of a model that was converted or calibrated otherwise: its "
-                f"feature maps have weights {shapes}, those of {self.name!r} {here}."
-            )
-        super().load_lora_weights(filepath)
-        for name, weight in weights.items():
-            weight.assign(saved[name])
-
-    def _feature_map_weights(self) -> dict[str, Any]:
-        """Weights of feature maps by layer and name."""
-        return {
-            f"{index}/{weight.name}": weight
-            for index, layer in zip(self.dark_options.layer_indices, self.dark_layers, strict=True)
-            for weight in layer.feature_map.weights
-        }
-
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The stock backbone's config and the options of the conversion."""
-        options = self.dark_options.get_config()
-        # Calibration changes these.
-        options["feature_forms"] = [layer.feature_map.form for layer in self.dark_layers]
-        counts = [layer.feature_map.num_features for layer in self.dark_layers]
-        options["num_features"] = counts[0] if len(set(counts)) == 1 else counts
-        dark = {dark_name(name, self.stock_cls): value for name, value in options.items()}
+        options = self.options.get_config()
+        # Calibration may have put other feature maps into the layers.
+        kinds = [layer.feature_map.kind for layer in self.dark_layers.values()]
+        options["feature_map"] = kinds if len(set(kinds)) > 1 else kinds[0]
+        dark = {name: options[option] for name, option in option_names(self.stock_cls).items()}
         return {**super().get_config(), **dark}
 
     @property
-    def attention_layers(self) -> list[Any]:
+    def attention_layers(self) -> list[Layer]:
         """The attention layers of all blocks."""
         return [self.family.attention_of(block) for block in self.transformer_layers]
 
     @property
-    def dark_layers(self) -> list[Any]:
-        """The attention layers that were converted."""
-        layers = self.attention_layers
-        return [layers[index] for index in self.dark_options.layer_indices]
+    def dark_layers(self) -> dict[int, DarkHubAttention]:  # type: ignore[override]
+        """The attention layers that were converted, by the indices of their blocks."""
+        layers = enumerate(self.attention_layers)
+        return {index: x for index, x in layers if isinstance(x, DarkHubAttention)}
 
 
 def warn_of_dropped(model: Any) -> None:
@@ -271,28 +176,13 @@ def warn_of_dropped(model: Any) -> None:
         )
 
 
-def _pass_on_padding_mask(block: Any, family: Family) -> None:
-    """Has a decoder block hand the padding mask to attention as it is.
+@functools.cache
+def option_names(stock_cls: type) -> dict[str, str]:
+    """What the options of a conversion are called beside a stock class's arguments.
 
-    The stock block first makes a (b, t, t) mask of it. The method is replaced
-    on the instance: a subclass with another name could not read stock
-    weights, whose keys come from class names.
+    Mistral, for one, has a `sliding_window` of its own; ours is
+    `dark_sliding_window` there.
     """
-    block.autocast = False  # or a recurrent state would arrive in half precision
-    if family.mask_method is None:
-        return
-    stock = getattr(block, family.mask_method)
-    attention = family.attention_of(block)
-    parameters = list(inspect.signature(stock).parameters)
-    place = parameters.index(family.padding_argument)
-
-    def compute_mask(*args: Any, **kwargs: Any) -> Any:
-        if attention.attention_mode == "exact":
-            return stock(*args, **kwargs)
-        named = family.padding_argument in kwargs
-        mask = kwargs[family.padding_argument] if named else args[place]
-        if mask is None or family.mask_axis is None:
-            return mask
-        return ops.expand_dims(mask, axis=family.mask_axis)
-
-    setattr(block, family.mask_method, compute_mask)
+    taken = inspect.signature(stock_cls).parameters
+    names = ConversionOptions.names()
+    return {f"dark_{name}" if name in taken else name: name for name in names}

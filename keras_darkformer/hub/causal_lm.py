@@ -6,12 +6,14 @@ import numpy as np
 from keras import ops
 from keras_hub.samplers import SpeculativeSampler
 from keras_hub.samplers import get as get_sampler
-from keras_hub.src.utils.tensor_utils import any_equal
 
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import ATTEND, PAD, WRITE, DarkHubAttention, head_sizes
+from keras_darkformer.hub.attention import Code, head_sizes
 from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
-from keras_darkformer.hub.options import DarkOptions
+from keras_darkformer.hub.become import become
+from keras_darkformer.hub.private import any_stop
+from keras_darkformer.options import ConversionOptions
+from keras_darkformer.types import Layer, Model, Tensor
 
 
 class DarkTask(PresetLoading):
@@ -25,10 +27,10 @@ class DarkTask(PresetLoading):
     backbone_cls: type[DarkBackbone]
 
     @classmethod
-    def take_over(cls, model: Any, options: DarkOptions) -> Any:
+    def take_over(cls, model: Model, options: ConversionOptions) -> Model:
         """Makes a stock model and its backbone dark, in place, and returns it."""
         cls.backbone_cls.take_over(model.backbone, options)
-        model.__class__ = cls
+        become(model, cls)
         compile_anew(model)
         return model
 
@@ -50,7 +52,7 @@ class DarkCausalLM(DarkTask):
     generate_function: Any
 
     @classmethod
-    def take_over(cls, model: Any, options: DarkOptions) -> Any:
+    def take_over(cls, model: Model, options: ConversionOptions) -> Model:
         """As for other tasks; refuses a model compiled for speculative sampling first."""
         if options.attention_mode == "linear":
             _refuse_speculative(getattr(model, "sampler", None))
@@ -67,12 +69,12 @@ class DarkCausalLM(DarkTask):
             _refuse_speculative(get_sampler(kwargs["sampler"]))
         super().compile(*args, **kwargs)
 
-    def make_generate_function(self) -> Any:
+    def make_generate_function(self) -> Tensor:
         """The compiled part of `generate`, behind a look at its prompts."""
         if self.generate_function is None:
             generate = super().make_generate_function()
 
-            def checked(inputs: Any, stop_token_ids: Any = None) -> Any:
+            def checked(inputs: Any, stop_token_ids: Any = None) -> Tensor:
                 if self._is_recurrent():
                     _refuse_empty(inputs["padding_mask"])
                 return generate(inputs, stop_token_ids)
@@ -85,8 +87,12 @@ class DarkCausalLM(DarkTask):
         return any(map(is_linear, self.backbone.attention_layers))
 
     def call_with_cache(
-        self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any = None
-    ) -> Any:
+        self,
+        token_ids: Tensor,
+        cache: Tensor,
+        cache_update_index: Tensor,
+        padding_mask: Tensor = None,
+    ) -> Tensor:
         """Logits of tokens that follow those in the cache.
 
         Args:
@@ -95,9 +101,9 @@ class DarkCausalLM(DarkTask):
                 earlier call.
             cache_update_index: int or int tensor, the position of the first
                 of these tokens.
-            padding_mask: `(b, t)`, for linear layers only: 0 for padding, 1
-                for tokens that are attended to but left out of the new
-                states, 2 for tokens that enter them. `None` for all to enter.
+            padding_mask: `(b, t)`, for linear layers only: what each token is
+                to them, see `hub.attention.Code`. `None` for all to enter the
+                new states.
 
         Returns:
             `(logits, hidden_states, cache)`.
@@ -107,8 +113,8 @@ class DarkCausalLM(DarkTask):
         return logits, hidden_states, cache
 
     def _run_layers(
-        self, token_ids: Any, cache: Any, cache_update_index: Any, padding_mask: Any
-    ) -> Any:
+        self, token_ids: Tensor, cache: Tensor, cache_update_index: Tensor, padding_mask: Tensor
+    ) -> Tensor:
         backbone, family = self.backbone, self.backbone.family
         x = family.embed(backbone, token_ids, cache_update_index)
         entries = []
@@ -126,7 +132,7 @@ class DarkCausalLM(DarkTask):
             entries.append(entry)
         return backbone.layer_norm(x), tuple(entries)
 
-    def get_initial_cache(self, batch_size: Any, max_length: Any) -> Any:
+    def get_initial_cache(self, batch_size: Tensor, max_length: Tensor) -> Tensor:
         """What generation carries before the first token.
 
         Args:
@@ -134,8 +140,8 @@ class DarkCausalLM(DarkTask):
             max_length: int, the longest sequence layers left exact can hold.
 
         Returns:
-            A tuple with one entry a layer. A linear layer's is a tuple of
-            float32 tensors `(b, k, m, h)`, `(b, k, m)`, `(b, k)`.
+            A tuple with one entry a layer. A linear layer's is a state, see
+            `ops.initial_state`.
         """
         return tuple(
             attention.feature_map.get_initial_state(batch_size)
@@ -144,7 +150,9 @@ class DarkCausalLM(DarkTask):
             for attention in self.backbone.attention_layers
         )
 
-    def _empty_key_value_cache(self, attention: Any, batch_size: Any, max_length: Any) -> Any:
+    def _empty_key_value_cache(
+        self, attention: Layer, batch_size: Tensor, max_length: Tensor
+    ) -> Tensor:
         _, num_heads, head_dim = head_sizes(attention)
         if self.backbone.family.paired_cache:
             pair = (batch_size, max_length, num_heads, head_dim)
@@ -152,7 +160,7 @@ class DarkCausalLM(DarkTask):
         both = (batch_size, 2, max_length, num_heads, head_dim)
         return ops.zeros(both, dtype=self.compute_dtype)
 
-    def _prefill_mask(self, padding_mask: Any, start: Any) -> Any:
+    def _prefill_mask(self, padding_mask: Tensor, start: Tensor) -> Tensor:
         """Codes of a padded batch of prompts from which sampling goes on at `start`.
 
         The sampler begins at the shortest prompt, `start = min(length)`, with
@@ -161,10 +169,10 @@ class DarkCausalLM(DarkTask):
         before `start - 1` enter it now.
         """
         position = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
-        real = ops.where(position[None, :] < start - 1, WRITE, ATTEND)
-        return ops.where(ops.cast(padding_mask, "bool"), real, PAD)
+        real = ops.where(position[None, :] < start - 1, Code.WRITE.value, Code.ATTEND.value)
+        return ops.where(ops.cast(padding_mask, "bool"), real, Code.PAD.value)
 
-    def _build_cache(self, token_ids: Any, padding_mask: Any, start: Any) -> Any:
+    def _build_cache(self, token_ids: Tensor, padding_mask: Tensor, start: Tensor) -> Tensor:
         batch_size, length = ops.shape(token_ids)[:2]
         codes = self._prefill_mask(padding_mask, start)
         cache = self.get_initial_cache(batch_size, length)
@@ -177,10 +185,10 @@ class DarkCausalLM(DarkTask):
         found, cache = self._run_layers(token_ids[:, :first], cache, 0, codes[:, :first])
         hidden_states = ops.pad(found, [[0, 0], [0, length - first], [0, 0]])
 
-        def unread(index: Any, hidden_states: Any, cache: Any) -> Any:
+        def unread(index: Tensor, hidden_states: Tensor, cache: Tensor) -> Tensor:
             return index < start  # the sampler feeds all tokens from there on
 
-        def read(index: Any, hidden_states: Any, cache: Any) -> Any:
+        def read(index: Tensor, hidden_states: Tensor, cache: Tensor) -> Tensor:
             piece = [ops.slice(x, [0, index], [batch_size, size]) for x in (token_ids, codes)]
             found, cache = self._run_layers(piece[0], cache, index, piece[1])
             return index + size, ops.slice_update(hidden_states, [0, index, 0], found), cache
@@ -189,7 +197,7 @@ class DarkCausalLM(DarkTask):
         _, hidden_states, cache = ops.while_loop(unread, read, (index, hidden_states, cache))
         return hidden_states, cache
 
-    def generate_step(self, inputs: Any, stop_token_ids: Any = None) -> Any:
+    def generate_step(self, inputs: Any, stop_token_ids: Any = None) -> Tensor:
         """Generates for one batch: the compiled part of `generate`.
 
         Args:
@@ -204,7 +212,7 @@ class DarkCausalLM(DarkTask):
         start = ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1))
         hidden_states, cache = self._build_cache(token_ids, padding_mask, start)
 
-        def next_token(prompt: Any, cache: Any, index: Any) -> Any:
+        def next_token(prompt: Tensor, cache: Tensor, index: Tensor) -> Tensor:
             batch_size = ops.shape(prompt)[0]
             last = ops.slice(prompt, [0, index - 1], [batch_size, 1])
             logits, hidden_states, cache = self.call_with_cache(last, cache, index - 1)
@@ -223,15 +231,14 @@ class DarkCausalLM(DarkTask):
         if stop_token_ids is None:
             return {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids, dtype="bool")}
         # Real tokens: everything up to the first generated stop token.
-        stops = any_equal(token_ids, stop_token_ids, ops.logical_not(padding_mask))
-        stops = ops.cast(stops, "int32")
+        stops = ops.cast(any_stop(token_ids, stop_token_ids, padding_mask), "int32")
         behind_stop = ops.cumsum(stops, axis=-1) - stops
         return {"token_ids": token_ids, "padding_mask": ops.equal(behind_stop, 0)}
 
 
-def is_linear(attention: Any) -> bool:
+def is_linear(attention: Layer) -> bool:
     """Whether an attention layer carries a state, not a key/value cache."""
-    return isinstance(attention, DarkHubAttention) and attention.attention_mode == "linear"
+    return getattr(attention, "is_linear", False)
 
 
 def _refuse_speculative(sampler: Any) -> None:
@@ -244,7 +251,7 @@ def _refuse_speculative(sampler: Any) -> None:
         )
 
 
-def _refuse_empty(padding_mask: Any) -> None:
+def _refuse_empty(padding_mask: Tensor) -> None:
     lengths = np.sum(ops.convert_to_numpy(padding_mask) != 0, axis=-1)
     if (lengths == 0).any():
         # The sampler would begin with a token from behind: a key/value cache

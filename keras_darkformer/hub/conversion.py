@@ -4,31 +4,19 @@ from typing import Any
 
 from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.backbone import DarkBackbone, warn_of_dropped
-from keras_darkformer.hub.causal_lm import DarkTask
-from keras_darkformer.hub.classes import BY_STOCK_CLASS
-from keras_darkformer.hub.families import INEXPRESSIBLE
-from keras_darkformer.hub.options import DarkOptions
+from keras_darkformer.hub.families import FAMILIES, INEXPRESSIBLE
+from keras_darkformer.hub.tasks import DarkTask, dark_classes
+from keras_darkformer.options import ConversionOptions, shows_options, unknown_argument
+from keras_darkformer.types import Model
+
+_OF_FAMILIES = [dark_classes(family) for family in FAMILIES]
+# By their names, and by their stock classes.
+DARK_CLASSES = {dark.__name__: dark for classes in _OF_FAMILIES for dark in classes.values()}
+BY_STOCK_CLASS = {stock: dark for classes in _OF_FAMILIES for stock, dark in classes.items()}
 
 
-def convert_to_dark(
-    model: Any,
-    *,
-    num_features: Any = 256,
-    layers: Any = "global",
-    attention_mode: str = "linear",
-    geometry_scale: float | None = None,
-    train_geometry: bool = True,
-    train_projection: bool = False,
-    projection: str = "orthogonal",
-    tie_geometry: bool = True,
-    rope_geometry: str = "after",
-    sliding_window: int | None = None,
-    window_only: bool = False,
-    chunk_size: int | None = None,
-    remat: bool | None = None,
-    seed: int = 0,
-    copy: bool = False,
-) -> Any:
+@shows_options(ConversionOptions)
+def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model:
     """Replaces the softmax attention of a KerasHub model by DARKFormer attention.
 
     The model is converted in place and returned: no second copy of its
@@ -50,47 +38,16 @@ def convert_to_dark(
             QwenMoe, Qwen3, Qwen3Moe, Phi3, GPT2 or OPT; or a backbone, masked
             LM or text classifier of Bert, Roberta or DistilBert, whose
             attention goes in both directions.
-        num_features: int, or a sequence with one for each converted layer.
-            Random features m per key/value head.
-        layers: `"global"` converts the layers without a sliding window, or
-            all where each layer has one (Mistral's older models); `"all"`
-            every layer, a sequence of indices just these. Layers left keep
-            softmax and their key/value cache.
-        attention_mode: `"linear"`, or `"exact"` for the learned kernel
-            computed exactly, quadratic in the length. With
-            `geometry_scale=1.0` that is the stock model's function, but for a
-            soft cap of the attention logits.
-        geometry_scale: float. Each geometry starts at this times the identity.
-            `None` for `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m
-            features can just estimate the kernel for queries and keys of unit
-            variance. 1.0 starts at softmax's own kernel, which is noise for
-            large heads.
-        train_geometry: bool. False, with `geometry_scale=1.0`, is Performer.
-        train_projection: bool. Also trains the projection; then the features
-            are learned, no longer random.
-        projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`.
-        tie_geometry: bool. One geometry for queries and keys, as in the paper,
-            or one each, which fits better.
-        rope_geometry: `"after"` the rotation, `"before"` it, or `"planes"`,
-            one scalar per rotary plane; see `DarkFeatureMap`. But for
-            `"after"`, only for models with rotary positions.
-        sliding_window: int. The last tokens, met with softmax's own kernel;
-            features stand for those further back only. Causal models only.
-            `None` for none.
-        window_only: bool. With a sliding window: leaves the features out, to
-            measure the window alone.
-        chunk_size: int, tokens handled at once, or `None` to pick by shape.
-        remat: bool. Whether training computes features anew in the backward
-            pass instead of keeping them: less memory, more time. `None` where
-            that is faster (JAX).
-        seed: int. Seed of the projections.
         copy: bool. Convert a copy; needs memory for two models.
+        **kwargs: the options of `ConversionOptions`: `num_features`, `layers`,
+            `attention_mode`, `geometry_scale`, `sliding_window` and others.
 
     Returns:
         The dark model, of the class in `keras_darkformer.hub` that has `Dark`
         before its name: `DarkGemmaCausalLM`, `DarkBertBackbone`.
 
     Raises:
+        TypeError: for an option that is unknown.
         ValueError: with the reason, if the model is of no class that can be
             converted, is dark already or can't be expressed (vision or
             bidirectional attention), or an argument is out of range. The model
@@ -112,29 +69,18 @@ def convert_to_dark(
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    options = DarkOptions(
-        num_features=num_features,
-        layers=layers,
-        attention_mode=attention_mode,
-        geometry_scale=geometry_scale,
-        train_geometry=train_geometry,
-        train_projection=train_projection,
-        projection=projection,
-        tie_geometry=tie_geometry,
-        rope_geometry=rope_geometry,
-        sliding_window=sliding_window,
-        window_only=window_only,
-        chunk_size=chunk_size,
-        remat=remat,
-        seed=seed,
-    )
+    dark, others = ConversionOptions.split(kwargs)
+    for name in others:
+        known = ["copy", *ConversionOptions.names()]
+        raise unknown_argument(convert_to_dark, name, known)
+    options = ConversionOptions(**dark)
     dark_cls = _dark_class(model)
     model = dark_cls.take_over(_copy(model) if copy else model, options)
     warn_of_dropped(model)
     return model
 
 
-def _dark_class(model: Any) -> Any:
+def _dark_class(model: Model) -> Any:
     if isinstance(model, DarkBackbone | DarkTask) or isinstance(
         getattr(model, "backbone", None), DarkBackbone
     ):
@@ -161,7 +107,7 @@ def _reason(cls: type) -> str:
     return "There is no conversion for this class."
 
 
-def _copy(model: Any) -> Any:
+def _copy(model: Model) -> Any:
     # A preprocessor's vocabulary is not in its config; both models share it.
     config = model.get_config() | ({"preprocessor": None} if hasattr(model, "backbone") else {})
     twin = type(model).from_config(config)

@@ -84,7 +84,7 @@ def conversion_report(model: Any) -> ConversionReport:
             "`model` must be a causal LM or backbone converted by `convert_to_dark`. "
             f"Received: {type(model).__name__}"
         )
-    options = backbone.dark_options
+    options = backbone.options
     layers = []
     blocks = zip(backbone.transformer_layers, backbone.attention_layers, strict=True)
     for index, (block, attention) in enumerate(blocks):
@@ -100,15 +100,15 @@ def conversion_report(model: Any) -> ConversionReport:
                 "new_parameters": attention.feature_map.count_params() if converted else 0,
             }
         )
-    maps = [layer.feature_map for layer in backbone.dark_layers]
+    maps = [layer.feature_map for layer in backbone.dark_layers.values()]
     return ConversionReport(
         model=type(model).__name__,
-        num_features=backbone.get_config()["num_features"],
+        num_features=options.get_config()["num_features"],
         attention_mode=options.attention_mode,
         projection=options.projection,
         geometry_scale=options.geometry_scale,
         layers=layers,
-        converted=list(options.layer_indices),
+        converted=list(backbone.dark_layers),
         left=[layer["index"] for layer in layers if not layer["converted"]],
         dropped=backbone.dropped(),
         new_parameters={

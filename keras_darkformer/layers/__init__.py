@@ -1,7 +1,13 @@
 """Keras layers."""
 
 from keras_darkformer.layers.dark_attention import DarkAttention
-from keras_darkformer.layers.dark_feature_map import DarkFeatureMap
 from keras_darkformer.layers.dark_transformer_block import DarkTransformerBlock
+from keras_darkformer.layers.feature_maps import DarkFeatureMap, ExponentialFeatureMap, FeatureMap
 
-__all__ = ["DarkAttention", "DarkFeatureMap", "DarkTransformerBlock"]
+__all__ = [
+    "DarkAttention",
+    "DarkFeatureMap",
+    "DarkTransformerBlock",
+    "ExponentialFeatureMap",
+    "FeatureMap",
+]

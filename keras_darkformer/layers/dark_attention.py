@@ -6,21 +6,18 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_darkformer.checks import one_of, positive_integer
-from keras_darkformer.layers.dark_feature_map import DarkFeatureMap
+from keras_darkformer.checks import positive_integer
+from keras_darkformer.layers.core import FeatureAttention, drop_tokens
+from keras_darkformer.layers.heads import Heads, as_it_is
 from keras_darkformer.layers.masks import merge_masks, split_attention_mask
-from keras_darkformer.layers.observation import Observation, Observer
-from keras_darkformer.ops import (
-    exact_dark_attention,
-    exact_dark_attention_scores,
-    rotary_embedding,
-)
-
-ATTENTION_MODES = ("linear", "exact")
+from keras_darkformer.ops import PositionedState, exact_dark_attention_scores, rotary_embedding
+from keras_darkformer.ops.state import AttentionState, StateShapes
+from keras_darkformer.options import AttentionOptions, shows_options
+from keras_darkformer.types import Config, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
-class DarkAttention(keras.layers.Layer):
+class DarkAttention(FeatureAttention, keras.layers.Layer):
     """Grouped-query attention with the dark kernel, linear in the length.
 
     Takes the place of `keras.layers.GroupQueryAttention`: the same call and
@@ -36,36 +33,20 @@ class DarkAttention(keras.layers.Layer):
         num_query_heads: int. Heads of the queries.
         num_key_value_heads: int. Heads of keys and values, a divisor of
             `num_query_heads`; `None` for as many.
-        num_features: int. Random features per key/value head. More cost more
-            and estimate the kernel better.
-        attention_mode: `"linear"`, or `"exact"` for the learned kernel itself,
-            quadratic in the length, to compare with.
         dropout: float. Drops whole tokens from the values, the same ones for
             every query: the part of attention dropout that linear attention
             can express. Both modes do this.
         use_bias: bool. Whether the projections have biases.
-        chunk_size: int or `None`. Tokens handled at once in causal linear
-            attention; `None` picks by shape. It does not change the result.
-        remat: bool or `None`. Whether training computes each block of the
-            sequence anew in the backward pass instead of keeping its features;
-            `None` where that is faster. See `ops.dark_attention`.
         rope_max_wavelength: float or `None`. Rotates queries and keys by their
             positions (RoPE) with this wavelength, 10_000 in most models.
             Masked tokens have no position of their own: padding moves nothing.
-        seed: int or `None`. Seeds the projection and the dropout.
-        sliding_window: int or `None`. Each query meets its last
-            `sliding_window` keys with softmax's kernel, and features only
-            stand for those further back. Linear mode, causal calls only.
-        window_only: bool. With a sliding window: leaves the features out, to
-            measure the window alone.
-        rank, projection, train_geometry, train_projection, geometry_scale,
-            tie_geometry, rope_geometry: as for `DarkFeatureMap`.
-        feature_form: the `form` of the feature map: what calibration left.
         kernel_initializer, bias_initializer, kernel_regularizer,
             bias_regularizer, activity_regularizer, kernel_constraint,
             bias_constraint: of the four projections, as in
             `keras.layers.GroupQueryAttention`.
-        **kwargs: as for `keras.layers.Layer`.
+        **kwargs: the options of `AttentionOptions`: `num_features`,
+            `attention_mode`, `sliding_window`, `seed` (of the projection and of
+            dropout) and others; and as for `keras.layers.Layer`.
 
     Call arguments:
         query: `(b, t, d)`.
@@ -87,10 +68,11 @@ class DarkAttention(keras.layers.Layer):
     Returns:
         The output, of shape `(b, t, d)`; with `return_attention_scores`
         `(output, scores)`, scores `(b, n, t, s)`; with `return_state`
-        `(output, state)`: a tuple of float32 tensors of constant shape, batch
-        first.
+        `(output, state)`: named tuples of float32 tensors of constant shape,
+        batch first, see `get_initial_state`.
 
     Raises:
+        TypeError: for an argument that is unknown.
         ValueError: for an `attention_mask` that linear attention can't
             express, for scores asked of linear mode or a state of exact mode,
             for a sliding window without a causal mask, and for sizes that do
@@ -116,30 +98,16 @@ class DarkAttention(keras.layers.Layer):
         - [GQA](https://arxiv.org/abs/2305.13245)
     """
 
+    @shows_options(AttentionOptions)
     def __init__(
         self,
         head_dim: int,
         num_query_heads: int,
         num_key_value_heads: int | None = None,
-        num_features: int = 256,
         *,
-        attention_mode: str = "linear",
         dropout: float = 0.0,
         use_bias: bool = True,
-        chunk_size: int | None = None,
-        remat: bool | None = None,
         rope_max_wavelength: float | None = None,
-        seed: int | None = None,
-        rank: int | None = None,
-        projection: str = "orthogonal",
-        train_geometry: bool = True,
-        train_projection: bool = False,
-        geometry_scale: float = 1.0,
-        tie_geometry: bool = True,
-        rope_geometry: str = "after",
-        feature_form: str = "random",
-        sliding_window: int | None = None,
-        window_only: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
         kernel_regularizer: Any = None,
@@ -149,6 +117,7 @@ class DarkAttention(keras.layers.Layer):
         bias_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
+        options, kwargs = AttentionOptions.take(type(self), kwargs)
         # Without autocast, or a state would arrive in half precision. The
         # projections cast what they are given.
         super().__init__(autocast=False, **kwargs)
@@ -170,13 +139,10 @@ class DarkAttention(keras.layers.Layer):
         self.head_dim = head_dim
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
-        self.attention_mode = one_of("attention_mode", attention_mode, ATTENTION_MODES)
+        self.options = options
         self.dropout = dropout
         self.use_bias = use_bias
-        self.chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
-        self.remat = remat
         self.rope_max_wavelength = rope_max_wavelength
-        self.seed = seed
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -185,33 +151,9 @@ class DarkAttention(keras.layers.Layer):
         self.projection_regularizer = keras.regularizers.get(activity_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.feature_map = DarkFeatureMap(
-            num_key_value_heads,
-            head_dim,
-            num_features,
-            rank=rank,
-            projection=projection,
-            train_geometry=train_geometry,
-            train_projection=train_projection,
-            geometry_scale=geometry_scale,
-            tie_geometry=tie_geometry,
-            rope_geometry=rope_geometry,
-            form=feature_form,
-            sliding_window=sliding_window,
-            window_only=window_only,
-            num_query_heads=num_query_heads,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="feature_map",
+        self.feature_map = self.make_feature_map(
+            num_key_value_heads, head_dim, num_query_heads, options
         )
-        # Set by those who calibrate or judge the layer, see `observed`.
-        self.observer: Observer | None = None
-        self.position_offset: Any = None
-
-    @property
-    def num_features(self) -> int:
-        """Random features per key/value head."""
-        return self.feature_map.num_features
 
     @property
     def is_rotary(self) -> bool:
@@ -222,7 +164,7 @@ class DarkAttention(keras.layers.Layer):
         """The projections to queries, keys and values."""
         return self.query_dense, self.key_dense, self.value_dense
 
-    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+    def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
         """Creates the four projections and the feature map."""
         key_shape = value_shape if key_shape is None else key_shape
         heads, kv_heads, head_dim = self.num_query_heads, self.num_key_value_heads, self.head_dim
@@ -237,7 +179,7 @@ class DarkAttention(keras.layers.Layer):
         )
         self.output_dense.build((None, None, heads, head_dim))
         self.token_dropout = keras.layers.Dropout(
-            self.dropout, seed=self.seed, dtype=self.dtype_policy, name="token_dropout"
+            self.dropout, seed=self.options.seed, dtype=self.dtype_policy, name="token_dropout"
         )
         self.feature_map.build()
         self.built = True
@@ -245,7 +187,7 @@ class DarkAttention(keras.layers.Layer):
     def _dense(
         self, equation: str, output_shape: tuple[int | None, ...], bias_axes: str, name: str
     ) -> keras.layers.EinsumDense:
-        def clone(initializer: Any) -> Any:
+        def clone(initializer: Any) -> Tensor:
             # A seeded initializer used twice would give the same values twice.
             return initializer.__class__.from_config(initializer.get_config())
 
@@ -269,102 +211,89 @@ class DarkAttention(keras.layers.Layer):
 
     def call(
         self,
-        query: Any,
-        value: Any,
-        key: Any = None,
-        query_mask: Any = None,
-        value_mask: Any = None,
-        key_mask: Any = None,
-        attention_mask: Any = None,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor = None,
+        query_mask: Tensor = None,
+        value_mask: Tensor = None,
+        key_mask: Tensor = None,
+        attention_mask: Tensor = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
-        initial_state: Any = None,
+        initial_state: Tensor = None,
         return_state: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """See the class."""
         self._check_mode(return_attention_scores, initial_state, return_state)
         self._check_attention_mask(attention_mask, query, value)
         key_mask = merge_masks(value_mask, key_mask)
-        if self.attention_mode == "linear" and attention_mask is not None:
+        if self.is_linear and attention_mask is not None:
             causal, padding = split_attention_mask(attention_mask)
             use_causal_mask = use_causal_mask or causal
-            key_mask = merge_masks(key_mask, padding)
+            key_mask, attention_mask = merge_masks(key_mask, padding), None
         self._check_causal(use_causal_mask)
         is_self_attention = use_causal_mask or query is value
         key = value if key is None else key
 
+        state, start = self._split_state(initial_state, query)
         query, key = self.query_dense(query), self.key_dense(key)
         value = drop_tokens(self.token_dropout, self.value_dense(value), training)
-        start = None
-        if self.rope_max_wavelength is not None and initial_state is not None:
-            *initial_state, start = initial_state
         rotate_key = self._rotation(key, key_mask, start)
         rotate_query = rotate_key if is_self_attention else self._rotation(query, query_mask, start)
-        masks = {
-            "causal": use_causal_mask,
-            "key_mask": key_mask,
-            "attention_mask": _with_head_axis(attention_mask),
-        }
-        if self.observer is not None:
-            observation = Observation(query, key, value, rotate_query, rotate_key, **masks)
-            output = self.observer(self, observation)
-            return self.output_dense(output)
-
-        query = rotate_query(self.feature_map.before_rotation(query))
-        key = rotate_key(self.feature_map.before_rotation(key))
-        if self.attention_mode == "exact":
-            query = self.feature_map.exact_query(query)
-            output = exact_dark_attention(query, key, value, **masks)
-        else:
-            output = self.feature_map.attend(
-                query,
-                key,
-                value,
-                causal=use_causal_mask,
-                key_mask=key_mask,
-                initial_state=initial_state,
-                return_state=return_state,
-                chunk_size=self.chunk_size,
-                remat=self.remat,
-            )
-            if return_state:
-                output, state = output
+        heads = Heads(
+            query,
+            key,
+            value,
+            rotate_query,
+            rotate_key,
+            causal=use_causal_mask,
+            key_mask=key_mask,
+            attention_mask=_with_head_axis(attention_mask),
+        )
+        output, state = self.attend(heads, initial_state=state, return_state=return_state)
         if query_mask is not None:
             output = ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
         output = self.output_dense(output)
-
         if return_attention_scores:
-            scores = exact_dark_attention_scores(query, key, **masks)
-            return output, ops.cast(scores, self.compute_dtype)
-        if return_state:
-            return output, self._with_position(state, start, key, key_mask)
-        return output
+            return output, self._scores(heads)
+        return (output, self._with_position(state, start, heads)) if return_state else output
+
+    def _split_state(self, state: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """A state less the position that travels with it, and that position."""
+        if state is None:
+            return None, None
+        state = self._state_shapes.check(state, query.shape[0])
+        return state if self.is_rotary else (state, None)
+
+    def _scores(self, heads: Heads) -> Tensor:
+        query, key = heads.for_features(self.feature_map)
+        query = self.feature_map.exact_query(query)
+        scores = exact_dark_attention_scores(query, key, **heads.masks)
+        return ops.cast(scores, self.compute_dtype)
 
     def _check_mode(
-        self, return_attention_scores: bool, initial_state: Any, return_state: bool
+        self, return_attention_scores: bool, initial_state: Tensor, return_state: bool
     ) -> None:
-        if self.attention_mode == "linear" and return_attention_scores:
+        if self.is_linear and return_attention_scores:
             raise ValueError(
                 '`return_attention_scores=True` needs `attention_mode="exact"`: linear '
                 "attention never forms the scores."
             )
-        if self.attention_mode == "exact" and (return_state or initial_state is not None):
+        if not self.is_linear and (return_state or initial_state is not None):
             raise ValueError(
                 '`initial_state` and `return_state` need `attention_mode="linear"`: exact '
                 "attention has no state of constant size."
             )
 
     def _check_causal(self, causal: bool) -> None:
-        if self.feature_map.sliding_window is None or self.attention_mode == "exact":
-            return
-        if not causal:
+        if self.is_linear and self.options.sliding_window is not None and not causal:
             raise ValueError(
                 "`sliding_window` needs `use_causal_mask=True`: it holds the last tokens before a "
                 "query."
             )
 
-    def _check_attention_mask(self, attention_mask: Any, query: Any, value: Any) -> None:
+    def _check_attention_mask(self, attention_mask: Tensor, query: Tensor, value: Tensor) -> None:
         if attention_mask is None or len(attention_mask.shape) < 2:
             return
         sizes = (query.shape[1], value.shape[1])
@@ -377,11 +306,11 @@ class DarkAttention(keras.layers.Layer):
                 f"{sizes}. Received: shape {tuple(attention_mask.shape)}"
             )
 
-    def _rotation(self, x: Any, mask: Any, start: Any) -> Callable[[Any], Any]:
+    def _rotation(self, x: Tensor, mask: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that rotates `(b, t, ...)` by positions; padding has none, from `start` on."""
         wavelength = self.rope_max_wavelength
         if wavelength is None:
-            return lambda inputs: inputs
+            return as_it_is
         if mask is None:
             positions = ops.arange(ops.shape(x)[1], dtype="float32")
         else:
@@ -392,58 +321,58 @@ class DarkAttention(keras.layers.Layer):
             positions = positions + ops.cast(self.position_offset, "float32")
         return lambda inputs: rotary_embedding(inputs, positions, wavelength)
 
-    def _with_position(self, state: Any, start: Any, key: Any, key_mask: Any) -> Any:
+    def _with_position(self, state: Tensor, start: Tensor, heads: Heads) -> Tensor:
         """With RoPE, the number of real tokens seen travels with the state."""
-        if self.rope_max_wavelength is None:
+        if not self.is_rotary:
             return state
-        batch_size, length = ops.shape(key)[:2]
+        batch_size, length = ops.shape(heads.value)[:2]
         if start is None:
             start = ops.zeros((batch_size,), dtype="float32")
-        if key_mask is not None:
-            length = ops.sum(ops.cast(key_mask, "float32"), axis=-1)
-        return (*state, start + ops.cast(length, "float32"))
+        if heads.key_mask is not None:
+            length = ops.sum(ops.cast(heads.key_mask, "float32"), axis=-1)
+        return PositionedState(state, start + ops.cast(length, "float32"))
 
-    def get_initial_state(self, batch_size: Any) -> Any:
+    @property
+    def _state_shapes(self) -> StateShapes:
+        return self.feature_map.state_shapes(positioned=self.is_rotary)
+
+    def get_initial_state(self, batch_size: Tensor) -> AttentionState:
         """The state before the first token.
 
         Args:
             batch_size: int, or scalar int tensor.
 
         Returns:
-            A tuple of float32 tensors, batch first: `(b, k, m, h)`,
-            `(b, k, m)`, `(b, k)`, with a sliding window its keys and values
-            `(b, W, k, h)` and which there are `(b, W)`, and with RoPE the
-            tokens seen, `(b,)`.
+            An `ops.State`, with a sliding window an `ops.WindowedState`; with
+            RoPE an `ops.PositionedState` of that and the tokens seen, `(b,)`.
+            See `ops.initial_state` for the shapes.
         """
-        state = self.feature_map.get_initial_state(batch_size)
-        if self.rope_max_wavelength is None:
-            return state
-        return (*state, ops.zeros((batch_size,), dtype="float32"))
+        return self._state_shapes.zeros(batch_size)
 
     def compute_output_shape(
-        self, query_shape: Any, value_shape: Any, key_shape: Any = None
-    ) -> Any:
+        self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None
+    ) -> Tensor:
         """The shape of `query`."""
         return tuple(query_shape)
 
     def compute_output_spec(
         self,
-        query: Any,
-        value: Any,
-        key: Any = None,
-        query_mask: Any = None,
-        value_mask: Any = None,
-        key_mask: Any = None,
-        attention_mask: Any = None,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor = None,
+        query_mask: Tensor = None,
+        value_mask: Tensor = None,
+        key_mask: Tensor = None,
+        attention_mask: Tensor = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
-        initial_state: Any = None,
+        initial_state: Tensor = None,
         return_state: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
         self._check_mode(return_attention_scores, initial_state, return_state)
-        if self.attention_mode == "linear" and attention_mask is not None:
+        if self.is_linear and attention_mask is not None:
             use_causal_mask = split_attention_mask(attention_mask)[0] or use_causal_mask
         self._check_causal(use_causal_mask)
         batch_size, length = query.shape[:2]
@@ -452,50 +381,24 @@ class DarkAttention(keras.layers.Layer):
             shape = (batch_size, self.num_query_heads, length, value.shape[1])
             return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
         if return_state:
-            return output, self._state_spec(batch_size)
+            return output, self._state_shapes.spec(batch_size)
         return output
 
-    def _state_spec(self, batch_size: Any) -> Any:
-        heads, head_dim = self.num_key_value_heads, self.head_dim
-        features = self.feature_map.num_features
-        shapes: list[tuple[Any, ...]] = [(heads, features, head_dim), (heads, features), (heads,)]
-        window = self.feature_map.sliding_window
-        if window is not None:
-            kept = [(window, heads, head_dim), (window, heads, head_dim), (window,)]
-            shapes = kept if self.feature_map.window_only else shapes + kept
-        if self.rope_max_wavelength is not None:
-            shapes.append(())
-        return tuple(keras.KerasTensor((batch_size, *shape), dtype="float32") for shape in shapes)
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+    def compute_mask(self, inputs: Tensor, previous_mask: Any) -> Tensor:
         """The query's mask goes on with the output; the state has none."""
         return previous_mask
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """All constructor arguments."""
         return {
             **super().get_config(),
             "head_dim": self.head_dim,
             "num_query_heads": self.num_query_heads,
             "num_key_value_heads": self.num_key_value_heads,
-            "num_features": self.feature_map.num_features,
-            "attention_mode": self.attention_mode,
+            **self.options.get_config(),
             "dropout": self.dropout,
             "use_bias": self.use_bias,
-            "chunk_size": self.chunk_size,
-            "remat": self.remat,
             "rope_max_wavelength": self.rope_max_wavelength,
-            "seed": self.seed,
-            "rank": self.feature_map.rank,
-            "projection": self.feature_map.projection_kind,
-            "train_geometry": self.feature_map.train_geometry,
-            "train_projection": self.feature_map.train_projection,
-            "geometry_scale": self.feature_map.geometry_scale,
-            "tie_geometry": self.feature_map.tie_geometry,
-            "rope_geometry": self.feature_map.rope_geometry,
-            "feature_form": self.feature_map.form,
-            "sliding_window": self.feature_map.sliding_window,
-            "window_only": self.feature_map.window_only,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
@@ -506,14 +409,7 @@ class DarkAttention(keras.layers.Layer):
         }
 
 
-def drop_tokens(dropout: keras.layers.Dropout, value: Any, training: bool | None) -> Any:
-    """Drops whole tokens from `value` (b, s, k, v), per head, the same for every query."""
-    if not dropout.rate:
-        return value
-    return value * dropout(ops.ones_like(value[..., :1]), training=training)
-
-
-def _with_head_axis(mask: Any) -> Any:
+def _with_head_axis(mask: Tensor) -> Tensor:
     """An attention mask of rank 2, 3 or 4 as one of rank 4."""
     if mask is None or len(mask.shape) == 4:
         return mask

@@ -5,8 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_darkformer.checks import one_of, positive_integer
-from keras_darkformer.layers.dark_attention import ATTENTION_MODES, DarkAttention
+from keras_darkformer.checks import positive_integer
+from keras_darkformer.layers.dark_attention import DarkAttention
+from keras_darkformer.options import AttentionOptions, shows_options
+from keras_darkformer.types import Config, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
@@ -31,13 +33,11 @@ class DarkTransformerBlock(keras.layers.Layer):
             its sum with the residual (post-norm).
         num_key_value_heads: int, a divisor of `num_heads`; `None` for as many.
         head_dim: int; `None` for the input's width over `num_heads`.
-        num_features: int. Random features per key/value head.
         causal: bool. True for a decoder, false for an encoder.
-        attention_mode, chunk_size, remat, rope_max_wavelength, seed, rank,
-            projection, train_geometry, train_projection, geometry_scale,
-            tie_geometry, rope_geometry, feature_form, sliding_window,
-            window_only: as for `DarkAttention`.
-        **kwargs: as for `keras.layers.Layer`.
+        rope_max_wavelength: float or `None`, as for `DarkAttention`.
+        **kwargs: the options of `AttentionOptions`: `num_features`,
+            `attention_mode`, `sliding_window`, `seed` and others; and as for
+            `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(b, t, d)`.
@@ -71,6 +71,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
 
+    @shows_options(AttentionOptions)
     def __init__(
         self,
         intermediate_dim: int,
@@ -84,25 +85,11 @@ class DarkTransformerBlock(keras.layers.Layer):
         *,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
-        num_features: int = 256,
         causal: bool = True,
-        attention_mode: str = "linear",
-        chunk_size: int | None = None,
-        remat: bool | None = None,
         rope_max_wavelength: float | None = None,
-        seed: int | None = None,
-        rank: int | None = None,
-        projection: str = "orthogonal",
-        train_geometry: bool = True,
-        train_projection: bool = False,
-        geometry_scale: float = 1.0,
-        tie_geometry: bool = True,
-        rope_geometry: str = "after",
-        feature_form: str = "random",
-        sliding_window: int | None = None,
-        window_only: bool = False,
         **kwargs: Any,
     ) -> None:
+        options, kwargs = AttentionOptions.take(type(self), kwargs)
         # As in `DarkAttention`: a state must arrive in float32.
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
@@ -117,26 +104,10 @@ class DarkTransformerBlock(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.normalize_first = normalize_first
-        self._attention_config: dict[str, Any] = {
-            "num_features": positive_integer("num_features", num_features),
-            "attention_mode": one_of("attention_mode", attention_mode, ATTENTION_MODES),
-            "chunk_size": chunk_size,
-            "remat": remat,
-            "rope_max_wavelength": rope_max_wavelength,
-            "seed": seed,
-            "rank": rank,
-            "projection": projection,
-            "train_geometry": train_geometry,
-            "train_projection": train_projection,
-            "geometry_scale": geometry_scale,
-            "tie_geometry": tie_geometry,
-            "rope_geometry": rope_geometry,
-            "feature_form": feature_form,
-            "sliding_window": sliding_window,
-            "window_only": window_only,
-        }
+        self.rope_max_wavelength = rope_max_wavelength
+        self.options = options
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         """Creates attention, feedforward network and norms for the input's width."""
         hidden_dim = input_shape[-1]
         head_dim = self.head_dim
@@ -152,11 +123,12 @@ class DarkTransformerBlock(keras.layers.Layer):
             self.num_heads,
             self.num_key_value_heads,
             dropout=self.dropout,
+            rope_max_wavelength=self.rope_max_wavelength,
             kernel_initializer=self.kernel_initializer,
             bias_initializer=self.bias_initializer,
             dtype=self.dtype_policy,
             name="attention",
-            **self._attention_config,
+            **self.options.get_config(),
         )
         self.attention.build(input_shape, input_shape)
         self.attention_norm = self._norm("attention_norm")
@@ -171,7 +143,7 @@ class DarkTransformerBlock(keras.layers.Layer):
         self.feedforward_output.build((*input_shape[:-1], self.intermediate_dim))
         self.branch_dropout = keras.layers.Dropout(
             self.dropout,
-            seed=self._attention_config["seed"],
+            seed=self.options.seed,
             dtype=self.dtype_policy,
             name="branch_dropout",
         )
@@ -198,14 +170,14 @@ class DarkTransformerBlock(keras.layers.Layer):
 
     def call(
         self,
-        inputs: Any,
-        padding_mask: Any = None,
-        attention_mask: Any = None,
-        initial_state: Any = None,
+        inputs: Tensor,
+        padding_mask: Tensor = None,
+        attention_mask: Tensor = None,
+        initial_state: Tensor = None,
         return_state: bool = False,
         training: bool | None = None,
-        mask: Any = None,
-    ) -> Any:
+        mask: Tensor = None,
+    ) -> Tensor:
         """See the class."""
         if padding_mask is None:
             # Beside other tensors Keras does not pass on the inputs' mask.
@@ -240,7 +212,7 @@ class DarkTransformerBlock(keras.layers.Layer):
             x = self.feedforward_norm(x)
         return (x, state) if return_state else x
 
-    def get_initial_state(self, batch_size: Any) -> Any:
+    def get_initial_state(self, batch_size: Tensor) -> Tensor:
         """The state before the first token; see `DarkAttention.get_initial_state`."""
         if not self.built:
             raise ValueError(
@@ -248,20 +220,20 @@ class DarkTransformerBlock(keras.layers.Layer):
             )
         return self.attention.get_initial_state(batch_size)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         """The shape of the input."""
         return tuple(input_shape)
 
     def compute_output_spec(
         self,
-        inputs: Any,
-        padding_mask: Any = None,
-        attention_mask: Any = None,
-        initial_state: Any = None,
+        inputs: Tensor,
+        padding_mask: Tensor = None,
+        attention_mask: Tensor = None,
+        initial_state: Tensor = None,
         return_state: bool = False,
         training: bool | None = None,
-        mask: Any = None,
-    ) -> Any:
+        mask: Tensor = None,
+    ) -> Tensor:
         """Shapes and dtypes of what `call` returns."""
         if not self.built:
             self.build(inputs.shape)
@@ -276,12 +248,10 @@ class DarkTransformerBlock(keras.layers.Layer):
             return spec
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """All constructor arguments."""
-        if self.built:  # calibration changes the form
-            feature_map = self.attention.feature_map
-            self._attention_config["feature_form"] = feature_map.form
-            self._attention_config["num_features"] = feature_map.num_features
+        # Calibration may have put another kind of feature map into the layer.
+        options = self.attention.options if self.built else self.options
         return {
             **super().get_config(),
             "intermediate_dim": self.intermediate_dim,
@@ -295,5 +265,6 @@ class DarkTransformerBlock(keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "normalize_first": self.normalize_first,
-            **self._attention_config,
+            "rope_max_wavelength": self.rope_max_wavelength,
+            **options.get_config(),
         }

@@ -1,13 +1,13 @@
 """What a (query, key) attention mask says, in the two terms linear attention has."""
 
-from typing import Any
-
 import keras
 import numpy as np
 from keras import ops
 
+from keras_darkformer.types import Tensor
 
-def split_attention_mask(attention_mask: Any) -> tuple[bool, Any]:
+
+def split_attention_mask(attention_mask: Tensor) -> tuple[bool, Tensor]:
     """Reads an attention mask as "causal or not" and a padding mask.
 
     Features sum over keys before they meet a query, so a mask can say which
@@ -72,14 +72,14 @@ def split_attention_mask(attention_mask: Any) -> tuple[bool, Any]:
     )
 
 
-def merge_masks(first: Any, second: Any) -> Any:
+def merge_masks(first: Tensor, second: Tensor) -> Tensor:
     """Logical and of two optional masks of shape `(b, s)`."""
     if first is None or second is None:
         return second if first is None else first
     return ops.logical_and(ops.cast(first, "bool"), ops.cast(second, "bool"))
 
 
-def _values(mask: Any) -> Any:
+def _values(mask: Tensor) -> Tensor:
     """The mask in NumPy, or `None` where the backend is tracing."""
     if isinstance(mask, keras.KerasTensor):
         return None

@@ -84,10 +84,11 @@ def chunked(
     near_mask = None if sliding_window is None else band(chunk, sliding_window)
 
     after = None
-    inputs = {"query": query, "key": key, "value": value, "mask": key_mask}
-    if sliding_window is None:
+    inputs: dict[str, Tensor] = {"query": query, "key": key, "value": value, "mask": key_mask}
+    if isinstance(state, State):
         carry = Carry(seen=pack(state))
     else:
+        assert sliding_window is not None
         new = tokens_of(key, value, key_mask)
         write_mask = key_mask if write_mask is None else write_mask
         if write_mask is not None and with_state:
@@ -129,7 +130,7 @@ def chunked(
     constants = features, (future(chunk), future(chunks + 1)), near_mask
     inputs = split_blocks(inputs, blocks, tokens)
     carry, output = scan(step, carry, inputs, constants, remat=remat)
-    written = unpack(carry.get("written", carry["seen"]))
-    if sliding_window is not None:
-        written = WindowedState(written, carry["recent"] if after is None else after)
-    return join_blocks(output, length), written
+    output, written = join_blocks(output, length), unpack(carry.get("written", carry["seen"]))
+    if sliding_window is None:
+        return output, written
+    return output, WindowedState(written, carry["recent"] if after is None else after)

@@ -32,6 +32,7 @@ def recurrent(
     length = ops.shape(query)[1]
     query = by_head(query, features.num_heads)
     if isinstance(state, WindowedState):
+        assert sliding_window is not None
         seen = followed_by(state.recent, tokens_of(key, value, key_mask))
         due, recent = leaving(seen, sliding_window)
         keys = features_of_keys(due.key, due.value, due.mask > 0, features)

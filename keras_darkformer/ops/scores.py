@@ -87,3 +87,8 @@ def visible_pairs(
         if mask is not None:
             visible = ops.logical_and(visible, ops.cast(mask, "bool"))
     return visible
+
+
+def log_softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """Log-softmax over the visible entries of the last axis; a large negative number elsewhere."""
+    return ops.log_softmax(ops.where(visible, logits, LOG_ZERO), axis=-1)

@@ -102,9 +102,10 @@ class StateShapes(NamedTuple):
 
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The state of these leaves."""
-        state: AttentionState = State(*leaves[:3])
+        sums = State(*leaves[:3])
+        state: AttentionState = sums
         if self.sliding_window is not None:
-            state = WindowedState(state, Tokens(*leaves[3:6]))
+            state = WindowedState(sums, Tokens(*leaves[3:6]))
         return PositionedState(state, leaves[-1]) if self.positioned else state
 
     def zeros(self, batch_size: Tensor) -> Any:

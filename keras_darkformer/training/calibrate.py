@@ -1,18 +1,17 @@
 """Calibration: one pass over data fits every layer's features to its queries and keys."""
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_darkformer.calibration.far_mass import FarMass
-from keras_darkformer.calibration.feature_maps import CalibrationOptions, fit_feature_map
-from keras_darkformer.calibration.sample import LayerStatistics
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.layers.observation import Observation, observed
+from keras_darkformer.fitting import CalibrationOptions, Fit, LayerStatistics
+from keras_darkformer.layers.core import FeatureAttention, observed
+from keras_darkformer.layers.feature_maps.far_offset import FarMass
+from keras_darkformer.layers.heads import Heads
 from keras_darkformer.training.data import (
     batches,
     check_position_offset,
@@ -20,25 +19,25 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
+from keras_darkformer.types import Data, Model, Tensor
 
-Kept = list[tuple[Any, int | None]]
+Kept = list[tuple[Data, int | None]]
 
 
 def calibrate(
-    model: Any,
-    data: Any,
+    model: Model,
+    data: Data,
     *,
     method: str = "spectral",
     proposal: str | None = None,
     center: bool | None = None,
     refine: bool = True,
-    budget: str = "uniform",
     max_tokens: int = 4096,
     position_offset: int | tuple[int, int] | None = None,
     batch_size: int = 8,
     seed: int = 0,
     verbose: bool = True,
-) -> Any:
+) -> Model:
     """Fits the feature maps of a model to its queries and keys, in one pass over data.
 
     Every layer computes exact softmax attention during the pass, so each sees
@@ -48,18 +47,40 @@ def calibrate(
 
     Geometry, proposal, shifts and projections of every dark layer are set; they
     are weights, saved and loaded with the model. A far part behind a sliding
-    window gets its offset.
+    window gets its offset. Where clusters are fitted, the layer's feature map
+    becomes one of another class, with other weights.
 
     Args:
         model: made by `convert_to_dark`, or any Keras model with
-            `DarkAttention` layers. If it is compiled, it is compiled again
-            with the same arguments and a fresh optimizer.
+            `DarkAttention` layers. If it is compiled and a feature map becomes
+            one of another class, it is compiled again with the same arguments
+            and a fresh optimizer, and a message says so. A model around it has
+            to be compiled again, too.
         data: strings (for a task with a preprocessor), arrays or a dict of
             arrays, or an iterable of batches, as `fit` takes them. A few
             thousand tokens of the text the model will see do.
-        method: how each map is fitted; see `DarkFeatureMap.calibrate`.
-            `"auto"` chooses per layer by held-out error.
-        proposal, center, refine, budget: see `DarkFeatureMap.calibrate`.
+        method: how each map is fitted:
+
+            | `method` | what it sets |
+            | --- | --- |
+            | `"identity"` | M = I: Performer |
+            | `"scale"` | M = alpha I, with an alpha that m features can estimate |
+            | `"whitening"` | M = h^(-1/4) L^(-1/2), L the pooled covariance: proposition C.1 |
+            | `"spectral"` | M = diag(a) U': features go where the logits come from |
+            | `"clusters"` | an `ExponentialFeatureMap`, fitted to a k-means of the queries |
+            | `"auto"` | of these, per layer, the one of least error at held-out positions |
+
+        proposal: where the rows of W come from, each with its density ratio, so
+            the kernel stays what it is: `"none"` from N(0, I),
+            `"variance_optimal"` from the paper's theorem 3.2, `"spectral"` from
+            the minimiser of a bound that always exists. `None` for the
+            method's own: `"spectral"` for scale and spectral, else `"none"`.
+        center: bool. Whether means of queries and keys are taken off, and put
+            back exactly. `None` for the method's own: true for scale and
+            spectral. Clusters always centre.
+        refine: bool. Spectral: keeps the best of several draws and fits M and
+            a weight per feature to the sample by a few steps of descent on KL.
+            Clusters: likewise. False leaves the closed forms.
         max_tokens: int. Tokens per layer in the sample, whole sequences.
         position_offset: positions the model will serve: the first token of
             each batch gets a random position up to this, or between a pair
@@ -84,25 +105,19 @@ def calibrate(
 
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+        - [Dense-Exponential Random Features](https://arxiv.org/abs/2302.00787), the spectral
+          proposal
     """
     options = CalibrationOptions(
-        method=method,
-        proposal=proposal,
-        center=center,
-        refine=refine,
-        budget=budget,
-        seed=seed,
+        method=method, proposal=proposal, center=center, refine=refine, seed=seed
     )
     positive_integer("max_tokens", max_tokens)
     layers = dark_layers(model)
     check_position_offset(position_offset, layers.values())
     for layer in layers.values():
-        options.check(layer.feature_map)
+        layer.feature_map.check_calibration(options)
     statistics = {
-        id(layer): LayerStatistics(
-            layer.feature_map, options.needs_sample(layer.feature_map), max_tokens, seed
-        )
-        for layer in layers.values()
+        id(layer): layer.feature_map.statistics(options, max_tokens) for layer in layers.values()
     }
     window = max(layer.feature_map.sliding_window or 0 for layer in layers.values())
     longest = 0
@@ -123,45 +138,51 @@ def calibrate(
         _check_length(longest, window)
     fits = _fit(layers, statistics, options, verbose)
     # All fits before any layer is changed: a failure leaves the model as it was.
-    before = _structure(layers)
-    for layer, fitted in zip(layers.values(), fits, strict=True):
-        fitted.assign(layer.feature_map)
+    swapped = 0
+    for layer, fit in zip(layers.values(), fits, strict=True):
+        swapped += layer.feature_map.kind != fit.kind
+        layer.swap_feature_map(fit.kind)
+        layer.feature_map.load(fit)
     if window:
         _fit_far_offsets(model, layers, kept)
-    if before != _structure(layers):
+    if swapped:
+        _say_swapped(model, swapped, len(layers), verbose)
         compile_anew(model)
     return model
 
 
-def _structure(layers: dict[str, Any]) -> list[tuple[str, int]]:
-    """What decides which weights there are."""
-    maps = (layer.feature_map for layer in layers.values())
-    return [(feature_map.form, feature_map.num_features) for feature_map in maps]
+def _say_swapped(model: Model, swapped: int, total: int, verbose: bool) -> None:
+    if model.compiled and verbose:
+        print(
+            f"{swapped} of {total} feature maps are of another class now, with other weights: "
+            f"{model.name!r} was compiled anew, with a fresh optimizer. Compile models around it "
+            "again."
+        )
 
 
 def _look(
-    model: Any,
-    layers: dict[str, Any],
+    model: Model,
+    layers: dict[str, FeatureAttention],
     statistics: dict[int, LayerStatistics],
-    inputs: Any,
+    inputs: Data,
     offset: int | None,
 ) -> int:
     """Adds a batch to the statistics of all layers; returns the length of its longest sequence."""
     lengths = []
 
-    def observer(layer: Any, observation: Observation) -> Any:
+    def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         of_layer = statistics[id(layer)]
-        query, key = map(_numpy, (observation.query, observation.key))
-        key_mask = None if observation.key_mask is None else _numpy(observation.key_mask)
+        query, key = map(_numpy, (heads.query, heads.key))
+        key_mask = None if heads.key_mask is None else _numpy(heads.key_mask)
         query_mask = key_mask if query.shape[1] == key.shape[1] else None
         lengths.append(key.shape[1] if key_mask is None else int(key_mask.sum(axis=1).max()))
         masks = {"query_mask": query_mask, "key_mask": key_mask}
-        of_layer.update(query, key, **masks, causal=observation.causal)
+        of_layer.update(query, key, **masks, causal=heads.causal)
         if of_layer.needs_unrotated:
-            unrotated = observation.unrotated_query, observation.unrotated_key
+            unrotated = heads.unrotated_query, heads.unrotated_key
             query, key = map(_numpy, unrotated)
             of_layer.update_unrotated(query, key, **masks)
-        return observation.exact_output()
+        return heads.exact_output()
 
     with observed(layers.values(), observer, offset):
         run(model, inputs)
@@ -169,19 +190,22 @@ def _look(
 
 
 def _probe_layouts(
-    model: Any, layers: dict[str, Any], statistics: dict[int, LayerStatistics], inputs: Any
+    model: Model,
+    layers: dict[str, FeatureAttention],
+    statistics: dict[int, LayerStatistics],
+    inputs: Data,
 ) -> None:
     """Finds out where rotations put coordinates, for the layers that need to know."""
     probed = [layer for layer in layers.values() if statistics[id(layer)].needs_layout]
 
-    def observer(layer: Any, observation: Observation) -> Any:
+    def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         def rotate_first(vector: np.ndarray) -> np.ndarray:
-            probe = np.zeros(tuple(observation.unrotated_key.shape), "float32")
+            probe = np.zeros(tuple(heads.unrotated_key.shape), "float32")
             probe[:, 0, :] = vector
-            return _numpy(observation.rotate_key(ops.convert_to_tensor(probe)))[0, 0, 0]
+            return _numpy(heads.rotate_key(ops.convert_to_tensor(probe)))[0, 0, 0]
 
         statistics[id(layer)].probe_layout(rotate_first)
-        return observation.exact_output()
+        return heads.exact_output()
 
     if probed:
         with observed(probed, observer):
@@ -189,41 +213,37 @@ def _probe_layouts(
 
 
 def _fit(
-    layers: dict[str, Any],
+    layers: dict[str, FeatureAttention],
     statistics: dict[int, LayerStatistics],
     options: CalibrationOptions,
     verbose: bool,
-) -> list[Any]:
+) -> list[Fit]:
     progress = keras.utils.Progbar(len(layers), verbose=int(verbose), unit_name="layer")
     fits = []
     for number, (name, layer) in enumerate(layers.items()):
         try:
-            fits.append(
-                fit_feature_map(layer.feature_map, statistics[id(layer)], options.of_layer(number))
-            )
+            fits.append(layer.feature_map.fit(statistics[id(layer)], options.of_layer(number)))
         except ValueError as error:
             raise ValueError(f"{name} can't be calibrated. {error}") from error
         progress.update(number + 1)
     return fits
 
 
-def _fit_far_offsets(model: Any, layers: dict[str, Any], kept: Kept) -> None:
+def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Kept) -> None:
     """Another look at some batches, with the fitted features, for the far parts' scale."""
     windowed = [layer for layer in layers.values() if layer.feature_map.sliding_window]
     masses = {id(layer): FarMass(layer.feature_map) for layer in windowed}
 
-    def observer(layer: Any, observation: Observation) -> Any:
+    def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         masses[id(layer)].add(
-            observation.query,
-            observation.key,
-            *observation.for_features(layer.feature_map),
-            key_mask=observation.key_mask,
-            attention_mask=observation.attention_mask,
+            heads.query,
+            heads.key,
+            *heads.for_features(layer.feature_map),
+            key_mask=heads.key_mask,
+            attention_mask=heads.attention_mask,
         )
-        return observation.exact_output()
+        return heads.exact_output()
 
-    for layer in windowed:
-        layer.feature_map.far_offset.assign(ops.zeros(layer.feature_map.far_offset.shape))
     for inputs, offset in kept:
         with observed(windowed, observer, offset):
             run(model, inputs)
@@ -243,6 +263,6 @@ def _check_length(longest: int, window: int) -> None:
         )
 
 
-def _numpy(x: Any) -> np.ndarray:
+def _numpy(x: Tensor) -> np.ndarray:
     dtype = keras.backend.standardize_dtype(x.dtype)
     return ops.convert_to_numpy(x if dtype == "bool" else ops.cast(x, "float32"))

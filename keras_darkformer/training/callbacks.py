@@ -10,6 +10,8 @@ import numpy as np
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.training.data import dark_layers
+from keras_darkformer.training.report import approximation_report
+from keras_darkformer.types import Config, Data, Model
 
 
 class RedrawProjections(keras.callbacks.Callback):
@@ -32,14 +34,14 @@ class RedrawProjections(keras.callbacks.Callback):
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794), section 4.2
     """
 
-    def __init__(self, every: int, *, seed: int = 0, model: Any = None) -> None:
+    def __init__(self, every: int, *, seed: int = 0, model: Model = None) -> None:
         super().__init__()
         self.every = positive_integer("every", every)
         self.seed = seed
         self.steps = 0
         self.holder = model
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Draws after every `every`-th step."""
         self.steps += 1
         if self.steps % self.every:
@@ -74,11 +76,11 @@ class LossSpikeCounter(keras.callbacks.Callback):
         self._step = 0
         self._sum = 0.0
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Keras reports the mean since here."""
         self._sum, self._count = 0.0, 0
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Takes the step's own loss from the running mean."""
         mean = float((logs or {})["loss"])
         self._count += 1
@@ -95,7 +97,7 @@ class LossSpikeCounter(keras.callbacks.Callback):
             self.recent.append(loss)
         self._step += 1
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         """Writes the count into the history."""
         if logs is not None:
             logs["loss_spikes"] = len(self.spikes)
@@ -120,7 +122,7 @@ class ApproximationLogger(keras.callbacks.Callback):
         model.fit(data, epochs=5, callbacks=[ApproximationLogger(held_out, "logs")])
     """
 
-    def __init__(self, data: Any, log_dir: Any = None, *, every: int = 1, **options: Any) -> None:
+    def __init__(self, data: Data, log_dir: Any = None, *, every: int = 1, **options: Any) -> None:
         super().__init__()
         self.data = data
         self.every = positive_integer("every", every)
@@ -138,10 +140,8 @@ class ApproximationLogger(keras.callbacks.Callback):
             self._summary = tf.summary
             self._writer = tf.summary.create_file_writer(str(log_dir))
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         """Looks, and writes."""
-        from keras_darkformer.training.report import approximation_report
-
         if (epoch + 1) % self.every:
             return
         if hasattr(self.model, "jax_state_sync"):

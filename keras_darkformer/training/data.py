@@ -6,38 +6,38 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_darkformer.layers import DarkAttention
+from keras_darkformer.layers.core import FeatureAttention
+from keras_darkformer.types import Data, Model, Tensor
 
 
-def dark_layers(model: Any) -> dict[str, Any]:
+def dark_layers(model: Model) -> dict[str, FeatureAttention]:
     """The dark attention layers of a model in the order they run, by their names.
 
     Raises:
         ValueError: if there are none.
     """
-    backbone = getattr(model, "backbone", model)
+    backbone: Model = getattr(model, "backbone", model)
     if hasattr(backbone, "dark_layers"):
-        indices = backbone.dark_options.layer_indices
-        return {f"layer_{i}": x for i, x in zip(indices, backbone.dark_layers, strict=True)}
-    found = [layer for layer in model._flatten_layers() if isinstance(layer, DarkAttention)]
+        return {f"layer_{index}": layer for index, layer in backbone.dark_layers.items()}
+    found = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureAttention)]
     if not found:
         raise ValueError(
             "`model` must have dark attention layers: a model made by `convert_to_dark`, or one "
             f"with `DarkAttention` in it. Received: {type(model).__name__}, which has none."
         )
-    names = [layer.path if layer.path else layer.name for layer in found]
+    names = [layer.path or layer.name for layer in found]
     return dict(zip(names, found, strict=True))
 
 
-def run(model: Any, inputs: Any) -> Any:
+def run(model: Model, inputs: Data) -> Any:
     """Runs the layers of a model, of a KerasHub task without its head."""
-    backbone = getattr(model, "backbone", model)
+    backbone: Model = getattr(model, "backbone", model)
     if backbone is not model:  # a head may have inputs of its own, as a masked LM's positions
         inputs = {name: inputs[name] for name in backbone.input}
     return backbone(inputs, training=False)
 
 
-def batches(model: Any, data: Any, batch_size: int = 8) -> Iterator[Any]:
+def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:
     """Inputs for `model`, batch by batch, from what `fit` takes.
 
     Args:
@@ -87,7 +87,7 @@ class KnownBatches(keras.utils.PyDataset):
         return self.kept[index]
 
 
-def _raw_batches(data: Any, batch_size: int) -> Iterator[Any]:
+def _raw_batches(data: Data, batch_size: int) -> Iterator[Any]:
     if isinstance(data, str):
         raise ValueError("`data` must be a list of strings or batches. Received: one string")
     if isinstance(data, keras.utils.PyDataset):
@@ -115,7 +115,7 @@ def _raw_batches(data: Any, batch_size: int) -> Iterator[Any]:
     yield from data
 
 
-def _is_text(data: Any) -> bool:
+def _is_text(data: Data) -> bool:
     if isinstance(data, Sequence) and not isinstance(data, str):
         return len(data) > 0 and all(isinstance(x, str) for x in data)
     kind = getattr(data, "dtype", None)
@@ -125,7 +125,7 @@ def _is_text(data: Any) -> bool:
     )
 
 
-def _preprocess(model: Any, text: Any) -> Any:
+def _preprocess(model: Model, text: Data) -> Any:
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None:
         raise ValueError(
@@ -136,7 +136,7 @@ def _preprocess(model: Any, text: Any) -> Any:
     return inputs[0] if isinstance(inputs, tuple | list) else inputs
 
 
-def _array(x: Any) -> Any:
+def _array(x: Tensor) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else keras.ops.convert_to_numpy(x)
 
 
@@ -157,7 +157,7 @@ def position_offsets(
         yield int(rng.integers(low, high + 1))
 
 
-def check_position_offset(position_offset: Any, layers: Iterable[Any]) -> None:
+def check_position_offset(position_offset: Any, layers: Iterable[FeatureAttention]) -> None:
     """Raises a ValueError unless it is `None`, an int or a pair of ints, from 0 up.
 
     And unless all of the dark attention layers have rotary positions, which it shifts.

@@ -7,12 +7,13 @@ from keras import ops
 from rich.console import Console
 from rich.table import Table
 
-from keras_darkformer.calibration.moments import Moments
 from keras_darkformer.checks import positive_integer
-from keras_darkformer.layers.observation import Observation, observed
+from keras_darkformer.fitting import Moments
+from keras_darkformer.layers.core import FeatureAttention, observed
+from keras_darkformer.layers.heads import Heads
 from keras_darkformer.ops import draw_projection
-from keras_darkformer.ops.features import FeatureMap, fold_projections
-from keras_darkformer.ops.scores import exact_logits, log_scores
+from keras_darkformer.ops.features import DarkParameters, fold
+from keras_darkformer.ops.scores import exact_logits, log_scores, log_softmax
 from keras_darkformer.training.data import (
     batches,
     check_position_offset,
@@ -20,7 +21,7 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
-from keras_darkformer.training.transfer import log_softmax
+from keras_darkformer.types import Config, Data, Model, Tensor
 
 ARMS = ("dark", "performer", "uniform")
 # A divergence this large comes of the finite number that stands for log(0).
@@ -31,8 +32,8 @@ class ApproximationReport(dict):
     """How far each layer's attention is from softmax: a dict for code, a table when printed.
 
     Keys:
-        layers: list of dicts, one a layer: name, num_features, form,
-            sliding_window and heads.
+        layers: list of dicts, one a layer: name, num_features,
+            feature_map, sliding_window and heads.
         tokens: queries looked at per head and layer.
 
     A head is a dict:
@@ -50,10 +51,10 @@ class ApproximationReport(dict):
             and keys are isotropic, 1 where all is in one direction.
     """
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Config:
         """Means over heads and layers of all that is a number."""
         heads = [head for layer in self["layers"] for head in layer["heads"]]
-        means: dict[str, Any] = {
+        means: Config = {
             key: {arm: float(np.mean([head[key][arm] for head in heads])) for arm in ARMS}
             for key in ("relative_error", "kl")
         }
@@ -66,14 +67,19 @@ class ApproximationReport(dict):
     def __rich__(self) -> Table:
         windowed = any(layer["sliding_window"] for layer in self["layers"])
         table = Table(title=f"Attention against exact softmax, {self['tokens']:,} queries a head")
-        columns = ["layer", "head", "m", "form", "error", "Performer", "uniform", "KL"]
+        columns = ["layer", "head", "m", "map", "error", "Performer", "uniform", "KL"]
         columns += ["KL Performer", "KL uniform", "eff. dims"]
         columns += ["far mass", "exact"] if windowed else []
         for column in columns:
-            table.add_column(column, justify="left" if column in ("layer", "form") else "right")
+            table.add_column(column, justify="left" if column in ("layer", "map") else "right")
         for layer in self["layers"]:
             for index, head in enumerate(layer["heads"]):
-                cells = [layer["name"], str(index), str(layer["num_features"]), layer["form"]]
+                cells = [
+                    layer["name"],
+                    str(index),
+                    str(layer["num_features"]),
+                    layer["feature_map"],
+                ]
                 for key in ("relative_error", "kl"):
                     cells += [f"{head[key][arm]:.2f}" for arm in ARMS]
                 cells.append(f"{head['effective_dims']:.1f}")
@@ -165,8 +171,8 @@ class ApproximationReport(dict):
 
 
 def approximation_report(
-    model: Any,
-    data: Any,
+    model: Model,
+    data: Data,
     *,
     batch_size: int = 8,
     max_batches: int = 8,
@@ -203,9 +209,9 @@ def approximation_report(
     check_position_offset(position_offset, layers.values())
     judges = {id(layer): _Judge(layer, seed) for layer in layers.values()}
 
-    def observer(layer: Any, observation: Observation) -> Any:
-        judges[id(layer)].add(observation)
-        return observation.exact_output()
+    def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
+        judges[id(layer)].add(heads)
+        return heads.exact_output()
 
     offsets = position_offsets(position_offset, seed)
     for count, inputs in enumerate(batches(model, data, batch_size)):
@@ -220,13 +226,13 @@ def approximation_report(
 class _Judge:
     """Figures of one layer, batch by batch."""
 
-    def __init__(self, layer: Any, seed: int) -> None:
+    def __init__(self, layer: FeatureAttention, seed: int) -> None:
         self.map = layer.feature_map
-        self.map._ensure_built()
+        self.map.ensure_built()
         self.moments = Moments(self.map.num_heads, self.map.head_dim)
         projection = draw_projection(self.map.num_features, self.map.head_dim, seed=seed)
-        self.performer = fold_projections(
-            FeatureMap(None, ops.convert_to_tensor(projection)),
+        self.performer = fold(
+            DarkParameters(None, ops.convert_to_tensor(projection)),
             self.map.num_heads,
             self.map.head_dim,
         )
@@ -236,29 +242,29 @@ class _Judge:
         self.exact_far: list[np.ndarray] = []
         self.tokens = 0
 
-    def add(self, observation: Observation) -> None:
-        query, key = (ops.cast(x, "float32") for x in (observation.query, observation.key))
-        visible = observation.visible
+    def add(self, heads: Heads) -> None:
+        query, key = (ops.cast(x, "float32") for x in (heads.query, heads.key))
+        visible = heads.visible
         logits = exact_logits(query, key)
         exact = log_softmax(logits, visible)
         scores = {
-            "dark": self.map.log_scores(*observation.for_features(self.map)),
+            "dark": self.map.log_scores(*heads.for_features(self.map)),
             "performer": log_scores(query, key, self.performer),
             "uniform": ops.zeros_like(logits),
         }
         weights = ops.where(visible, ops.exp(exact), 0.0)
         groups = query.shape[2] // key.shape[2]
-        value = ops.repeat(ops.cast(observation.value, "float32"), groups, axis=2)
-        if observation.key_mask is not None:
-            value = ops.where(observation.key_mask[:, :, None, None], value, 0.0)
+        value = ops.repeat(ops.cast(heads.value, "float32"), groups, axis=2)
+        if heads.key_mask is not None:
+            value = ops.where(heads.key_mask[:, :, None, None], value, 0.0)
         target = ops.einsum("bnts,bsnv->bntv", weights, value)
         size = ops.maximum(ops.norm(target, axis=-1), 1e-20)
         counts = np.broadcast_to(
             ops.convert_to_numpy(ops.any(visible, axis=-1)), tuple(logits.shape[:3])
         )
         masks = [None, None]
-        if observation.key_mask is not None:
-            mask = ops.convert_to_numpy(observation.key_mask)
+        if heads.key_mask is not None:
+            mask = ops.convert_to_numpy(heads.key_mask)
             masks[1] = mask
             if query.shape[1] == key.shape[1]:
                 masks[0] = mask
@@ -279,10 +285,10 @@ class _Judge:
                 for kept, of in ((self.far, own), (self.exact_far, weights)):
                     kept.append(_by_head(ops.sum(ops.where(behind, of, 0.0), axis=-1), counts))
 
-    def result(self, name: str) -> dict[str, Any]:
+    def result(self, name: str) -> Config:
         feature_map = self.map
         groups = len(self.errors["dark"][0]) // feature_map.num_heads
-        total = self.moments.query_cov + self.moments.key_cov
+        total = self.moments.cov.sum(axis=0)
         spectra = np.maximum(np.linalg.eigvalsh(total)[:, ::-1], 0.0)
         heads = []
         for head in range(len(self.errors["dark"][0])):
@@ -303,7 +309,7 @@ class _Judge:
         return {
             "name": name,
             "num_features": feature_map.num_features,
-            "form": feature_map.form,
+            "feature_map": feature_map.kind,
             "sliding_window": feature_map.sliding_window,
             "heads": heads,
         }

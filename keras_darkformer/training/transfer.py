@@ -9,8 +9,10 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.checks import one_of, positive_integer
-from keras_darkformer.layers.observation import Observation, observed
-from keras_darkformer.ops.scores import exact_logits
+from keras_darkformer.layers.core import FeatureAttention, observed
+from keras_darkformer.layers.feature_maps import FeatureMap
+from keras_darkformer.layers.heads import Heads
+from keras_darkformer.ops.scores import exact_logits, log_softmax
 from keras_darkformer.training.callbacks import RedrawProjections
 from keras_darkformer.training.data import (
     Kept,
@@ -21,13 +23,14 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
+from keras_darkformer.types import Config, Data, Model, Tensor
 
 OBJECTIVES = ("kl", "mse")
 
 
 def transfer_attention(
-    model: Any,
-    data: Any,
+    model: Model,
+    data: Data,
     *,
     steps: int = 100,
     objective: str = "kl",
@@ -35,7 +38,7 @@ def transfer_attention(
     optimizer: Any = None,
     redraw: bool = False,
     position_offset: int | tuple[int, int] | None = None,
-    validation_data: Any = None,
+    validation_data: Data = None,
     validate_every: int = 20,
     patience: int = 3,
     batch_size: int = 8,
@@ -127,8 +130,8 @@ def transfer_attention(
 
 
 def _with_offsets(
-    model: Any,
-    data: Any,
+    model: Model,
+    data: Data,
     batch_size: int,
     position_offset: Any,
     seed: int,
@@ -155,7 +158,7 @@ class AttentionTransfer(keras.Model):
         objective: `"kl"` or `"mse"`.
     """
 
-    def __init__(self, model: Any, objective: str) -> None:
+    def __init__(self, model: Model, objective: str) -> None:
         super().__init__(name="attention_transfer")
         self.model = model
         self.dark_layers = dark_layers(model)
@@ -168,35 +171,35 @@ class AttentionTransfer(keras.Model):
             )
 
     @property
-    def trainable_variables(self) -> list[Any]:
+    def trainable_variables(self) -> list[Tensor]:
         """What is trained: the feature maps, and of these what is trainable."""
         maps = [layer.feature_map for layer in self.dark_layers.values()]
         return [v for feature_map in maps for v in feature_map.trainable_variables]
 
     @property
-    def non_trainable_variables(self) -> list[Any]:
+    def non_trainable_variables(self) -> list[Tensor]:
         """The others."""
         trained = {id(v) for v in self.trainable_variables}
         return [v for v in self.variables if id(v) not in trained]
 
     @property
-    def trainable_weights(self) -> list[Any]:
+    def trainable_weights(self) -> list[Tensor]:
         """As `trainable_variables`."""
         return self.trainable_variables
 
     @property
-    def non_trainable_weights(self) -> list[Any]:
+    def non_trainable_weights(self) -> list[Tensor]:
         """As `non_trainable_variables`."""
         return self.non_trainable_variables
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Data, training: bool = False) -> Any:
         """The losses, of shape `(layers,)`."""
         losses = []
 
-        def observer(layer: Any, observation: Observation) -> Any:
-            losses.append(transfer_loss(layer.feature_map, observation, self.objective))
+        def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
+            losses.append(transfer_loss(layer.feature_map, heads, self.objective))
             # Cut off here: what follows has nothing to learn from this layer.
-            return ops.stop_gradient(observation.exact_output())
+            return ops.stop_gradient(heads.exact_output())
 
         offset = inputs["position_offset"][0]
         with observed(self.dark_layers.values(), observer, offset):
@@ -205,10 +208,10 @@ class AttentionTransfer(keras.Model):
 
     def compute_loss(
         self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
+        x: Tensor = None,
+        y: Tensor = None,
+        y_pred: Tensor = None,
+        sample_weight: Tensor = None,
         training: bool = True,
     ) -> Any:
         """The layers' sum; each layer's is a metric."""
@@ -217,12 +220,12 @@ class AttentionTransfer(keras.Model):
         return ops.sum(y_pred)
 
 
-def transfer_loss(feature_map: Any, observation: Observation, objective: str) -> Any:
+def transfer_loss(feature_map: FeatureMap, heads: Heads, objective: str) -> Tensor:
     """How far a feature map's attention is from exact attention, over all that is visible.
 
     Args:
-        feature_map: a `DarkFeatureMap`.
-        observation: what went into the layer. Queries, keys and values are
+        feature_map: a `FeatureMap`.
+        heads: what went into the layer. Queries, keys and values are
             constants to the gradient.
         objective: `"kl"`, the mean over queries and heads, or `"mse"`, relative
             to the mean square of exact outputs.
@@ -232,19 +235,17 @@ def transfer_loss(feature_map: Any, observation: Observation, objective: str) ->
     """
     query, key, value = (
         ops.stop_gradient(ops.cast(x, "float32"))
-        for x in (observation.unrotated_query, observation.unrotated_key, observation.value)
+        for x in (heads.unrotated_query, heads.unrotated_key, heads.value)
     )
-    observation = dataclasses.replace(
-        observation, unrotated_query=query, unrotated_key=key, value=value
-    )
-    visible = observation.visible
-    logits = exact_logits(observation.query, observation.key)
+    heads = dataclasses.replace(heads, unrotated_query=query, unrotated_key=key, value=value)
+    visible = heads.visible
+    logits = exact_logits(heads.query, heads.key)
     exact = log_softmax(logits, visible)
-    ours = log_softmax(feature_map.log_scores(*observation.for_features(feature_map)), visible)
+    ours = log_softmax(feature_map.log_scores(*heads.for_features(feature_map)), visible)
     # Queries that see nothing, and padding, say nothing.
     counts = ops.any(visible, axis=-1)
-    if observation.key_mask is not None and query.shape[1] == key.shape[1]:
-        counts = ops.logical_and(counts, ops.cast(observation.key_mask, "bool")[:, None, :])
+    if heads.key_mask is not None and query.shape[1] == key.shape[1]:
+        counts = ops.logical_and(counts, ops.cast(heads.key_mask, "bool")[:, None, :])
     counts = ops.cast(ops.broadcast_to(counts, ops.shape(logits)[:3]), "float32")
     if objective == "kl":
         terms = ops.sum(ops.where(visible, ops.exp(exact) * (exact - ours), 0.0), axis=-1)
@@ -256,11 +257,6 @@ def transfer_loss(feature_map: Any, observation: Observation, objective: str) ->
     return ops.sum(error) / ops.maximum(ops.sum(ops.sum(target**2, axis=-1) * counts), 1e-30)
 
 
-def log_softmax(logits: Any, visible: Any) -> Any:
-    """Log-softmax over the visible entries of the last axis; a large negative number elsewhere."""
-    return ops.log_softmax(ops.where(visible, logits, -1e30), axis=-1)
-
-
 class _StopAfter(keras.callbacks.Callback):
     """Ends training after a number of steps, which need not fill the last epoch."""
 
@@ -268,7 +264,7 @@ class _StopAfter(keras.callbacks.Callback):
         super().__init__()
         self.left = steps
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         self.left -= 1
         if not self.left:
             self.model.stop_training = True
@@ -286,7 +282,8 @@ class _KeepBest(keras.callbacks.Callback):
         self.best, self.since_best = float("inf"), 0
         self.kept: list[np.ndarray] = []
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
+        assert logs is not None
         loss = float(logs["val_loss"])
         self.since_best += 1
         if loss < self.best:
@@ -295,7 +292,7 @@ class _KeepBest(keras.callbacks.Callback):
         if self.since_best >= self.patience:
             self.model.stop_training = True
 
-    def on_train_end(self, logs: Any = None) -> None:
+    def on_train_end(self, logs: Config | None = None) -> None:
         for variable, value in zip(
             self.model.trainable_variables, self.kept, strict=bool(self.kept)
         ):

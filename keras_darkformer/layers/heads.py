@@ -1,19 +1,29 @@
-"""What goes into an attention layer, shown to those who calibrate or judge it."""
+"""What an attention layer's projections make of its inputs."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from keras import ops
 
 from keras_darkformer.ops import exact_dark_attention
 from keras_darkformer.ops.scores import visible_pairs
+from keras_darkformer.types import Config, Tensor
+
+if TYPE_CHECKING:
+    from keras_darkformer.layers.feature_maps import FeatureMap
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """The rotation of layers without rotary positions."""
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
-class Observation:
+class Heads:
     """The inputs of one call of an attention layer, projected to heads.
+
+    Those who calibrate or judge a layer are shown this, too.
 
     Attributes:
         unrotated_query: `(b, t, n, h)`.
@@ -26,14 +36,14 @@ class Observation:
         attention_mask: `(b or 1, n or 1, t, s)`, true = attend, or `None`.
     """
 
-    unrotated_query: Any
-    unrotated_key: Any
-    value: Any
-    rotate_query: Callable[[Any], Any]
-    rotate_key: Callable[[Any], Any]
-    causal: bool
-    key_mask: Any = None
-    attention_mask: Any = None
+    unrotated_query: Tensor
+    unrotated_key: Tensor
+    value: Tensor
+    rotate_query: Callable[[Tensor], Tensor] = as_it_is
+    rotate_key: Callable[[Tensor], Tensor] = as_it_is
+    causal: bool = False
+    key_mask: Tensor = None
+    attention_mask: Tensor = None
 
     def __post_init__(self) -> None:
         """Masks become bool."""
@@ -42,61 +52,36 @@ class Observation:
                 object.__setattr__(self, name, ops.cast(mask, "bool"))
 
     @property
-    def query(self) -> Any:
+    def query(self) -> Tensor:
         """The rotated queries."""
         return self.rotate_query(self.unrotated_query)
 
     @property
-    def key(self) -> Any:
+    def key(self) -> Tensor:
         """The rotated keys."""
         return self.rotate_key(self.unrotated_key)
 
     @property
-    def visible(self) -> Any:
+    def masks(self) -> Config:
+        """The masks, as `ops.exact_dark_attention` takes them."""
+        names = ("causal", "key_mask", "attention_mask")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def visible(self) -> Tensor:
         """Which keys each query may attend to, bool, broadcasting to `(b, n, t, s)`."""
         return visible_pairs(
             self.unrotated_query,
             self.unrotated_key,
-            causal=self.causal,
-            key_mask=self.key_mask,
-            attention_mask=self.attention_mask,
+            **self.masks,
         )
 
-    def for_features(self, feature_map: Any) -> tuple[Any, Any]:
+    def for_features(self, feature_map: "FeatureMap") -> tuple[Tensor, Tensor]:
         """Queries and keys as `feature_map.attend` takes them."""
         query = feature_map.before_rotation(self.unrotated_query)
         key = feature_map.before_rotation(self.unrotated_key)
         return self.rotate_query(query), self.rotate_key(key)
 
-    def exact_output(self) -> Any:
+    def exact_output(self) -> Tensor:
         """Softmax attention: what the layer's features stand for."""
-        return exact_dark_attention(
-            self.query,
-            self.key,
-            self.value,
-            causal=self.causal,
-            key_mask=self.key_mask,
-            attention_mask=self.attention_mask,
-        )
-
-
-Observer = Callable[[Any, Observation], Any]
-
-
-@contextlib.contextmanager
-def observed(layers: Iterable[Any], observer: Observer, position_offset: Any = None) -> Iterator:
-    """Has the layers' attention computed by `observer(layer, observation)` in the block.
-
-    Args:
-        layers: dark attention layers.
-        observer: returns the output of attention, `(b, t, n, v)`.
-        position_offset: int or scalar tensor added to all positions.
-    """
-    layers = list(layers)
-    for layer in layers:
-        layer.observer, layer.position_offset = observer, position_offset
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.observer = layer.position_offset = None
+        return exact_dark_attention(self.query, self.key, self.value, **self.masks)

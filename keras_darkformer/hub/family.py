@@ -1,0 +1,120 @@
+"""What conversion has to know of a KerasHub family, and what it makes of the parts."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from keras import ops
+
+from keras_darkformer.types import Layer, Model, Tensor
+
+
+def _token_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> Tensor:
+    return backbone.token_embedding(token_ids)
+
+
+def _rotate(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
+    return getattr(attention, attention.family.rotary)(x, start_index=start_index)
+
+
+def _nothing(x: Any) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """How the models of one KerasHub family are put together.
+
+    From each entry come `Dark{name}Backbone` and one class for each task.
+
+    Attributes:
+        name: as in the names of the family's classes.
+        backbone: the stock backbone.
+        attention: the stock attention layer of its blocks.
+        dark_attention: a subclass of `hub.attention.DarkHubAttention`, which
+            is called as the blocks do.
+        tasks: stock task classes, by what follows the name in theirs.
+        causal: whether tokens attend only to those before them.
+        slot: a block's attribute that holds the attention layer.
+        rotary: the attention layer's attribute that holds the rotary
+            embedding, or `None` without one.
+        rotate: `rotate(attention, x, start_index)`, queries or keys `(b, t, n,
+            h)` rotated by their positions.
+        norms: its attributes that norm queries and keys.
+        window: the sliding window of an attention layer, or `None`.
+        padding_argument: a block's call argument for the padding mask.
+        cache_argument: a block's call argument for the cache; with
+            `_update_index` behind, the one for the position.
+        mask_method: a block's method that makes a mask of all pairs of tokens,
+            or `None` if it hands on the padding mask as it is.
+        mask_axis: where the block wants an axis of size 1 in a padding mask
+            handed on instead, or `None`.
+        embed: `embed(backbone, token_ids, start_index)`, what enters the first
+            block.
+        paired_cache: whether an exact layer's cache is a pair of keys and
+            values `(b, s, k, h)`, or one tensor `(b, 2, s, k, h)`.
+        kernel_heads_axis: the axis of the key projection's kernel that heads
+            are along.
+        refuse: says why a backbone can't be converted, or `None` if it can.
+    """
+
+    name: str
+    backbone: type
+    attention: type
+    dark_attention: type
+    slot: str
+    rotary: str | None
+    padding_argument: str
+    cache_argument: str
+    mask_method: str | None
+    tasks: Mapping[str, type]
+    causal: bool = True
+    rotate: Callable[[Layer, Tensor, Tensor], Tensor] = _rotate
+    norms: tuple[str, str] | None = None
+    window: Callable[[Layer], int | None] = _nothing
+    mask_axis: int | None = None
+    embed: Callable[[Model, Tensor, Tensor], Tensor] = _token_embedding
+    paired_cache: bool = False
+    kernel_heads_axis: int = 1
+    refuse: Callable[[Model], str | None] = _nothing
+
+    def attention_of(self, block: Layer) -> Layer:
+        """A block's attention layer."""
+        return getattr(block, self.slot)
+
+    def dark_attention_cls(self, stock_cls: type) -> type:
+        """What an attention layer becomes."""
+        return type(stock_cls.__name__, (self.dark_attention, stock_cls), {"family": self})
+
+    def dark_block_cls(self, stock_cls: type) -> type:
+        """What a block becomes: one that hands the padding mask to attention as it is.
+
+        The stock block first makes a (b, t, t) mask of it.
+        """
+        if self.mask_method is None:
+            return type(stock_cls.__name__, (stock_cls,), {})
+        stock = getattr(stock_cls, self.mask_method)
+        place = list(inspect.signature(stock).parameters).index(self.padding_argument) - 1
+
+        def compute_mask(block: Layer, *args: Any, **kwargs: Any) -> Tensor:
+            if not self.attention_of(block).is_linear:
+                return stock(block, *args, **kwargs)
+            named = self.padding_argument in kwargs
+            mask = kwargs[self.padding_argument] if named else args[place]
+            if mask is None or self.mask_axis is None:
+                return mask
+            return ops.expand_dims(mask, axis=self.mask_axis)
+
+        return type(stock_cls.__name__, (stock_cls,), {self.mask_method: compute_mask})
+
+    def dark_rotary_cls(self, stock_cls: Any) -> type:
+        """What a rotary embedding becomes: in exact mode it applies a geometry that sits before.
+
+        In linear mode the attention layer sees to that.
+        """
+
+        def call(rotary: Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return stock_cls.call(rotary, rotary.before_exact(x), *args, **kwargs)
+
+        return type(stock_cls.__name__, (stock_cls,), {"call": call})

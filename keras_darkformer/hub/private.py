@@ -1,0 +1,154 @@
+"""Every name of KerasHub that is not public, checked when this is imported.
+
+KerasHub has no public way to another attention, so conversion reaches into its
+layers. A KerasHub whose insides are others is refused here, with its version,
+rather than converted wrongly.
+"""
+
+import importlib.metadata
+from typing import Any
+
+import keras_hub
+from keras import ops
+
+from keras_darkformer.types import Layer, Tensor
+
+WORKS_WITH = "keras-hub>=0.32,<0.33"
+
+try:
+    from keras_hub.src.layers.modeling.transformer_decoder import TransformerDecoder
+    from keras_hub.src.models.gemma.gemma_attention import CachedGemmaAttention
+    from keras_hub.src.models.gemma.gemma_decoder_block import GemmaDecoderBlock
+    from keras_hub.src.models.gemma3.gemma3_attention import CachedGemma3Attention
+    from keras_hub.src.models.gemma3.gemma3_decoder_block import Gemma3DecoderBlock
+    from keras_hub.src.models.llama.llama_attention import LlamaAttention
+    from keras_hub.src.models.llama.llama_decoder import LlamaTransformerDecoder
+    from keras_hub.src.models.mistral.mistral_attention import CachedMistralAttention
+    from keras_hub.src.models.mistral.mistral_transformer_decoder import MistralTransformerDecoder
+    from keras_hub.src.models.mixtral.mixtral_attention import CachedMixtralAttention
+    from keras_hub.src.models.mixtral.mixtral_decoder import MixtralTransformerDecoder
+    from keras_hub.src.models.phi3.phi3_attention import Phi3Attention
+    from keras_hub.src.models.phi3.phi3_decoder import Phi3Decoder
+    from keras_hub.src.models.qwen.qwen_attention import QwenAttention
+    from keras_hub.src.models.qwen.qwen_decoder import QwenTransformerDecoder
+    from keras_hub.src.models.qwen3.qwen3_attention import Qwen3Attention
+    from keras_hub.src.models.qwen3.qwen3_decoder import Qwen3TransformerDecoder
+    from keras_hub.src.models.qwen3_moe.qwen3_moe_attention import Qwen3MoeAttention
+    from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3MoeTransformerDecoder
+    from keras_hub.src.models.qwen_moe.qwen_moe_attention import QwenMoeAttention
+    from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeTransformerDecoder
+    from keras_hub.src.utils.preset_utils import get_preset_loader
+    from keras_hub.src.utils.tensor_utils import any_equal
+    from keras_hub.src.vllm.context import get_vllm_context
+except ImportError as error:
+    raise ImportError(
+        f"keras_darkformer.hub is made for {WORKS_WITH} and does not know the insides of the "
+        f"installed keras-hub {importlib.metadata.version('keras-hub')}: {error}"
+    ) from error
+
+__all__ = [
+    "CachedGemma3Attention",
+    "CachedGemmaAttention",
+    "CachedMistralAttention",
+    "CachedMixtralAttention",
+    "LlamaAttention",
+    "Phi3Attention",
+    "Qwen3Attention",
+    "Qwen3MoeAttention",
+    "QwenAttention",
+    "QwenMoeAttention",
+    "any_equal",
+    "get_preset_loader",
+]
+
+# How blocks of each kind hold and call their attention: fields of `Family`.
+GEMMA_BLOCK: dict[str, Any] = {
+    "slot": "attention",
+    "rotary": "rope_layer",
+    "padding_argument": "padding_mask",
+    "cache_argument": "cache",
+    "mask_method": "_compute_attention_mask",
+    "kernel_heads_axis": 0,
+}
+LLAMA_BLOCK: dict[str, Any] = {
+    "slot": "_self_attention_layer",
+    "rotary": "rotary_embedding_layer",
+    "padding_argument": "decoder_padding_mask",
+    "cache_argument": "self_attention_cache",
+    "mask_method": "_compute_self_attention_mask",
+}
+PHI3_BLOCK = LLAMA_BLOCK | {"slot": "attention", "cache_argument": "attention_cache"}
+DECODER_BLOCK = LLAMA_BLOCK | {"rotary": None}
+ENCODER_BLOCK = DECODER_BLOCK | {"padding_argument": "padding_mask", "mask_method": None}
+GEMMA3_NORMS = ("query_norm", "key_norm")
+QWEN3_NORMS = ("_query_dense_layer_norm", "_key_dense_layer_norm")
+
+
+def part(layer: Layer, name: str) -> Any:
+    """A layer's attribute, under its public name or KerasHub's private one."""
+    return getattr(layer, name) if hasattr(layer, name) else getattr(layer, f"_{name}")
+
+
+def rotate_gemma(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
+    """The rotary embedding of Gemma 1 and 2, which also reorders coordinates."""
+    return attention._apply_rope(x, start_index)
+
+
+def renumber_lora_layers(backbone: Layer) -> None:
+    """Has LoRA that was enabled before the conversion find its layers again.
+
+    The stock backbone knows them by their places among all layers with
+    weights, and feature maps have moved these.
+    """
+    if getattr(backbone, "_lora_enabled_layers", None):
+        layers = [x for x in backbone._flatten_layers(include_self=False) if x.weights]
+        backbone._lora_enabled_layers = [
+            index for index, x in enumerate(layers) if getattr(x, "lora_enabled", False)
+        ]
+
+
+def refuse_vllm(attention: Layer) -> None:
+    """Raises where KerasHub serves the model through vLLM, past the attention of its layers."""
+    if get_vllm_context() is not None:
+        raise NotImplementedError(
+            f"{attention.name!r} has dark attention, which KerasHub's vLLM serving can't compute: "
+            "its paged attention is softmax. Serve the model it was converted from, or generate "
+            "with `generate` or `keras_darkformer.hub.Stream`."
+        )
+
+
+def any_stop(token_ids: Tensor, stop_token_ids: Any, padding_mask: Tensor) -> Tensor:
+    """Which tokens behind the prompt end a row."""
+    return any_equal(token_ids, stop_token_ids, ops.logical_not(padding_mask))
+
+
+def _check() -> None:
+    """Raises an ImportError unless all methods that are overridden are there."""
+    llama_like = (
+        (LlamaAttention, LlamaTransformerDecoder),
+        (CachedMistralAttention, MistralTransformerDecoder),
+        (CachedMixtralAttention, MixtralTransformerDecoder),
+        (QwenAttention, QwenTransformerDecoder),
+        (QwenMoeAttention, QwenMoeTransformerDecoder),
+        (Qwen3Attention, Qwen3TransformerDecoder),
+        (Qwen3MoeAttention, Qwen3MoeTransformerDecoder),
+        (Phi3Attention, Phi3Decoder),
+        (keras_hub.layers.CachedMultiHeadAttention, TransformerDecoder),
+    )
+    gemma_like = (
+        (CachedGemmaAttention, GemmaDecoderBlock),
+        (CachedGemma3Attention, Gemma3DecoderBlock),
+    )
+    expected = [(CachedGemmaAttention, "_apply_rope")]
+    for layout, pairs in ((LLAMA_BLOCK, llama_like), (GEMMA_BLOCK, gemma_like)):
+        for attention, block in pairs:
+            expected += [(attention, "_compute_attention"), (block, layout["mask_method"])]
+    missing = [f"{cls.__name__}.{name}" for cls, name in expected if not hasattr(cls, name)]
+    if missing:
+        raise ImportError(
+            f"keras_darkformer.hub is made for {WORKS_WITH}. The installed keras-hub "
+            f"{importlib.metadata.version('keras-hub')} lacks {', '.join(missing)}."
+        )
+
+
+_check()

@@ -1,0 +1,59 @@
+"""The dark classes of a family: its backbone and its tasks."""
+
+from typing import Any
+
+import keras
+
+from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkTask
+from keras_darkformer.hub.family import Family
+from keras_darkformer.hub.sharding import ShardedBackbone
+
+BACKBONE_DOC = """`keras_hub.models.{stock}` whose layers attend in linear time.
+
+Args:
+    *args, **kwargs: as for the stock backbone, and the options of
+        `ConversionOptions`; with `dark_` before the name where the stock
+        backbone has an argument of that name.
+
+Example:
+
+    backbone = keras_darkformer.hub.{name}.from_preset(preset, num_features=256)
+"""
+TASK_DOC = """`keras_hub.models.{stock}` with linear attention, used as the stock model.
+
+Args:
+    backbone: a `{backbone}`.
+    preprocessor: as for the stock model, or `None`.
+    **kwargs: as for the stock model.
+
+Example:
+
+    model = keras_darkformer.hub.{name}.from_preset(preset, num_features=256)
+    model.save_to_preset("dark")
+"""
+
+
+def dark_classes(family: Family) -> dict[type, Any]:
+    """The dark class of each of a family's stock classes."""
+    backbone = _dark_class(
+        f"Dark{family.name}Backbone",
+        ShardedBackbone if hasattr(family.backbone, "get_layout_map") else DarkBackbone,
+        family.backbone,
+        BACKBONE_DOC,
+        family=family,
+    )
+    classes = {family.backbone: backbone}
+    for kind, stock in family.tasks.items():
+        base = DarkCausalLM if kind == "CausalLM" else DarkTask
+        doc = TASK_DOC.replace("{backbone}", backbone.__name__)
+        name = f"Dark{family.name}{kind}"
+        classes[stock] = _dark_class(name, base, stock, doc, backbone_cls=backbone)
+    return classes
+
+
+def _dark_class(name: str, base: type, stock: type, doc: str, **attributes: Any) -> type:
+    attributes |= {"stock_cls": stock, "__module__": "keras_darkformer.hub"}
+    attributes["__doc__"] = doc.format(stock=stock.__name__, name=name, **attributes)
+    dark_class = type(name, (base, stock), attributes)
+    return keras.saving.register_keras_serializable(package="keras_darkformer")(dark_class)

@@ -1,0 +1,163 @@
+"""The attention that all dark layers share: from projected heads to its output.
+
+`DarkAttention` and the KerasHub layers project, count positions and read masks
+in their own ways. What they have then, `Heads`, goes one way.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import keras
+from keras import ops
+
+from keras_darkformer.layers.feature_maps import BY_KIND, FeatureMap
+from keras_darkformer.layers.heads import Heads
+from keras_darkformer.ops import exact_dark_attention
+from keras_darkformer.ops.state import AttentionState
+from keras_darkformer.options import AttentionOptions, FeatureOptions
+from keras_darkformer.types import Layer, Tensor
+
+# Computes the attention of a layer in its place, `(b, t, n, v)`.
+Observer = Callable[["FeatureAttention", Heads], Tensor]
+
+
+class FeatureAttention:
+    """What attention layers with a feature map have in common. Mixed into a Keras layer.
+
+    Attributes:
+        options: `AttentionOptions`.
+        feature_map: `FeatureMap`, a sublayer.
+        observer: computes attention instead, or `None`; see `observed`.
+        position_offset: added to all rotary positions, or `None`.
+    """
+
+    options: AttentionOptions
+    feature_map: FeatureMap
+    observer: Observer | None = None
+    position_offset: Tensor = None
+    name: str
+    path: str
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether features are used, and a state carried, or the kernel computed exactly."""
+        return self.options.attention_mode == "linear"
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        raise NotImplementedError
+
+    @staticmethod
+    def make_feature_map(
+        num_heads: int, head_dim: int, num_query_heads: int, options: FeatureOptions
+    ) -> FeatureMap:
+        """A feature map, not built yet, that calls itself the layer's `feature_map`."""
+        own = options.of(FeatureOptions)
+        return BY_KIND[own.feature_map](
+            num_heads,
+            head_dim,
+            num_query_heads=num_query_heads,
+            dtype="float32",
+            name="feature_map",
+            **own.get_config(),
+        )
+
+    def swap_feature_map(self, kind: str) -> None:
+        """Puts a new map of another class in the place of the layer's, at initial values.
+
+        Optimizers built before do not know the new map's weights.
+
+        Args:
+            kind: the option `feature_map`.
+        """
+        before = self.feature_map
+        if before.kind == kind:
+            return
+        options = before.options.of(FeatureOptions, feature_map=kind)
+        after = self.make_feature_map(
+            before.num_heads, before.head_dim, before.num_query_heads, options
+        )
+        after.trainable = before.trainable
+        if before.built:
+            build_at(after, before.path)
+        self._tracker.replace_tracked_value("layers", before, after)  # type: ignore[attr-defined]
+        self.feature_map = after
+        self.options = self.options.of(type(self.options), feature_map=kind)
+
+    def attend(
+        self,
+        heads: Heads,
+        *,
+        write_mask: Tensor = None,
+        initial_state: AttentionState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attention between projected heads: observed, exact or linear.
+
+        Args:
+            heads: what came out of the projections.
+            write_mask: bool, `(b, s)`: which tokens enter the state; `None`
+                for all that are attended to.
+            initial_state: state of the tokens before, or `None`.
+            return_state: bool.
+
+        Returns:
+            The output, `(b, t, n, v)`, and the state after these tokens or
+            `None`.
+        """
+        if self.observer is not None:
+            return self.observer(self, heads), initial_state
+        query, key = heads.for_features(self.feature_map)
+        if not self.is_linear:
+            query = self.feature_map.exact_query(query)
+            return exact_dark_attention(query, key, heads.value, **heads.masks), None
+        result = self.feature_map.attend(
+            query,
+            key,
+            heads.value,
+            causal=heads.causal,
+            key_mask=heads.key_mask,
+            write_mask=write_mask,
+            initial_state=initial_state,
+            return_state=return_state,
+            chunk_size=self.options.chunk_size,
+            remat=self.options.remat,
+        )
+        return result if return_state else (result, None)
+
+
+@contextlib.contextmanager
+def observed(
+    layers: Iterable[FeatureAttention], observer: Observer, position_offset: Tensor = None
+) -> Iterator[None]:
+    """Has the layers' attention computed by `observer(layer, heads)` in the block.
+
+    Args:
+        layers: dark attention layers.
+        observer: returns the output of attention, `(b, t, n, v)`.
+        position_offset: int or scalar tensor added to all positions.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.observer, layer.position_offset = observer, position_offset
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observer = layer.position_offset = None
+
+
+def build_at(layer: Layer, path: str) -> None:
+    """Builds a layer under the names of a path, the last of which is its own."""
+    with contextlib.ExitStack() as stack:
+        for name in path.split("/")[:-1]:
+            stack.enter_context(keras.name_scope(name))
+        layer.build()
+
+
+def drop_tokens(dropout: Layer, value: Tensor, training: bool | None) -> Tensor:
+    """Drops whole tokens from `value` (b, s, k, v), per head, the same for every query."""
+    if not dropout.rate:
+        return value
+    return value * dropout(ops.ones_like(value[..., :1]), training=training)

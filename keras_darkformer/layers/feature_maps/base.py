@@ -1,0 +1,333 @@
+"""What all feature maps have in common."""
+
+import dataclasses
+import random
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_darkformer.checks import positive_integer
+from keras_darkformer.fitting import (
+    CalibrationOptions,
+    Fit,
+    LayerStatistics,
+    check_calibration,
+    fit_features,
+    needs_sample,
+)
+from keras_darkformer.layers.feature_maps.far_offset import FarMass
+from keras_darkformer.layers.feature_maps.placement import PLACEMENTS, Placement
+from keras_darkformer.ops.attention import are_few, attend
+from keras_darkformer.ops.features import FoldedFeatures
+from keras_darkformer.ops.scores import log_scores
+from keras_darkformer.ops.state import AttentionState, StateShapes
+from keras_darkformer.options import FeatureOptions, shows_options
+from keras_darkformer.types import Config, Shape, Tensor
+
+
+class FeatureMap(keras.layers.Layer):
+    """Maps queries and keys to positive features whose products are weights of attention.
+
+    A subclass owns weights and says, with `fold`, how they turn queries and
+    keys into log-features. Attention, states, scores and calibration follow.
+
+    Args:
+        num_heads: int. Heads k of keys and values, each with its own map.
+        head_dim: int. Size h of a head.
+        num_query_heads: int, a multiple of `num_heads`; `None` for as many.
+            Only a sliding window asks for it.
+        **kwargs: the options of `FeatureOptions`, and as for
+            `keras.layers.Layer`.
+    """
+
+    kind: ClassVar[str]
+
+    @shows_options(FeatureOptions)
+    def __init__(
+        self, num_heads: int, head_dim: int, *, num_query_heads: int | None = None, **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("feature_map", self.kind)
+        options, kwargs = FeatureOptions.take(type(self), kwargs)
+        super().__init__(**kwargs)
+        self.num_heads = positive_integer("num_heads", num_heads)
+        self.head_dim = positive_integer("head_dim", head_dim)
+        if num_query_heads is None:
+            num_query_heads = num_heads
+        self.num_query_heads = positive_integer("num_query_heads", num_query_heads)
+        if self.num_query_heads % self.num_heads:
+            raise ValueError(
+                f"`num_query_heads` must be a multiple of `num_heads`, {self.num_heads}. "
+                f"Received: num_query_heads={self.num_query_heads}"
+            )
+        self.check(options, self.head_dim)
+        if options.seed is None:
+            options = dataclasses.replace(options, seed=random.randrange(2**31))
+        self.options = options
+
+    @classmethod
+    def check(cls, options: FeatureOptions, head_dim: int) -> None:
+        """Raises a ValueError if no map of this class can have these options."""
+        if options.feature_map != cls.kind:
+            raise ValueError(
+                f'`{cls.__name__}` is `feature_map="{cls.kind}"`. '
+                f"Received: feature_map={options.feature_map!r}"
+            )
+
+    @property
+    def num_features(self) -> int:
+        """Features m per head."""
+        return self.options.num_features
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The last tokens, which the exact kernel meets."""
+        return self.options.sliding_window
+
+    @property
+    def placement(self) -> Placement:
+        """Where a geometry sits relative to the rotation."""
+        return PLACEMENTS[self.options.rope_geometry]
+
+    def ensure_built(self) -> None:
+        """Creates the weights, if that was not done yet; they do not depend on an input."""
+        if not self.built:
+            self.build()
+
+    def add_weights(self, trainable: bool, **values: np.ndarray) -> None:
+        """Creates weights of these values by their names, in float32 under every policy."""
+
+        def initializer(value: np.ndarray) -> Any:
+            return lambda shape, dtype=None: ops.convert_to_tensor(value, dtype=dtype)
+
+        for name, value in values.items():
+            # Logits are differences of large numbers: no policy may round these.
+            weight = self.add_weight(
+                name=name,
+                shape=value.shape,
+                dtype="float32",
+                autocast=False,
+                trainable=trainable,
+                initializer=initializer(value),
+            )
+            setattr(self, name, weight)
+
+    def fold(self, *, factored: bool = False) -> FoldedFeatures:
+        """The map as `ops` takes it.
+
+        Args:
+            factored: bool. For so few tokens that folding would cost more than
+                all the rest.
+        """
+        raise NotImplementedError
+
+    def before_rotation(self, inputs: Tensor) -> Tensor:
+        """What of queries or keys, `(b, t, n, h)`, is rotated by positions: all as it is."""
+        return inputs
+
+    def exact_query(self, query: Tensor) -> Tensor:
+        """The query whose softmax attention to the raw keys is what the features estimate."""
+        return query
+
+    def redraw(self, seed: int | None = None) -> None:
+        """Refused: features that were fitted to data, not drawn, can't be drawn anew."""
+        raise ValueError(
+            f"The features of `{self.name}` were fitted to data, not drawn: there is nothing to "
+            "draw anew. Calibrate it with another method."
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        causal: bool = False,
+        key_mask: Tensor = None,
+        write_mask: Tensor = None,
+        initial_state: AttentionState | None = None,
+        return_state: bool = False,
+        chunk_size: int | None = None,
+        remat: bool | None = None,
+    ) -> Tensor:
+        """Attention with this map's features, as `ops.dark_attention`.
+
+        Args:
+            query: `(b, t, n, h)`, n a multiple of `num_heads`.
+            key: `(b, s, num_heads, h)`.
+            value: `(b, s, num_heads, v)`.
+            causal, key_mask, write_mask, initial_state, return_state,
+                chunk_size, remat: as for `ops.dark_attention`.
+
+        Returns:
+            The output `(b, t, n, v)`, with `return_state` also the state.
+        """
+        self.ensure_built()
+        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+        factored = initial_state is not None and are_few(query, self.num_features)
+        return attend(
+            query,
+            key,
+            value,
+            self.fold(factored=factored),
+            sliding_window=self.sliding_window,
+            causal=causal,
+            key_mask=key_mask,
+            write_mask=write_mask,
+            initial_state=initial_state,
+            return_state=return_state,
+            chunk_size=chunk_size,
+            remat=remat,
+        )
+
+    def log_scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Logarithms of the weights `attend` gives keys before it normalises and masks them.
+
+        Quadratic: to train and judge the map with.
+
+        Args:
+            query: `(b, t, n, h)`, n a multiple of `num_heads`.
+            key: `(b, s, num_heads, h)`.
+
+        Returns:
+            `(b, n, t, s)` in float32, up to a constant of each query.
+        """
+        self.ensure_built()
+        return log_scores(query, key, self.fold(), self.sliding_window)
+
+    def state_shapes(self, value_dim: int | None = None, positioned: bool = False) -> StateShapes:
+        """Shapes of states, for values of `value_dim` (`None`: `head_dim`)."""
+        return StateShapes(
+            self.num_heads,
+            self.num_features,
+            self.head_dim if value_dim is None else value_dim,
+            self.head_dim,
+            self.sliding_window,
+            positioned,
+        )
+
+    def get_initial_state(self, batch_size: Tensor, value_dim: int | None = None) -> AttentionState:
+        """The state before the first token, for values of `value_dim` (`None`: `head_dim`)."""
+        return self.state_shapes(value_dim).zeros(batch_size)
+
+    def calibrate(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        causal: bool = False,
+        query_mask: Tensor = None,
+        key_mask: Tensor = None,
+        max_tokens: int = 16384,
+        **calibration: Any,
+    ) -> None:
+        """Fits the map to queries and keys.
+
+        Args:
+            query: `(b, t, n, h)`, n a multiple of `num_heads`, as `attend` gets
+                them, rotated where there is a rotation.
+            key: `(b, s, num_heads, h)`.
+            causal: bool. Whether query t attends to keys up to t.
+            query_mask, key_mask: bool, `(b, t)` and `(b, s)`, true = counts.
+            max_tokens: int. Tokens of the sample that is refined on.
+            **calibration: method, proposal, center, refine and seed, see
+                `keras_darkformer.calibrate`. A method must make a map of this
+                class: `"clusters"` makes an `ExponentialFeatureMap`, the others
+                a `DarkFeatureMap`.
+
+        Raises:
+            ValueError: if shapes do not fit, queries or keys are not finite or
+                all masked, the method makes another kind of map, or the
+                proposal does not exist for them.
+        """
+        options = CalibrationOptions(**calibration)
+        self.check_calibration(options)
+        if self.placement.fitter.needs_layout:
+            raise ValueError(
+                f'A map with `rope_geometry="{self.options.rope_geometry}"` is calibrated with its '
+                "model, by `keras_darkformer.calibrate`: it takes queries before and after the "
+                "rotation."
+            )
+        window = self.sliding_window
+        if window is not None:
+            lengths = query.shape[1], key.shape[1]
+            if not causal or lengths[0] != lengths[1] or lengths[1] <= window:
+                raise ValueError(
+                    "A map with a `sliding_window` is calibrated with `causal=True` and on queries "
+                    f"and keys of one length, longer than the window of {window} tokens. "
+                    f"Received: causal={causal}, lengths {lengths[0]} and {lengths[1]}"
+                )
+            if query.shape[2] != self.num_query_heads:
+                raise ValueError(
+                    f"`query` must have the {self.num_query_heads} heads of `num_query_heads`. "
+                    f"Received: shape {tuple(query.shape)}"
+                )
+        statistics = self.statistics(options, positive_integer("max_tokens", max_tokens))
+        query, key, query_mask, key_mask = (
+            None if x is None else ops.convert_to_numpy(x)
+            for x in (query, key, query_mask, key_mask)
+        )
+        statistics.update(query, key, query_mask=query_mask, key_mask=key_mask, causal=causal)
+        self.load(self.fit(statistics, options))
+        if window is not None:
+            mass = FarMass(self)
+            mass.add(query, key, query, key, key_mask=key_mask)
+            self.far_offset.assign(mass.offset())
+
+    def check_calibration(self, options: CalibrationOptions) -> None:
+        """Raises a ValueError if a layer with this map can't be calibrated this way."""
+        check_calibration(options, self.options, self.placement.fitter)
+
+    def statistics(self, options: CalibrationOptions, max_tokens: int) -> LayerStatistics:
+        """What a calibration has to know of a layer's queries and keys, nothing seen yet."""
+        fitter = self.placement.fitter
+        return LayerStatistics(
+            self.num_heads,
+            self.head_dim,
+            needs_sample=needs_sample(options, fitter),
+            needs_unrotated=fitter.needs_unrotated,
+            needs_layout=fitter.needs_layout,
+            max_tokens=max_tokens,
+            seed=options.seed,
+        )
+
+    def fit(self, statistics: LayerStatistics, options: CalibrationOptions) -> Fit:
+        """Weights fitted to what was seen of a layer, for a map of their own kind."""
+        return fit_features(statistics, self.options, options, self.placement.fitter)
+
+    def load(self, fit: Fit) -> None:
+        """Takes over fitted weights; the far part behind a window starts at its own scale.
+
+        Raises:
+            ValueError: if they are for a map of another kind.
+        """
+        if fit.kind != self.kind:
+            raise ValueError(
+                f"The calibration made weights for a map of another class, "
+                f'`feature_map="{fit.kind}"`; `{self.name}` is a {type(self).__name__}. '
+                "`keras_darkformer.calibrate` of a model puts the right map into its layers."
+            )
+        self.ensure_built()
+        for name, value in fit.weights.items():
+            getattr(self, name).assign(value.astype("float32"))
+        if self.sliding_window is not None:
+            self.far_offset.assign(np.zeros(self.num_query_heads, "float32"))
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """`(b, s, num_heads, head_dim) -> (b, s, num_heads, num_features)`."""
+        return (*input_shape[:-1], self.num_features)
+
+    def compute_output_spec(self, inputs: Tensor, keys: bool = False) -> Tensor:
+        """Features are float32 under every policy."""
+        return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype="float32")
+
+    def get_config(self) -> Config:
+        """All constructor arguments; the seed also where it was drawn."""
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "num_query_heads": self.num_query_heads,
+            **self.options.get_config(),
+        }

@@ -1,0 +1,221 @@
+"""The feature map of the paper: a learned geometry and the projection drawn for it."""
+
+import random
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_darkformer.layers.feature_maps.base import FeatureMap
+from keras_darkformer.layers.feature_maps.placement import PLACEMENTS
+from keras_darkformer.ops import (
+    apply_geometry,
+    dark_features,
+    draw_projection,
+    proposal_log_weight,
+)
+from keras_darkformer.ops.features import DarkParameters, FoldedFeatures, fold, fold_query_scale
+from keras_darkformer.options import FeatureOptions
+from keras_darkformer.types import Shape, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_darkformer")
+class DarkFeatureMap(FeatureMap):
+    """Positive random features whose covariance is learned.
+
+    Owns, per head, a geometry M and a projection W, and with them the feature
+    map of the dark kernel `exp(q^' Sigma k^)`, `Sigma = M'M`:
+
+        phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2),    x^ = h^(-1/4) x
+
+    Rows of W are drawn from `N(0, I)`; seen from x, the directions `M'w` are
+    drawn from `N(0, Sigma)`, where the data has its weight once M is trained.
+
+    | `train_geometry` | `train_projection` | this is |
+    | --- | --- | --- |
+    | true | false | DARKFormer |
+    | false | false | Performer (with `geometry_scale=1.0`) |
+    | false | true | the learned-feature kernel |
+
+    `calibrate` fits a map to queries and keys. It may centre them, with the
+    shifts `query_shift` and `key_shift`, and draw W from another distribution,
+    with standard deviations `proposal` and `log_weight` the density ratio's
+    logarithm. Both leave the kernel as it is. Without a calibration they are
+    zeros and ones.
+
+    All weights are float32 under every dtype policy.
+
+    Args:
+        num_heads: int. Heads k of keys and values, each with its own map.
+        head_dim: int. Size h of a head.
+        num_query_heads: int, a multiple of `num_heads`; `None` for as many.
+            Only a sliding window asks for it: it adds a weight, `far_offset`,
+            one number a query head.
+        **kwargs: the options of `FeatureOptions`, and as for
+            `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: queries or keys of shape `(b, s, num_heads, head_dim)`.
+        keys: bool. Whether they are keys: of an uncalibrated map with tied
+            geometry the features are the same.
+
+    Returns:
+        Their features, float32, of shape `(b, s, num_heads, num_features)`.
+
+    Raises:
+        ValueError: if a size is not a positive integer, an option out of
+            range, or options exclude each other.
+
+    Example:
+
+    >>> feature_map = keras_darkformer.DarkFeatureMap(2, 8, num_features=64, seed=0)
+    >>> q, k, v = (np.random.normal(size=(1, 100, 2, 8)) for _ in range(3))
+    >>> feature_map.calibrate(q, k, method="spectral")
+    >>> feature_map.attend(q, k, v, causal=True).shape
+    (1, 100, 2, 8)
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+        - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794)
+    """
+
+    kind = "dark"
+
+    @classmethod
+    def check(cls, options: FeatureOptions, head_dim: int) -> None:
+        """Raises a ValueError for another kind of map, or options that exclude each other."""
+        super().check(options, head_dim)
+        PLACEMENTS[options.rope_geometry].check(options, head_dim)
+
+    @property
+    def rank(self) -> int:
+        """Rows r of the geometry."""
+        return self.head_dim if self.options.rank is None else self.options.rank
+
+    def build(self, input_shape: Shape | None = None) -> None:
+        """Creates the weights; their shapes do not depend on the input's."""
+        options, heads, rank = self.options, self.num_heads, self.rank
+        geometry = self.placement.initial(heads, rank, self.head_dim, options.geometry_scale)
+        self.add_weights(options.train_geometry, geometry=geometry)
+        if not options.tie_geometry:
+            self.add_weights(options.train_geometry, query_geometry=geometry)
+        drawn = draw_by_head(options, heads, rank, options.seed)
+        self.add_weights(options.train_projection, projection=drawn)
+        self.add_weights(
+            False,
+            proposal=np.ones((heads, rank)),
+            log_weight=np.zeros((heads, options.num_features)),
+            query_shift=np.zeros((heads, self.head_dim)),
+            key_shift=np.zeros((heads, self.head_dim)),
+        )
+        if options.sliding_window is not None:
+            self.add_weights(options.train_geometry, far_offset=np.zeros(self.num_query_heads))
+        self.built = True
+
+    @property
+    def parameters(self) -> DarkParameters:
+        """What `ops.dark_attention` takes of the map."""
+        self.ensure_built()
+        return DarkParameters(
+            geometry=self.placement.of_features(self.geometry),
+            projection=self.projection,
+            query_geometry=None if self.options.tie_geometry else self.query_geometry,
+            log_weight=self.log_weight,
+            query_shift=self.query_shift,
+            key_shift=self.key_shift,
+        )
+
+    def fold(self, *, factored: bool = False) -> FoldedFeatures:
+        """The map as `ops` takes it; see `FeatureMap`."""
+        sizes = self.num_heads, self.head_dim
+        features = fold(self.parameters, *sizes, factored=factored)
+        if self.options.sliding_window is None:
+            return features
+        scale = fold_query_scale(self.parameters, *sizes, self.num_query_heads, self.far_offset)
+        return features._replace(query_scale=scale)
+
+    def call(self, inputs: Tensor, keys: bool = False) -> Tensor:
+        """The features of `inputs`; see the class."""
+        geometry, projection, query_geometry, log_weight, query_shift, key_shift = self.parameters
+        if query_geometry is not None and not keys:
+            geometry = query_geometry
+        if geometry is None:  # applied by `before_rotation`
+            geometry = np.stack([np.eye(self.head_dim)] * self.num_heads)
+        return dark_features(
+            inputs,
+            geometry,
+            projection,
+            log_weight=log_weight,
+            shift=key_shift if keys else query_shift,
+            tilt=query_shift if keys else None,
+        )
+
+    def matrix(self) -> Tensor:
+        """The geometry M of the keys as a matrix per head, `(num_heads, r, h)`."""
+        self.ensure_built()
+        return self.placement.matrix(self.geometry)
+
+    def covariance(self) -> Tensor:
+        """The covariance `Sigma = M'M` of the features' directions, `(num_heads, h, h)`.
+
+        Of queries and keys with geometries of their own it is `M_q'M_k`.
+        """
+        geometry = self.matrix()
+        query_geometry = geometry if self.options.tie_geometry else self.query_geometry
+        return ops.einsum("krh,krj->khj", query_geometry, geometry)
+
+    def before_rotation(self, inputs: Tensor) -> Tensor:
+        """What of queries or keys is rotated by positions: `M x`, or `x` where M comes after.
+
+        Args:
+            inputs: `(b, t, n, h)`, n a multiple of `num_heads`.
+        """
+        self.ensure_built()
+        return self.placement.before_rotation(inputs, self.geometry)
+
+    def exact_query(self, query: Tensor) -> Tensor:
+        """The query whose softmax attention to the raw keys is the dark kernel itself.
+
+        `Sigma'(q^ - b) + b`, times `h^(1/4)`: what the features estimate
+        attention with.
+
+        Args:
+            query: `(b, t, n, h)`, rotated where there is a rotation.
+        """
+        self.ensure_built()
+        if self.placement.of_features(self.geometry) is None:
+            return query
+        groups = query.shape[2] // self.num_heads
+        shift = ops.repeat(self.query_shift * self.head_dim**0.25, groups, axis=0)
+        kernel = ops.swapaxes(self.covariance(), 1, 2)
+        moved = apply_geometry(ops.cast(query, "float32") - shift, kernel)
+        return ops.cast(moved + shift, query.dtype)
+
+    def redraw(self, seed: int | None = None) -> None:
+        """Replaces the projection by a new draw; the kernel estimated stays the same.
+
+        Args:
+            seed: int, or `None` for a random draw.
+
+        Raises:
+            ValueError: if the projection is learned, since what it has learned
+                would be lost.
+        """
+        if self.options.train_projection:
+            raise ValueError(
+                f"`{self.name}` has `train_projection=True`: `redraw` would throw away what the "
+                "projection has learned."
+            )
+        self.ensure_built()
+        seed = random.randrange(2**31) if seed is None else seed
+        scale = ops.convert_to_numpy(self.proposal)
+        drawn = draw_by_head(self.options, self.num_heads, self.rank, seed) * scale[:, None, :]
+        self.projection.assign(drawn)
+        self.log_weight.assign(proposal_log_weight(drawn, scale))
+
+
+def draw_by_head(options: FeatureOptions, num_heads: int, dim: int, seed: int | None) -> np.ndarray:
+    """A projection for every head, `(num_heads, m, dim)`."""
+    rng = np.random.default_rng(seed)
+    kind, m = options.projection, options.num_features
+    return np.stack([draw_projection(m, dim, kind=kind, seed=rng) for _ in range(num_heads)])
