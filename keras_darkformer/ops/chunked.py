@@ -85,9 +85,10 @@ def chunked(
 
     after = None
     inputs = {"query": query, "key": key, "value": value, "mask": key_mask}
-    if sliding_window is None:
+    if isinstance(state, State):
         carry = Carry(seen=pack(state))
     else:
+        assert sliding_window is not None
         new = tokens_of(key, value, key_mask)
         write_mask = key_mask if write_mask is None else write_mask
         if write_mask is not None and with_state:
@@ -129,7 +130,8 @@ def chunked(
     constants = features, (future(chunk), future(chunks + 1)), near_mask
     inputs = split_blocks(inputs, blocks, tokens)
     carry, output = scan(step, carry, inputs, constants, remat=remat)
-    written = unpack(carry.get("written", carry["seen"]))
-    if sliding_window is not None:
-        written = WindowedState(written, carry["recent"] if after is None else after)
-    return join_blocks(output, length), written
+    sums = unpack(carry.get("written", carry["seen"]))
+    output = join_blocks(output, length)
+    if sliding_window is None:
+        return output, sums
+    return output, WindowedState(sums, carry["recent"] if after is None else after)
