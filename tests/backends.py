@@ -15,6 +15,12 @@ MODES = {"tensorflow": [_EAGER, _JIT], "jax": [_JIT], "torch": [_EAGER]}[BACKEND
 DEFAULT_JIT = BACKEND == "jax"
 
 
+def numpy_only():
+    """Skips the module that calls it on all backends but one: it computes with none of them."""
+    if BACKEND != "torch":
+        pytest.skip("needs NumPy only, and runs with torch", allow_module_level=True)
+
+
 def to_numpy(structure):
     return tree.map_structure(ops.convert_to_numpy, structure)
 

@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from keras_darkformer.checks import optional_integer
-from keras_darkformer.ops.checks import check_attention, check_mask
+from keras_darkformer.ops.checks import check_attention, check_causal, check_mask
 from keras_darkformer.ops.chunked import chunked
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.parallel import parallel
@@ -53,16 +53,13 @@ def attend(
     """
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
     check_mask("write_mask", write_mask, key)
-    if write_mask is not None and not causal:
-        raise ValueError("`write_mask` needs `causal=True`.")
-    if sliding_window is not None and not causal:
-        raise ValueError(
-            "`sliding_window` needs `causal=True`: it holds the last tokens before a query."
-        )
+    check_causal(sliding_window, write_mask, causal=causal)
     chunk_size = optional_integer("chunk_size", chunk_size)
     key_mask, write_mask = (
         None if x is None else ops.cast(x, "bool") for x in (key_mask, write_mask)
     )
+    if key_mask is not None and write_mask is not None:
+        write_mask = ops.logical_and(key_mask, write_mask)  # what is masked counts for nothing
     shapes = StateShapes(
         key.shape[2], features.num_features, value.shape[3], key.shape[3], sliding_window
     )

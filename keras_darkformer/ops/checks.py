@@ -125,6 +125,16 @@ def check_exponential(
             raise ValueError(f"`{name}` must have shape {axes} = {shape}. Received: {_show(x)}")
 
 
+def check_causal(sliding_window: int | None, write_mask: Tensor, *, causal: bool) -> None:
+    """What only causal attention has."""
+    if sliding_window is not None and not causal:
+        raise ValueError(
+            "`sliding_window` needs `causal=True`: it holds the last tokens before a query."
+        )
+    if write_mask is not None and not causal:
+        raise ValueError("`write_mask` needs `causal=True`.")
+
+
 def check_far_offset(far_offset: Tensor, sliding_window: int | None, num_query_heads: int) -> None:
     """What goes with a sliding window, and what needs one."""
     if sliding_window is not None:

@@ -84,7 +84,7 @@ def chunked(
     near_mask = None if sliding_window is None else band(chunk, sliding_window)
 
     after = None
-    inputs: dict[str, Tensor] = {"query": query, "key": key, "value": value, "mask": key_mask}
+    inputs = {"query": query, "key": key, "value": value, "mask": key_mask}
     if isinstance(state, State):
         carry = Carry(seen=pack(state))
     else:
@@ -130,7 +130,8 @@ def chunked(
     constants = features, (future(chunk), future(chunks + 1)), near_mask
     inputs = split_blocks(inputs, blocks, tokens)
     carry, output = scan(step, carry, inputs, constants, remat=remat)
-    output, written = join_blocks(output, length), unpack(carry.get("written", carry["seen"]))
+    sums = unpack(carry.get("written", carry["seen"]))
+    output = join_blocks(output, length)
     if sliding_window is None:
-        return output, written
-    return output, WindowedState(written, carry["recent"] if after is None else after)
+        return output, sums
+    return output, WindowedState(sums, carry["recent"] if after is None else after)

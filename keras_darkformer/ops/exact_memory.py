@@ -82,8 +82,8 @@ def written_by_row(
     rows = ops.arange(batch, dtype="int32")[:, None] * (length + size)
     place = rows + count + ops.arange(size, dtype="int32")  # (b, W)
     seen = seen._replace(mask=ops.where(kept, seen.mask, 0.0))
-    last = (ops.take(reshape(x, (-1, *x.shape[2:])), place, axis=0) for x in seen)
-    return left, Tokens(*last)
+    key, value, mask = (ops.take(reshape(x, (-1, *x.shape[2:])), place, axis=0) for x in seen)
+    return left, tokens_of(key, value, mask > 0)
 
 
 def with_near(
@@ -124,7 +124,7 @@ def with_near(
     # The far part's own scale is the largest that it could be; what it is may
     # be far below, and must not push the window's weights down.
     amount = ops.stop_gradient(far[..., -1])
-    alive = amount > TINY
+    alive = ops.logical_and(amount > TINY, far_scale > 0.5 * LOG_ZERO)
     log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE
     scale = ops.maximum(scale, ops.where(alive, far_scale + log_amount, LOG_ZERO))
     # At most 1 / TINY, and the product at most the values.

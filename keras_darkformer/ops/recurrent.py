@@ -31,6 +31,7 @@ def recurrent(
     """Output `(b, t, n, v)` in float32, and the state after the key; see `attention.attend`."""
     length = ops.shape(query)[1]
     query = by_head(query, features.num_heads)
+    after: State | WindowedState
     if isinstance(state, WindowedState):
         assert sliding_window is not None
         seen = followed_by(state.recent, tokens_of(key, value, key_mask))
@@ -42,7 +43,7 @@ def recurrent(
         far = ops.concatenate(read, axis=-1)[:, :, None, None]
         far_scale = (scale + sums.log_scale[..., None] * TO_BASE)[:, :, None, None]
         output = with_near(query, seen, far, far_scale, 1, 1, band(1, sliding_window))
-        after: State | WindowedState = WindowedState(sums, recent)
+        after = WindowedState(sums, recent)
         # A masked key leaves no trace, not even its place in the window.
         write_mask = key_mask if write_mask is None else write_mask
     else:
@@ -56,7 +57,9 @@ def recurrent(
     return tokens_first(output, length), after
 
 
-def _where(rows: Tensor, new: State | WindowedState, old: State | WindowedState) -> State:
+def _where(
+    rows: Tensor, new: State | WindowedState, old: State | WindowedState
+) -> State | WindowedState:
     """Row by row, one state or the other."""
 
     def choose(new: Tensor, old: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_darkformer.ops.backend import BASE
-from keras_darkformer.ops.features import FeatureProjections, Window
+from keras_darkformer.ops.features import FoldedFeatures
+
+# With an offset below this there is no far part.
+LEFT_OUT = -0.5e30
 
 
 class Gradients(NamedTuple):
@@ -29,7 +32,6 @@ def dark_attention_reference(
     query_shift: np.ndarray | None = None,
     key_shift: np.ndarray | None = None,
     sliding_window: int | None = None,
-    window_only: bool = False,
     far_offset: np.ndarray | None = None,
     causal: bool = False,
     key_mask: np.ndarray | None = None,
@@ -37,8 +39,8 @@ def dark_attention_reference(
 ) -> tuple[np.ndarray, Gradients | None]:
     """`dark_attention` as its definition reads, and its gradients by hand.
 
-    For one head, with the log-features of `ops.features.FeatureMap`, b and c
-    its shifts and d the offset of the far part:
+    For one head, with the log-features of `ops.features.DarkParameters`, b and
+    c its shifts and d the offset of the far part:
 
         far:   L_tsj = log phi_j(q_t) + log phi_j(k_s) + q^_t . c - b . c + d
         near:  L_ts = q_t . k_s / sqrt(h),    t - s < W
@@ -92,7 +94,7 @@ def dark_attention_reference(
                 near = np.zeros(num_keys, bool)
                 if sliding_window is not None:
                     near = np.arange(num_keys) > t - sliding_window
-                    if window_only:
+                    if offset[n] < LEFT_OUT:
                         seen &= near
                 if not seen.any():
                     continue
@@ -139,16 +141,34 @@ def dark_state_reference(
     geometry: np.ndarray,
     projection: np.ndarray,
     *,
+    query_geometry: np.ndarray | None = None,
+    log_weight: np.ndarray | None = None,
+    query_shift: np.ndarray | None = None,
+    key_shift: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over keys of `sqrt(m) phi(k) v'` and `sqrt(m) phi(k)`, unscaled, in float64."""
+    """Sums over keys of `phi(k) v'` and `phi(k)`, unscaled, in float64.
+
+    With b and c the shifts and l the log-weight, phi takes over what is
+    constant to a query's features, and leaves out what is constant to all:
+
+        log phi_j(k) = log phi_k[j](k) + l_j - w_j . M_q b + log(m) / 2 + |M_k c|^2 / 2
+    """
     key, value, geometry = (np.asarray(x, "float64") for x in (key, value, geometry))
     kv_heads, _, head_dim = geometry.shape
     projection = np.broadcast_to(projection, (kv_heads, *projection.shape[-2:]))
-    projected = np.einsum("bskh,krh->bskr", key * head_dim**-0.25, geometry)
-    features = np.stack(
-        [np.exp(_log_features(projected[:, :, k], projection[k])) for k in range(kv_heads)], axis=2
-    )
+    geometry_q = geometry if query_geometry is None else np.asarray(query_geometry, "float64")
+    weight = _or_zeros(log_weight, kv_heads, projection.shape[1])
+    shift_q, shift_k = (_or_zeros(x, kv_heads, head_dim) for x in (query_shift, key_shift))
+    log_features = np.zeros((*key.shape[:3], projection.shape[1]))
+    for k in range(kv_heads):
+        y = head_dim**-0.25 * key[:, :, k]
+        log_k = _log_features((y - shift_k[k]) @ geometry[k].T, projection[k]) + weight[k]
+        log_k = log_k + (y @ shift_q[k])[..., None]
+        constant = weight[k] - projection[k] @ geometry_q[k] @ shift_q[k]
+        constant = constant + 0.5 * np.sum((geometry[k] @ shift_k[k]) ** 2)
+        log_features[:, :, k] = log_k + constant
+    features = np.exp(log_features)
     if key_mask is not None:
         features = features * np.asarray(key_mask, "float64")[:, :, None, None]
     return np.einsum("bskm,bskv->bkmv", features, value), features.sum(axis=1)
@@ -158,23 +178,24 @@ def windowed_attention_reference(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
-    projections: FeatureProjections,
-    window: Window,
+    features: FoldedFeatures,
+    sliding_window: int,
     *,
     key_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`linear_attention` with a window as its definition reads, in float64.
+    """`ops.attention.attend` with a window as its definition reads, in float64.
 
     In logarithms to the base of `ops.backend`, for query t and key s <= t of
     one head:
 
         near(t, s) = q_t . k_s / sqrt(h) / log(base)                 t - s < W
         far(t, s) = log sum_j exp(log phi_q[j](q_t) + log phi_k[j](k_s))
-                    + q_t f - |q_t N|^2 + e                          t - s >= W
+                    + q_t f - |q_t N_q|^2 + e                        t - s >= W
         O_t = sum_s w_ts v_s / sum_s w_ts,    w = base^near or base^far
 
     Queries that see no key give zeros.
     """
+    assert features.query_scale is not None
     query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
     batch, length, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -184,46 +205,41 @@ def windowed_attention_reference(
             k = n // (num_heads // kv_heads)
             q, keys = query[b, :, n], key[b, :, k]
             # Natural logarithms from here on.
-            logits = q @ keys.T / np.sqrt(head_dim)
-            far = np.zeros((length, length))
-            if not window.only:
-                far = _far_logits(q, keys, k, n, projections, window) * np.log(BASE)
+            near = q @ keys.T / np.sqrt(head_dim)
+            far = _far_logits(q, keys, k, n, features) * np.log(BASE)
             for t in range(length):
                 seen = np.arange(length) <= t
                 if key_mask is not None:
                     seen &= np.asarray(key_mask, bool)[b]
-                near = np.arange(length) > t - window.size
-                if window.only:
-                    seen &= near
+                is_near = np.arange(length) > t - sliding_window
+                if features.query_scale.bias[n] < LEFT_OUT:
+                    seen &= is_near
                 if not seen.any():
                     continue
-                weights = np.where(near, logits[t], far[t])[seen]
+                weights = np.where(is_near, near[t], far[t])[seen]
                 weights = np.exp(weights - weights.max())
                 output[b, t, n] = weights @ value[b, seen, k] / weights.sum()
     return output
 
 
 def _far_logits(
-    query: np.ndarray,
-    key: np.ndarray,
-    k: int,
-    n: int,
-    projections: FeatureProjections,
-    window: Window,
+    query: np.ndarray, key: np.ndarray, k: int, n: int, features: FoldedFeatures
 ) -> np.ndarray:
     """`far(t, s)` of queries `(t, h)` and keys `(s, h)`, to the base of `ops.backend`."""
-    log_q = query @ projections.query_kernel[k]
-    log_k = key @ projections.key_kernel[k]
-    if projections.key_bias is not None:
-        log_k = log_k + projections.key_bias[k]
-    if projections.key_linear is not None:
-        log_k = log_k + (key @ projections.key_linear[k])[:, None]
-    log_k = log_k - np.sum((key @ projections.key_norm_kernel[k]) ** 2, axis=1, keepdims=True)
+    log_q = query @ features.query_kernel[k]
+    log_k = key @ features.key_kernel[k]
+    if features.key_bias is not None:
+        log_k = log_k + features.key_bias[k]
+    if features.key_linear is not None:
+        log_k = log_k + (key @ features.key_linear[k])[:, None]
+    log_k = log_k - np.sum((key @ features.key_norm_kernel[k]) ** 2, axis=1, keepdims=True)
     products = (log_q[:, None] + log_k) * np.log(BASE)
     largest = products.max(axis=-1)
     far = largest + np.log(np.exp(products - largest[..., None]).sum(axis=-1))
-    scale = query @ window.kernel[k] - np.sum((query @ window.norm_kernel[k]) ** 2, axis=1)
-    return far / np.log(BASE) + scale[:, None] + window.bias[n]
+    assert features.query_scale is not None
+    norm_kernel, linear, bias = features.query_scale
+    scale = query @ linear[k] - np.sum((query @ norm_kernel[k]) ** 2, axis=1)
+    return far / np.log(BASE) + scale[:, None] + bias[n]
 
 
 def _log_features(projected: np.ndarray, projection: np.ndarray) -> np.ndarray:

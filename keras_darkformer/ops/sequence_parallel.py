@@ -16,7 +16,7 @@ from keras import ops, tree
 
 from keras_darkformer.ops.attention import attend, output_dtype
 from keras_darkformer.ops.backend import SequenceAxis
-from keras_darkformer.ops.checks import check_attention, check_parameters
+from keras_darkformer.ops.checks import check_attention, check_causal, check_parameters
 from keras_darkformer.ops.dark_attention import folded, tensors
 from keras_darkformer.ops.exact_memory import tokens_of
 from keras_darkformer.ops.features import DarkParameters, FoldedFeatures
@@ -122,6 +122,7 @@ def sequence_parallel_dark_attention(
     axis = SequenceAxis(axis_name)
     query, key, value, key_mask = tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
+    check_causal(sliding_window, None, causal=causal)
     parameters = DarkParameters(
         *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )

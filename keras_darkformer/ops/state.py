@@ -103,9 +103,8 @@ class StateShapes(NamedTuple):
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The state of these leaves."""
         sums = State(*leaves[:3])
-        state: AttentionState = sums
-        if self.sliding_window is not None:
-            state = WindowedState(sums, Tokens(*leaves[3:6]))
+        windowed = self.sliding_window is not None
+        state = WindowedState(sums, Tokens(*leaves[3:6])) if windowed else sums
         return PositionedState(state, leaves[-1]) if self.positioned else state
 
     def zeros(self, batch_size: Tensor) -> Any:
@@ -167,7 +166,12 @@ def initial_state(
         and the last W themselves as `recent`, keys `(b, W, k, h)`, values
         `(b, W, k, v)` and a mask `(b, W)`, 1 where there is a token and 0 where
         it is masked or missing.
+
+    Raises:
+        ValueError: if there is a window and no `head_dim`.
     """
+    if sliding_window is not None and head_dim is None:
+        raise ValueError("`sliding_window` needs a `head_dim`: the state holds keys.")
     return StateShapes(
         num_key_value_heads, num_features, value_dim, head_dim, sliding_window
     ).zeros(batch_size)

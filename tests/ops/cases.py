@@ -29,7 +29,7 @@ class Case:
     untied: bool = False  # with query_geometry
     shifted: bool = False  # with query_shift and key_shift
     window: int | None = None  # with sliding_window and far_offset
-    window_only: bool = False
+    window_alone: bool = False  # with a far_offset that leaves the far part out
     shared: bool = False  # one projection for all heads
     scale: float = 1.0
 
@@ -101,8 +101,10 @@ def _draw(case):
         for name in ("query_shift", "key_shift"):
             options[name] = 0.7 * normal(kv_heads, head_dim)
     if case.window is not None:
-        options |= {"sliding_window": case.window, "window_only": case.window_only}
-        options["far_offset"] = normal(num_heads)
+        far_offset = normal(num_heads)
+        if case.window_alone:
+            far_offset = np.full_like(far_offset, -1e30)
+        options |= {"sliding_window": case.window, "far_offset": far_offset}
     return query, key, value, geometry, options, upstream
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from keras_darkformer.ops import dark_attention, sequence_parallel_dark_attention
+from keras_darkformer.ops import State, dark_attention, sequence_parallel_dark_attention
 
 PART = PartitionSpec(None, "sequence")
 WHOLE = PartitionSpec()
@@ -28,7 +28,7 @@ def split_attention(arguments, upstream, *, mesh, batch_axis=None, check_vma=Tru
     if len(arguments.get("key_mask", ())) == 1:
         split["key_mask"] = PART
     specs = {name: split.get(name, WHOLE) for name in arguments}
-    of_state = (PartitionSpec(batch_axis),) * 3
+    of_state = State(*(PartitionSpec(batch_axis),) * 3)
 
     @functools.partial(
         jax.shard_map,
@@ -57,9 +57,11 @@ def with_gradients(attend, arguments, upstream, return_state):
 
     def scalar(inputs, others):
         result = attend(inputs | others)
-        output, state = result if return_state else (result, ())
-        # Of the state too: its sums at a scale that is a constant.
-        return (output * upstream).sum() + sum(x.sum() for x in state[:2]), (output, state)
+        output, state = result if return_state else (result, None)
+        loss = (output * upstream).sum()
+        if return_state:  # of its sums too, whose scale is a constant
+            loss = loss + state.kv_state.sum() + state.key_state.sum()
+        return loss, (output, state)
 
     inputs = {name: arguments[name] for name in names}
     others = {name: x for name, x in arguments.items() if name not in names}

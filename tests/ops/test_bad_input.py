@@ -6,10 +6,9 @@ from backends import run
 
 from keras_darkformer.ops import (
     dark_attention,
-    dark_attention_state,
     exact_dark_attention,
     feature_attention,
-    feature_attention_state,
+    initial_state,
 )
 
 SHAPES = {
@@ -20,7 +19,6 @@ SHAPES = {
     "projection": (2, 16, 7),
 }
 EXACT = ("query", "key", "value", "geometry")
-STATE = ("key", "value", "geometry", "projection")
 
 
 def zeros(*shape, dtype="float32"):
@@ -34,6 +32,7 @@ def call(function, names, **changes):
 
 # Wrong for every function that takes these arguments.
 BAD_TENSORS = [
+    ({"key": zeros(6, 2, 8)}, "`key` must have shape"),
     ({"query": zeros(6, 4, 8)}, "`query` must have shape"),
     ({"value": zeros(2, 6, 5)}, "`value` must have shape"),
     ({"geometry": zeros(7, 8)}, "`geometry` must have shape"),
@@ -62,7 +61,6 @@ BAD_FEATURES = [
     ({"query_shift": zeros(8)}, "`query_shift` must have shape"),
     ({"query_shift": zeros(2, 7)}, "`query_shift` must have shape"),
     ({"key_shift": zeros(4, 8)}, "`key_shift` must have shape"),
-    ({"window_only": True}, "`window_only` and `far_offset` need a `sliding_window`"),
     ({"sliding_window": 0, "causal": True}, "`sliding_window` must be a positive integer"),
     ({"sliding_window": 2.0, "causal": True}, "`sliding_window` must be a positive integer"),
     (
@@ -74,12 +72,25 @@ BAD_FEATURES = [
         "`initial_state` must be",
     ),
     ({"initial_state": (zeros(2, 2, 16, 5), zeros(2, 2, 16))}, "`initial_state` must be"),
+    (
+        {
+            "causal": True,
+            "initial_state": (SUMS, (zeros(2, 3, 2, 8), zeros(2, 3, 2, 5), zeros(2, 3))),
+        },
+        "`initial_state` must be",
+    ),
+]
+BAD_WRITES = [
+    ({"write_mask": zeros(2, 6, dtype="bool")}, "`write_mask` needs `causal=True`"),
+    ({"write_mask": zeros(2, 5, dtype="bool"), "causal": True}, "`write_mask` must have shape"),
+    ({"write_mask": zeros(3, 6, dtype="bool"), "causal": True}, "`write_mask` must have shape"),
+    ({"write_mask": zeros(6, dtype="bool"), "causal": True}, "`write_mask` must have shape"),
 ]
 BAD_OPTIONS = [
     ({"chunk_size": 0}, "`chunk_size` must be a positive integer"),
     ({"chunk_size": 64.0}, "`chunk_size` must be a positive integer"),
     ({"sliding_window": 3}, "`sliding_window` needs `causal=True`"),
-    ({"far_offset": zeros(4)}, "`window_only` and `far_offset` need a `sliding_window`"),
+    ({"far_offset": zeros(4)}, "`far_offset` needs a `sliding_window`"),
     (
         {"sliding_window": 3, "causal": True, "far_offset": zeros(2)},
         r"`far_offset` must have shape \(num_query_heads,\) = \(4,\)",
@@ -101,7 +112,10 @@ BAD_DIRECT_FEATURES = [
 def test_the_arguments_that_are_changed_here_are_right_unchanged():
     assert run(lambda: call(dark_attention, SHAPES)).shape == (2, 6, 4, 5)
     assert run(lambda: call(exact_dark_attention, EXACT)).shape == (2, 6, 4, 5)
-    assert run(lambda: call(dark_attention_state, STATE))[0].shape == (2, 2, 16, 5)
+    masks = {"key_mask": zeros(2, 6), "write_mask": zeros(2, 6)}
+    options = {"causal": True, "initial_state": SUMS, "return_state": True}
+    _, state = run(lambda: call(dark_attention, SHAPES, **masks, **options))
+    assert state.kv_state.shape == (2, 2, 16, 5)
 
 
 def bad_inputs(*cases):
@@ -110,7 +124,7 @@ def bad_inputs(*cases):
     )
 
 
-@bad_inputs(*BAD_TENSORS, *BAD_FEATURES, *BAD_OPTIONS)
+@bad_inputs(*BAD_TENSORS, *BAD_FEATURES, *BAD_WRITES, *BAD_OPTIONS)
 def test_dark_attention_names_the_argument_that_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         call(dark_attention, SHAPES, **changes)
@@ -123,19 +137,9 @@ def test_exact_attention_names_the_argument_that_does_not_fit(changes, message):
 
 
 @bad_inputs(
-    ({"key": zeros(6, 2, 8)}, "`key` must have shape"),
-    *((changes, message) for changes, message in BAD_TENSORS if "query" not in changes),
-    *BAD_FEATURES,
-)
-def test_state_names_the_argument_that_does_not_fit(changes, message):
-    changes = {name: x for name, x in changes.items() if name != "causal"}
-    with pytest.raises(ValueError, match=message):
-        call(dark_attention_state, STATE, **changes)
-
-
-@bad_inputs(
     *((changes, message) for changes, message in BAD_TENSORS if "geometry" not in changes),
     *BAD_DIRECT_FEATURES,
+    *BAD_WRITES,
     *BAD_OPTIONS[:2],
     ({"query_kernel": zeros(2, 8, 15)}, "`query_kernel` must have shape"),
 )
@@ -145,13 +149,6 @@ def test_feature_attention_names_the_argument_that_does_not_fit(changes, message
         feature_attention(**arguments | changes)
 
 
-@bad_inputs(
-    ({"key": zeros(6, 2, 8)}, "`key` must have shape"),
-    ({"key_mask": zeros(2, 5, dtype="bool")}, "`key_mask` must have shape"),
-    *BAD_DIRECT_FEATURES,
-)
-def test_state_of_feature_attention_names_the_argument_that_does_not_fit(changes, message):
-    names = ("key", "value", "key_kernel", "key_bias")
-    arguments = {name: zeros(*DIRECT_SHAPES[name]) for name in names}
-    with pytest.raises(ValueError, match=message):
-        feature_attention_state(**arguments | changes)
+def test_state_with_a_window_needs_to_know_the_size_of_keys():
+    with pytest.raises(ValueError, match="`sliding_window` needs a `head_dim`"):
+        initial_state(2, 2, 16, 5, sliding_window=3)

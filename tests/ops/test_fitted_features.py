@@ -5,20 +5,19 @@ import functools
 
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, MODES, compiled, run, to_numpy, value_and_gradients
+from backends import MODES, run, value_and_gradients
 from keras import ops
 
 from keras_darkformer.ops import (
     dark_attention,
-    dark_attention_state,
     exact_dark_attention,
     feature_attention,
-    feature_attention_state,
     initial_state,
 )
 from keras_darkformer.ops.reference import dark_attention_reference
 
 from .cases import Case, assert_close, attend, attend_with_gradients, reference
+from .states import assert_state_is_of, empty_state, in_pieces, mask_for_pieces, unscaled
 
 FITTED = {"untied": True, "shifted": True, "weighted": True}
 ODD = {"batch": 2, "rank": 5, "value_dim": 6, "masked": True, **FITTED}
@@ -55,7 +54,7 @@ def test_output_and_gradients_agree_with_the_reference_without_a_window(case):
     [
         Case(length=20, heads=(2, 1), causal=True, shifted=True),
         Case(length=20, heads=(2, 2), causal=True, window=5, rank=11),
-        Case(length=20, heads=(4, 2), causal=True, window=5, window_only=True, **ODD),
+        Case(length=20, heads=(4, 2), causal=True, window=5, window_alone=True, **ODD),
     ],
     ids=str,
 )
@@ -132,64 +131,23 @@ def test_window_as_long_as_the_sequence_is_softmax_whatever_the_features():
 PIECES = [1, 1, 14, 1, 1, 14, 1]  # single tokens go through M and W one after the other
 
 
-def in_pieces(step, state, arrays, key_mask):
-    """Outputs of the pieces side by side, and the last state."""
-    step = compiled(step) if DEFAULT_JIT else step
-    outputs = []
-    for stop, size in zip(np.cumsum(PIECES), PIECES, strict=True):
-        piece = slice(stop - size, stop)
-        tokens = (ops.convert_to_tensor(x[:, piece]) for x in (*arrays, key_mask))
-        output, state = step(*tokens, state)
-        outputs.append(to_numpy(output))
-    return np.concatenate(outputs, axis=1), to_numpy(state)
-
-
-def ends_seen(key_mask):
-    """No piece ends with a masked key: in a window those would not count as tokens."""
-    key_mask = key_mask.copy()
-    key_mask[:, np.cumsum(PIECES) - 1] = True
-    return key_mask
-
-
-def assert_same_state(actual, expected, tolerance=1e-4):
-    """The sums may have different scales."""
-    actual, expected = list(actual), list(expected)
-    if actual[1].ndim == 3:  # not the window alone
-        scale = np.exp(actual[2] - expected[2])[..., None]
-        actual[:3] = [actual[0] * scale[..., None], actual[1] * scale, expected[2]]
-    for x, y in zip(actual, expected, strict=True):
-        assert_close(x, y, tolerance)
-
-
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"window": 6}, {"window": 6, "window_only": True}],
-    ids=["features", "window", "window_only"],
+    [{}, {"window": 6}, {"window": 6, "window_alone": True}],
+    ids=["features", "window", "window-alone"],
 )
 def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(changes):
     case = Case(length=sum(PIECES), heads=(4, 2), causal=True, **ODD, **changes)
-    key_mask = ends_seen(case.key_mask)
-    options = case.options | {"key_mask": key_mask}
-    expected, _ = dark_attention_reference(*case.arrays, **options)
-    geometry = case.arrays[3]
+    key_mask = mask_for_pieces(case.batch, PIECES)
+    expected, _ = dark_attention_reference(*case.arrays, **case.options | {"key_mask": key_mask})
 
     def step(query, key, value, mask, state):
         more = {"key_mask": mask, "initial_state": state, "return_state": True}
-        return dark_attention(query, key, value, geometry, **case.options | more)
+        return dark_attention(query, key, value, case.arrays[3], **case.options | more)
 
-    sizes = (case.batch, 2, case.num_features, case.value_dim)
-    empty = initial_state(
-        *sizes,
-        sliding_window=case.window,
-        head_dim=case.head_dim,
-        window_only=case.window_only,
-    )
-    output, state = in_pieces(step, empty, case.arrays[:3], key_mask)
+    output, state = in_pieces(step, empty_state(case), case.arrays[:3], key_mask, PIECES)
     assert_close(output, expected)
-    left_out = ("causal", "far_offset")
-    options = {name: x for name, x in options.items() if name not in left_out}
-    of_keys = run(lambda *arrays: dark_attention_state(*arrays, **options), *case.arrays[1:])
-    assert_same_state(state, of_keys)
+    assert_state_is_of(state, case, key_mask)
 
 
 # Features of any kernel.
@@ -215,6 +173,15 @@ def feature_attention_reference(query, key, value, query_kernel, key_kernel, key
     weights = phi_q @ phi_k.swapaxes(2, 3) * visible
     weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
     return np.einsum("bnts,bsnv->btnv", weights, value)
+
+
+def assert_state_is_of_kernels(state, written):
+    key, value = (x.astype("float64") for x in DIRECT.arrays[1:3])
+    features = np.exp(np.einsum("bskh,khm->bskm", key, kernels()[1]) + kernels()[2])
+    features *= written[:, :, None, None]
+    kv_state, key_state = unscaled(state)
+    assert_close(key_state, features.sum(axis=1))
+    assert_close(kv_state, np.einsum("bskm,bskv->bkmv", features, value))
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -252,16 +219,20 @@ def test_features_of_any_kernel_in_pieces_are_those_of_the_whole():
         return feature_attention(query, key, value, *kernels(), causal=True, **more)
 
     empty = initial_state(2, 2, 16, 6)
-    output, state = in_pieces(step, empty, DIRECT.arrays[:3], key_mask)
+    output, state = in_pieces(step, empty, DIRECT.arrays[:3], key_mask, PIECES)
     assert_close(output, expected)
+    assert_state_is_of_kernels(state, key_mask)
 
-    def whole(key, value):
-        return feature_attention_state(key, value, *kernels()[1:], key_mask=key_mask)
 
-    assert_same_state(state, run(whole, *DIRECT.arrays[1:3]))
-    key, value = (x.astype("float64") for x in DIRECT.arrays[1:3])
-    features = np.exp(np.einsum("bskh,khm->bskm", key, kernels()[1]) + kernels()[2])
-    features *= key_mask[:, :, None, None]
-    scale = np.exp(state[2].astype("float64"))[..., None]
-    assert_close(state[1] * scale, features.sum(axis=1))
-    assert_close(state[0] * scale[..., None], np.einsum("bskm,bskv->bkmv", features, value))
+def test_write_mask_says_which_features_of_any_kernel_enter_the_state():
+    visible = DIRECT.key_mask[:, None, None, :] & np.tri(DIRECT.length, dtype=bool)
+    expected = feature_attention_reference(*DIRECT.arrays[:3], *kernels(), visible)
+    write_mask = np.arange(DIRECT.length) < np.array([[9], [20]])
+
+    def function(*arrays):
+        masks = {"key_mask": DIRECT.key_mask, "write_mask": write_mask}
+        return feature_attention(*arrays, causal=True, return_state=True, **masks)
+
+    output, state = run(function, *DIRECT.arrays[:3], *kernels())
+    assert_close(output, expected)
+    assert_state_is_of_kernels(state, DIRECT.key_mask & write_mask)

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from backends import numpy_only
 
 from keras_darkformer.ops import draw_projection
 from keras_darkformer.ops.reference import dark_attention_reference, dark_state_reference
 
 from .cases import Case, assert_close, reference
+
+numpy_only()
 
 SMALL = Case(
     length=5, heads=(4, 2), batch=2, head_dim=3, rank=4, value_dim=2, num_features=5, weighted=True
@@ -47,13 +50,18 @@ def test_gradients_agree_with_central_differences(changes):
         assert_close(gradient, differences, 1e-8)
 
 
-def test_state_read_by_queries_is_the_output():
-    case = Case(length=9, batch=2, masked=True)
+@pytest.mark.parametrize(
+    "fitted", [{}, {"weighted": True, "untied": True, "shifted": True}], ids=str
+)
+def test_state_read_by_queries_is_the_output(fitted):
+    case = Case(length=9, batch=2, masked=True, **fitted)
     query, key, value, geometry = (x.astype("float64") for x in case.arrays)
     projection = case.options["projection"]
-    kv_state, key_state = dark_state_reference(
-        key, value, geometry, projection, key_mask=case.key_mask
-    )
+    options = {name: x for name, x in case.options.items() if name != "causal"}
+    kv_state, key_state = dark_state_reference(key, value, geometry, **options)
+    if case.untied:
+        geometry = case.options["query_geometry"]
+    # All that is constant to a query, or to a query's features, is left out.
     projected = np.einsum("btkh,krh->btkr", query * case.head_dim**-0.25, geometry)
     features = np.exp(np.einsum("btkr,kmr->btkm", projected, projection))
     output = np.einsum("btkm,bkmv->btkv", features, kv_state)

@@ -1,69 +1,42 @@
-"""The state of `dark_attention`: a sequence in pieces is the whole."""
+"""The state of `dark_attention`: a sequence in pieces is the whole, and its types."""
 
 import keras
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, compiled, run, to_numpy, value_and_gradients
-from keras import ops
+from backends import run, to_numpy, value_and_gradients
+from keras import ops, tree
 
-from keras_darkformer.ops import dark_attention, dark_attention_state, initial_state
-from keras_darkformer.ops.reference import dark_state_reference
+from keras_darkformer.ops import (
+    PositionedState,
+    State,
+    Tokens,
+    WindowedState,
+    dark_attention,
+    initial_state,
+)
+from keras_darkformer.ops.state import StateShapes
 
 from .cases import Case, assert_close, attend, reference
+from .states import (
+    assert_equal_states,
+    assert_same_state,
+    assert_state_is_of,
+    empty_state,
+    in_pieces,
+)
 
 ODD = {"batch": 2, "rank": 5, "value_dim": 6, "masked": True}
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def empty_state(case):
-    value_dim = case.value_dim or case.head_dim
-    return initial_state(case.batch, case.heads[1], case.num_features, value_dim)
-
-
-def pieces(case, arrays, sizes):
-    """Query, key, value and key mask of one piece after another."""
-    stops = np.cumsum(sizes)
-    assert stops[-1] == case.length
-    for start, stop in zip(stops - sizes, stops, strict=True):
-        mask = None if case.key_mask is None else case.key_mask[:, start:stop]
-        yield *(x[:, start:stop] for x in arrays[:3]), mask
-
-
-def in_pieces(case, sizes):
+def case_in_pieces(case, sizes):
     """Causal output fed piece by piece, each through the same function, and the last state."""
-    options = {name: x for name, x in case.options.items() if name != "key_mask"}
-    geometry = case.arrays[3]
 
     def step(query, key, value, mask, state):
-        return dark_attention(
-            *(query, key, value, geometry),
-            **options,
-            key_mask=mask,
-            initial_state=state,
-            return_state=True,
-        )
+        more = {"key_mask": mask, "initial_state": state, "return_state": True}
+        return dark_attention(query, key, value, case.arrays[3], **case.options | more)
 
-    step = compiled(step) if DEFAULT_JIT else step
-    outputs, state = [], empty_state(case)
-    shapes = [tuple(x.shape) for x in state]
-    for piece in pieces(case, case.arrays, sizes):
-        output, state = step(*piece, state)
-        outputs.append(to_numpy(output))
-        assert [tuple(x.shape) for x in state] == shapes
-        assert {keras.backend.standardize_dtype(x.dtype) for x in state} == {"float32"}
-    return np.concatenate(outputs, axis=1), to_numpy(state)
-
-
-def unscaled(state):
-    """The sums themselves."""
-    kv_state, key_state, log_scale = (np.asarray(x, "float64") for x in state)
-    scale = np.exp(log_scale)[..., None]
-    return kv_state * scale[..., None], key_state * scale
-
-
-def assert_same_state(actual, expected):
-    for x, y in zip(unscaled(actual), unscaled(expected), strict=True):
-        assert_close(x, y)
+    return in_pieces(step, empty_state(case), case.arrays[:3], case.key_mask, sizes)
 
 
 def whole(case):
@@ -74,13 +47,7 @@ def whole(case):
 @causal_or_not
 def test_state_is_the_sum_over_keys_of_features_and_of_features_times_values(causal):
     case = Case(length=100, heads=(4, 2), causal=causal, **ODD)
-    _, state = whole(case)
-    _, key, value, geometry = case.arrays
-    expected = dark_state_reference(
-        key, value, geometry, case.options["projection"], key_mask=case.key_mask
-    )
-    for actual, sums in zip(unscaled(state), expected, strict=True):
-        assert_close(actual, sums)
+    assert_state_is_of(whole(case)[1], case)
 
 
 @causal_or_not
@@ -88,16 +55,13 @@ def test_what_fills_up_the_last_block_is_not_in_the_state(causal):
     case = Case(length=1103, heads=(1, 1), causal=causal)
     output, state = whole(case)
     assert_close(output, reference(case)[0])
-    _, key, value, geometry = case.arrays
-    expected = dark_state_reference(key, value, geometry, case.options["projection"])
-    for actual, sums in zip(unscaled(state), expected, strict=True):
-        assert_close(actual, sums)
+    assert_state_is_of(state, case)
 
 
 def test_sequence_in_pieces_gives_the_outputs_of_the_whole():
     # The first piece is masked in one row: it starts with nothing to attend to.
     case = Case(length=301, heads=(4, 2), causal=True, weighted=True, **ODD)
-    output, state = in_pieces(case, [1, 62, 1, 200, 37])
+    output, state = case_in_pieces(case, [1, 62, 1, 200, 37])
     expected, expected_state = whole(case)
     assert_close(output, expected, 1e-5)
     assert_same_state(state, expected_state)
@@ -105,7 +69,7 @@ def test_sequence_in_pieces_gives_the_outputs_of_the_whole():
 
 def test_sequence_token_by_token_gives_the_outputs_of_the_whole():
     case = Case(length=40, heads=(4, 2), causal=True, weighted=True, **ODD)
-    output, state = in_pieces(case, [1] * 40)
+    output, state = case_in_pieces(case, [1] * 40)
     expected, expected_state = whole(case)
     assert_close(output, expected, 1e-5)
     assert_same_state(state, expected_state)
@@ -116,11 +80,12 @@ def test_gradients_flow_through_the_state():
 
     def scalar(*arrays):
         outputs, state = [], None
-        for *piece, mask in pieces(case, arrays, [7, 1, 22]):
+        for piece in (slice(0, 7), slice(7, 8), slice(8, 30)):
+            more = {"key_mask": case.key_mask[:, piece], "initial_state": state}
             output, state = dark_attention(
-                *(*piece, arrays[3]),
-                **case.options | {"key_mask": mask},
-                initial_state=state,
+                *(x[:, piece] for x in arrays[:3]),
+                arrays[3],
+                **case.options | more,
                 return_state=True,
             )
             outputs.append(output)
@@ -139,11 +104,12 @@ def test_queries_of_the_last_keys_and_a_state_see_all_keys():
         state = None
         for stop, size in ((10, 10), (11, 1), (50, 39)):
             piece = slice(stop - size, stop)
-            state = dark_attention_state(
-                *(key[:, piece], value[:, piece], geometry),
+            _, state = dark_attention(  # of one query or of many
+                *(query[:, :size], key[:, piece], value[:, piece], geometry),
                 **options,
                 key_mask=case.key_mask[:, piece],
                 initial_state=state,
+                return_state=True,
             )
         return dark_attention(
             *(query, key[:, 50:], value[:, 50:], geometry),
@@ -153,14 +119,6 @@ def test_queries_of_the_last_keys_and_a_state_see_all_keys():
         )
 
     assert_close(run(function, *case.arrays), reference(case)[0], 1e-4)
-
-
-@causal_or_not
-def test_state_without_the_output_is_the_state_with_it(causal):
-    case = Case(length=100, heads=(4, 2), causal=causal, weighted=True, **ODD)
-    options = {name: x for name, x in case.options.items() if name != "causal"}
-    state = run(lambda *arrays: dark_attention_state(*arrays, **options), *case.arrays[1:])
-    assert_same_state(state, whole(case)[1])
 
 
 @causal_or_not
@@ -183,5 +141,108 @@ def test_masked_keys_leave_the_state_as_it_was(causal):
     nothing = np.zeros_like(case.key_mask)
     output, state = attend(case, return_state=True, key_mask=nothing)
     assert not output.any()
-    for actual, expected in zip(state, to_numpy(empty_state(case)), strict=True):
-        np.testing.assert_array_equal(actual, expected)
+    assert_equal_states(state, to_numpy(empty_state(case)))
+
+
+# Its types.
+
+SHAPES = {
+    "sums": StateShapes(2, 16, 6),
+    "window": StateShapes(2, 16, 6, 8, 3),
+    "positioned": StateShapes(2, 16, 6, positioned=True),
+    "positioned-window": StateShapes(2, 16, 6, 8, 3, positioned=True),
+}
+each_state = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+
+
+@each_state
+def test_state_before_the_first_token_its_spec_and_its_check_agree(shapes):
+    zeros, spec = shapes.zeros(4), shapes.spec(4)
+    tree.assert_same_structure(zeros, spec)
+    for leaf, of_spec in zip(tree.flatten(zeros), tree.flatten(spec), strict=True):
+        assert tuple(leaf.shape) == of_spec.shape
+        assert keras.backend.standardize_dtype(leaf.dtype) == of_spec.dtype == "float32"
+    assert_equal_states(to_numpy(shapes.check(zeros, 4)), to_numpy(zeros))
+    tree.assert_same_structure(shapes.check(zeros, None), zeros)
+    assert {leaf.shape[0] for leaf in tree.flatten(shapes.spec(None))} == {None}
+
+
+def test_state_has_named_parts_of_the_shapes_that_it_says():
+    state = SHAPES["positioned-window"].zeros(4)
+    assert isinstance(state, PositionedState)
+    assert tuple(state.position.shape) == (4,)
+    assert isinstance(state.attention, WindowedState)
+    sums, recent = state.attention
+    assert isinstance(sums, State)
+    assert isinstance(recent, Tokens)
+    assert [tuple(x.shape) for x in sums] == [(4, 2, 16, 6), (4, 2, 16), (4, 2)]
+    assert [tuple(x.shape) for x in recent] == [(4, 3, 2, 8), (4, 3, 2, 6), (4, 3)]
+    assert not any(to_numpy(x).any() for x in (sums.kv_state, sums.key_state, *recent))
+    np.testing.assert_array_equal(to_numpy(sums.log_scale), np.float32(-1e30))
+
+
+def test_initial_state_is_that_of_its_sizes():
+    assert_equal_states(to_numpy(initial_state(4, 2, 16, 6)), to_numpy(SHAPES["sums"].zeros(4)))
+    windowed = initial_state(4, 2, 16, 6, sliding_window=3, head_dim=8)
+    assert_equal_states(to_numpy(windowed), to_numpy(SHAPES["window"].zeros(4)))
+
+
+@each_state
+def test_state_comes_out_of_keras_tree_as_it_went_in(shapes):
+    state = to_numpy(shapes.zeros(4))
+    leaves = tree.flatten(state)
+    assert [x.shape[1:] for x in leaves] == shapes.leaves()
+    numbered = tree.pack_sequence_as(state, list(range(len(leaves))))
+    assert numbered == shapes.pack(range(len(leaves)))
+    for copy in (numbered, tree.map_structure(lambda x: x, state)):
+        tree.assert_same_structure(copy, state)
+        assert type(copy) is type(state)
+
+
+def as_plain(state, kind):
+    """What saving makes of named tuples."""
+    return kind(as_plain(x, kind) for x in state) if isinstance(state, tuple) else state
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@each_state
+def test_state_of_plain_sequences_gets_its_names_back(shapes, kind):
+    state = to_numpy(shapes.zeros(4))
+    checked = to_numpy(shapes.check(as_plain(state, kind), 4))
+    tree.assert_same_structure(checked, state)
+    assert_equal_states(checked, state)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_goes_on_from_a_state_of_plain_sequences(window, length):
+    case = Case(length=length, causal=True, window=window)
+    _, state = whole(Case(length=5, causal=True, window=window))
+    options = {"return_state": True}
+    output, after = attend(case, initial_state=as_plain(state, list), **options)
+    expected, expected_state = attend(case, initial_state=state, **options)
+    np.testing.assert_array_equal(output, expected)
+    assert_equal_states(after, expected_state)
+    assert np.abs(output - attend(case)).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_state_of_halves_becomes_float32(dtype):
+    shapes = SHAPES["window"]
+    halves = tree.map_structure(lambda x: ops.cast(ops.zeros_like(x), dtype), shapes.zeros(4))
+    for leaf in tree.flatten(shapes.check(halves, 4)):
+        assert keras.backend.standardize_dtype(leaf.dtype) == "float32"
+
+
+@each_state
+def test_leaf_of_another_shape_is_refused(shapes):
+    leaves = tree.flatten(to_numpy(shapes.zeros(4)))
+    for index, leaf in enumerate(leaves):
+        for wrong in (leaf[:3], leaf[None], np.repeat(leaf, 2, axis=-1)):
+            changed = [*leaves[:index], wrong, *leaves[index + 1 :]]
+            with pytest.raises(ValueError, match="`initial_state` must be a state"):
+                shapes.check(shapes.pack(changed), 4)
+        with pytest.raises(ValueError, match="`initial_state` must be a state"):
+            shapes.check([*leaves[:index], *leaves[index + 1 :]], 4)
+    with pytest.raises(ValueError, match="`initial_state` must be a state"):
+        shapes.check([*leaves, leaves[-1]], 4)
