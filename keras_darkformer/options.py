@@ -241,7 +241,7 @@ class ConversionOptions(AttentionOptions):
         }
 
 
-def shows_options(options: type[FeatureOptions]) -> Callable[[Function], Function]:
+def shows_options(options: type) -> Callable[[Function], Function]:
     """Has a function's signature show the options that its last parameter, `**kwargs`, takes."""
 
     def show(function: Function) -> Function:

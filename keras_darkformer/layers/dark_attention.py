@@ -8,12 +8,18 @@ from keras import ops
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.layers.core import FeatureAttention, drop_tokens
+from keras_darkformer.layers.dense import DenseOptions
 from keras_darkformer.layers.heads import Heads, as_it_is
-from keras_darkformer.layers.masks import merge_masks, split_attention_mask
+from keras_darkformer.layers.masks import (
+    check_attention_mask,
+    merge_masks,
+    split_attention_mask,
+    with_head_axis,
+)
 from keras_darkformer.ops import PositionedState, exact_dark_attention_scores, rotary_embedding
 from keras_darkformer.ops.state import AttentionState, StateShapes
 from keras_darkformer.options import AttentionOptions, shows_options
-from keras_darkformer.types import Config, Shape, Tensor
+from keras_darkformer.types import Config, Layer, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
@@ -36,17 +42,14 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         dropout: float. Drops whole tokens from the values, the same ones for
             every query: the part of attention dropout that linear attention
             can express. Both modes do this.
-        use_bias: bool. Whether the projections have biases.
         rope_max_wavelength: float or `None`. Rotates queries and keys by their
             positions (RoPE) with this wavelength, 10_000 in most models.
             Masked tokens have no position of their own: padding moves nothing.
-        kernel_initializer, bias_initializer, kernel_regularizer,
-            bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: of the four projections, as in
-            `keras.layers.GroupQueryAttention`.
         **kwargs: the options of `AttentionOptions`: `num_features`,
             `attention_mode`, `sliding_window`, `seed` (of the projection and of
-            dropout) and others; and as for `keras.layers.Layer`.
+            dropout) and others; of the four projections `use_bias`,
+            `kernel_initializer` and the others of
+            `keras.layers.GroupQueryAttention`; and as for `keras.layers.Layer`.
 
     Call arguments:
         query: `(b, t, d)`.
@@ -99,6 +102,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
     """
 
     @shows_options(AttentionOptions)
+    @shows_options(DenseOptions)
     def __init__(
         self,
         head_dim: int,
@@ -106,18 +110,13 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         num_key_value_heads: int | None = None,
         *,
         dropout: float = 0.0,
-        use_bias: bool = True,
         rope_max_wavelength: float | None = None,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        bias_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
         options, kwargs = AttentionOptions.take(type(self), kwargs)
+        # Under Keras' own name the activity regularizer would apply to this
+        # layer's output and state, not to the projections.
+        dense_options, kwargs = DenseOptions.split(kwargs)
         # Without autocast, or a state would arrive in half precision. The
         # projections cast what they are given.
         super().__init__(autocast=False, **kwargs)
@@ -141,16 +140,8 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         self.num_key_value_heads = num_key_value_heads
         self.options = options
         self.dropout = dropout
-        self.use_bias = use_bias
+        self.dense_options = dense_options
         self.rope_max_wavelength = rope_max_wavelength
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        # Under Keras' own name it would apply to this layer's output and state.
-        self.projection_regularizer = keras.regularizers.get(activity_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.bias_constraint = keras.constraints.get(bias_constraint)
         self.feature_map = self.make_feature_map(
             num_key_value_heads, head_dim, num_query_heads, options
         )
@@ -160,54 +151,38 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         """Whether queries and keys are rotated by their positions."""
         return self.rope_max_wavelength is not None
 
-    def dense_layers(self) -> tuple[Any, Any, Any]:
+    def dense_layers(self) -> tuple[Layer, Layer, Layer]:
         """The projections to queries, keys and values."""
         return self.query_dense, self.key_dense, self.value_dense
 
     def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
         """Creates the four projections and the feature map."""
         key_shape = value_shape if key_shape is None else key_shape
-        heads, kv_heads, head_dim = self.num_query_heads, self.num_key_value_heads, self.head_dim
-        self.query_dense = self._dense("btd,dnh->btnh", (None, heads, head_dim), "nh", "query")
-        self.query_dense.build(query_shape)
-        self.key_dense = self._dense("bsd,dkh->bskh", (None, kv_heads, head_dim), "kh", "key")
-        self.key_dense.build(key_shape)
-        self.value_dense = self._dense("bsd,dkh->bskh", (None, kv_heads, head_dim), "kh", "value")
-        self.value_dense.build(value_shape)
-        self.output_dense = self._dense(
-            "btnh,nhd->btd", (None, query_shape[-1]), "d", "attention_output"
+        of_queries = (None, self.num_query_heads, self.head_dim)
+        of_keys = (None, self.num_key_value_heads, self.head_dim)
+
+        def dense(equation: str, output: Shape, bias_axes: str, name: str, inputs: Shape) -> Layer:
+            layer = self.dense_options.einsum(
+                equation, output, bias_axes, dtype=self.dtype_policy, name=name
+            )
+            layer.build(inputs)
+            return layer
+
+        self.query_dense = dense("btd,dnh->btnh", of_queries, "nh", "query", query_shape)
+        self.key_dense = dense("bsd,dkh->bskh", of_keys, "kh", "key", key_shape)
+        self.value_dense = dense("bsd,dkh->bskh", of_keys, "kh", "value", value_shape)
+        self.output_dense = dense(
+            "btnh,nhd->btd",
+            (None, query_shape[-1]),
+            "d",
+            "attention_output",
+            (None, *of_queries),
         )
-        self.output_dense.build((None, None, heads, head_dim))
         self.token_dropout = keras.layers.Dropout(
             self.dropout, seed=self.options.seed, dtype=self.dtype_policy, name="token_dropout"
         )
         self.feature_map.build()
         self.built = True
-
-    def _dense(
-        self, equation: str, output_shape: tuple[int | None, ...], bias_axes: str, name: str
-    ) -> keras.layers.EinsumDense:
-        def clone(initializer: Any) -> Tensor:
-            # A seeded initializer used twice would give the same values twice.
-            return initializer.__class__.from_config(initializer.get_config())
-
-        dense = keras.layers.EinsumDense(
-            equation,
-            output_shape=output_shape,
-            bias_axes=bias_axes if self.use_bias else None,
-            kernel_initializer=clone(self.kernel_initializer),
-            bias_initializer=clone(self.bias_initializer),
-            kernel_regularizer=self.kernel_regularizer,
-            bias_regularizer=self.bias_regularizer,
-            activity_regularizer=self.projection_regularizer,
-            kernel_constraint=self.kernel_constraint,
-            bias_constraint=self.bias_constraint,
-            dtype=self.dtype_policy,
-            name=name,
-        )
-        # This layer sees to masks; its parts need not warn that they don't.
-        dense.supports_masking = True
-        return dense
 
     def call(
         self,
@@ -226,7 +201,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
     ) -> Tensor:
         """See the class."""
         self._check_mode(return_attention_scores, initial_state, return_state)
-        self._check_attention_mask(attention_mask, query, value)
+        check_attention_mask(attention_mask, query.shape[1], value.shape[1])
         key_mask = merge_masks(value_mask, key_mask)
         if self.is_linear and attention_mask is not None:
             causal, padding = split_attention_mask(attention_mask)
@@ -249,14 +224,17 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             rotate_key,
             causal=use_causal_mask,
             key_mask=key_mask,
-            attention_mask=_with_head_axis(attention_mask),
+            attention_mask=with_head_axis(attention_mask),
         )
         output, state = self.attend(heads, initial_state=state, return_state=return_state)
         if query_mask is not None:
             output = ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
         output = self.output_dense(output)
         if return_attention_scores:
-            return output, self._scores(heads)
+            query, key = heads.for_features(self.feature_map)
+            query = self.feature_map.exact_query(query)
+            scores = exact_dark_attention_scores(query, key, **heads.masks)
+            return output, ops.cast(scores, self.compute_dtype)
         return (output, self._with_position(state, start, heads)) if return_state else output
 
     def _split_state(self, state: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,12 +243,6 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             return None, None
         state = self._state_shapes.check(state, query.shape[0])
         return state if self.is_rotary else (state, None)
-
-    def _scores(self, heads: Heads) -> Tensor:
-        query, key = heads.for_features(self.feature_map)
-        query = self.feature_map.exact_query(query)
-        scores = exact_dark_attention_scores(query, key, **heads.masks)
-        return ops.cast(scores, self.compute_dtype)
 
     def _check_mode(
         self, return_attention_scores: bool, initial_state: Tensor, return_state: bool
@@ -291,19 +263,6 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             raise ValueError(
                 "`sliding_window` needs `use_causal_mask=True`: it holds the last tokens before a "
                 "query."
-            )
-
-    def _check_attention_mask(self, attention_mask: Tensor, query: Tensor, value: Tensor) -> None:
-        if attention_mask is None or len(attention_mask.shape) < 2:
-            return
-        sizes = (query.shape[1], value.shape[1])
-        if any(
-            None not in (size, expected) and size not in (1, expected)
-            for size, expected in zip(attention_mask.shape[-2:], sizes, strict=True)
-        ):
-            raise ValueError(
-                "`attention_mask` must end in (query_length, key_length) = "
-                f"{sizes}. Received: shape {tuple(attention_mask.shape)}"
             )
 
     def _rotation(self, x: Tensor, mask: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
@@ -397,20 +356,6 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             "num_key_value_heads": self.num_key_value_heads,
             **self.options.get_config(),
             "dropout": self.dropout,
-            "use_bias": self.use_bias,
             "rope_max_wavelength": self.rope_max_wavelength,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            "activity_regularizer": keras.regularizers.serialize(self.projection_regularizer),
-            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
-            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+            **self.dense_options.get_config(),
         }
-
-
-def _with_head_axis(mask: Tensor) -> Tensor:
-    """An attention mask of rank 2, 3 or 4 as one of rank 4."""
-    if mask is None or len(mask.shape) == 4:
-        return mask
-    return mask[:, None] if len(mask.shape) == 3 else mask[None, None]

@@ -79,6 +79,30 @@ def merge_masks(first: Tensor, second: Tensor) -> Tensor:
     return ops.logical_and(ops.cast(first, "bool"), ops.cast(second, "bool"))
 
 
+def check_attention_mask(
+    attention_mask: Tensor, query_length: int | None, key_length: int | None
+) -> None:
+    """Raises a ValueError if a mask of queries and keys has not their lengths."""
+    if attention_mask is None or len(attention_mask.shape) < 2:
+        return
+    lengths = (query_length, key_length)
+    if any(
+        None not in (size, expected) and size not in (1, expected)
+        for size, expected in zip(attention_mask.shape[-2:], lengths, strict=True)
+    ):
+        raise ValueError(
+            "`attention_mask` must end in (query_length, key_length) = "
+            f"{lengths}. Received: shape {tuple(attention_mask.shape)}"
+        )
+
+
+def with_head_axis(mask: Tensor) -> Tensor:
+    """An attention mask of rank 2, 3 or 4 as one of rank 4; `None` stays."""
+    if mask is None or len(mask.shape) == 4:
+        return mask
+    return mask[:, None] if len(mask.shape) == 3 else mask[None, None]
+
+
 def _values(mask: Tensor) -> Tensor:
     """The mask in NumPy, or `None` where the backend is tracing."""
     if isinstance(mask, keras.KerasTensor):
