@@ -56,6 +56,26 @@ def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
     return x.reshape(shape) if _BACKEND == "torch" else ops.reshape(x, shape)
 
 
+def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
+    """`inputs @ kernel + bias`, `(b, k, x, h)` by `(k, h, m)` or `(x, h)` by `(h, m)`.
+
+    A sum of its own is a pass over all features; torch has one that is part of
+    the product, as XLA makes it by itself.
+    """
+    if bias is None or _BACKEND != "torch":
+        return inputs @ kernel if bias is None else inputs @ kernel + bias
+    import torch
+
+    if len(kernel.shape) == 2:
+        return torch.addmm(bias, inputs, kernel)
+    shape = inputs.shape
+    heads = (shape[0] * shape[1], *kernel.shape[1:])
+    kernel = kernel.expand(shape[0], *kernel.shape).reshape(heads)
+    bias = bias.expand(shape[0], *bias.shape).reshape(heads[0], 1, -1)
+    outputs = torch.baddbmm(bias, inputs.reshape(heads[0], *shape[2:]), kernel)
+    return outputs.reshape(*shape[:-1], -1)
+
+
 def compiled(
     function: Callable[..., Any], variables: Sequence[Any], updated: Sequence[Any] = ()
 ) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_darkformer.ops.backend import BASE, reshape
+from keras_darkformer.ops.backend import BASE, affine, reshape
 from keras_darkformer.types import Tensor
 
 TO_BASE = 1 / math.log(BASE)
@@ -261,8 +261,8 @@ def log_key_features(key: Tensor, features: FoldedFeatures) -> tuple[Tensor, Ten
         # The norm is that of what has been computed already.
         log_scale = ops.sum(projected * projected, axis=-1) * (-0.5 * TO_BASE)
     else:
-        log_features = _project(key, kernel)
-        log_scale = -_norm(key, features.key_norm_kernel)
+        log_features = _project(key, kernel, bias)
+        log_scale, bias = -_norm(key, features.key_norm_kernel), None
     if bias is not None:
         log_features = log_features + bias[:, None, :]
     if linear is not None:
@@ -290,12 +290,12 @@ def _norm(inputs: Tensor, norm_kernel: Tensor) -> Tensor:
     return ops.sum(projected * projected, axis=-1)
 
 
-def _project(inputs: Tensor, kernel: Tensor) -> Tensor:
-    """`(b, k, x, h)` times `(k, h, m)`, head by head."""
+def _project(inputs: Tensor, kernel: Tensor, bias: Tensor = None) -> Tensor:
+    """`(b, k, x, h)` times `(k, h, m)`, plus `(k, m)` or nothing, head by head."""
     if kernel.shape[0] == 1:
         # One head is one plain product. Broadcast over the batch instead, it
         # comes out wrong on TensorFlow's CPU (oneDNN, TensorFlow 2.21).
         shape = tuple(ops.shape(inputs))
-        outputs = reshape(inputs, (-1, shape[-1])) @ kernel[0]
+        outputs = affine(reshape(inputs, (-1, shape[-1])), kernel[0], bias)
         return reshape(outputs, (*shape[:-1], kernel.shape[-1]))
-    return inputs @ kernel
+    return affine(inputs, kernel, None if bias is None else bias[:, None, :])
