@@ -3,34 +3,35 @@
 import numpy as np
 import pytest
 
-from keras_darkformer.calibration.clusters import clusters, kmeans
-from keras_darkformer.calibration.judge import (
-    adaptive_budget,
+from keras_darkformer.fitting.clusters import clusters, kmeans
+from keras_darkformer.fitting.descent import (
+    attention_divergence,
+    best_draw,
+    refine_dark,
+    refine_exponential,
+)
+from keras_darkformer.fitting.held_out import (
     held_out_error,
     output_errors,
     position_folds,
     sequence_folds,
 )
-from keras_darkformer.calibration.projections import DarkParameters, Projections, fold_dark
-from keras_darkformer.calibration.refine import (
-    attention_divergence,
-    best_draw,
-    refine_clusters,
-    refine_dark,
-)
-from keras_darkformer.calibration.sequences import (
+from keras_darkformer.fitting.projections import DarkParameters, Projections, fold_dark
+from keras_darkformer.fitting.sequences import (
+    HeadSample,
     exact_weights,
     feature_weights,
-    samples,
+    sequences,
     softmax,
 )
-from keras_darkformer.ops import draw_projection
+from keras_darkformer.ops.projections import draw_projection
 
 from .data import anisotropic
 
 QUERY, KEY = anisotropic(scale=0.7)
 GROUPED = np.concatenate([QUERY, -0.5 * QUERY], axis=2)
 KEY = KEY[:, :, 0]
+PLAIN, CAUSAL = HeadSample(QUERY, KEY), HeadSample(QUERY, KEY, causal=True)
 MASK = np.arange(32) < np.array([[32], [20], [7], [32]])
 SETTINGS = pytest.mark.parametrize(
     "options",
@@ -47,15 +48,16 @@ def some_dark(seed=0, m=16, dim=8):
         log_weight=0.1 * rng.standard_normal(m),
         query_shift=0.2 * rng.standard_normal(dim),
         key_shift=0.2 * rng.standard_normal(dim),
+        proposal=np.ones(dim),
     )
 
 
-def divergence(projections, query, key, **options):
+def divergence(projections, sample):
     """Mean KL from the exact maps to those of the features."""
     total = []
-    for part in samples(query, key, **options):
+    for part in sequences(sample):
         exact = exact_weights(part)
-        found = feature_weights(projections, part.query, part.key, part.visible)
+        found = feature_weights(projections, part)
         log_ratio = np.log(np.maximum(exact, 1e-300) / np.maximum(found, 1e-300))
         total.append(np.sum(exact * log_ratio, axis=1))
     return np.concatenate(total).mean()
@@ -65,8 +67,7 @@ def divergence(projections, query, key, **options):
 
 
 def test_samples_hold_what_counts_and_see_what_is_visible():
-    options = {"query_mask": MASK, "key_mask": MASK, "causal": True}
-    parts = samples(GROUPED, KEY, **options)
+    parts = sequences(HeadSample(GROUPED, KEY, MASK, MASK, causal=True))
     assert [part.query.shape for part in parts] == [(64, 8), (40, 8), (14, 8), (64, 8)]
     for row, part in enumerate(parts):
         tokens = MASK[row].sum()
@@ -74,11 +75,13 @@ def test_samples_hold_what_counts_and_see_what_is_visible():
         np.testing.assert_array_equal(part.query, GROUPED[row, :tokens].reshape(-1, 8))
         expected = np.repeat(np.tri(tokens, dtype=bool), 2, axis=0)
         np.testing.assert_array_equal(part.visible, expected)
+    assert all(part.visible.all() for part in sequences(HeadSample(GROUPED, KEY, MASK, MASK)))
 
 
 def test_samples_keep_as_many_queries_as_they_may_by_seed():
     first, again, other = (
-        samples(GROUPED, KEY, max_queries=20, seed=seed, causal=True) for seed in (1, 1, 2)
+        sequences(HeadSample(GROUPED, KEY, causal=True), max_queries=20, seed=seed)
+        for seed in (1, 1, 2)
     )
     assert [len(part.query) for part in first] == [5] * 4
     for x, y, z in zip(first, again, other, strict=True):
@@ -96,13 +99,13 @@ def test_samples_without_a_pair_are_refused():
         {"query_mask": early, "key_mask": late, "causal": True},
     ):
         with pytest.raises(ValueError, match="No `query` is left that sees a `key`"):
-            samples(QUERY, KEY, **options)
+            sequences(HeadSample(QUERY, KEY, **options))
 
 
 def test_weights_of_features_are_those_of_their_definition():
     dark = some_dark()
     folded = fold_dark(dark)
-    part = samples(QUERY, KEY, causal=True)[0]
+    part = sequences(CAUSAL)[0]
     x, y = (8**-0.25 * z for z in (part.query, part.key))
     mx = (x - dark.query_shift) @ dark.geometry.T
     my = (y - dark.key_shift) @ dark.geometry.T
@@ -110,7 +113,7 @@ def test_weights_of_features_are_those_of_their_definition():
     log_key += (y @ dark.query_shift)[:, None] + 2 * dark.log_weight
     weights = np.exp(mx @ dark.projection.T) @ np.exp(log_key).T * part.visible
     weights /= weights.sum(axis=1, keepdims=True)
-    found = feature_weights(folded, part.query, part.key, part.visible)
+    found = feature_weights(folded, part)
     np.testing.assert_allclose(found, weights, atol=1e-12)
     logits = part.query @ part.key.T / 8**0.5
     np.testing.assert_allclose(exact_weights(part), softmax(logits, part.visible))
@@ -130,7 +133,7 @@ def assert_gradient(function, x, gradient, step=1e-6):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_gradient_of_the_divergence_is_that_of_its_value(causal, rng):
     log_query, log_key = rng.standard_normal((10, 4)), rng.standard_normal((10, 4)) - 3
-    visible = np.tri(10, dtype=bool) if causal else None
+    visible = np.tri(10, dtype=bool) if causal else np.ones((10, 10), bool)
     target = softmax(rng.standard_normal((10, 10)), visible)
     value, by_query, by_key = attention_divergence(log_query, log_key, target, visible)
     weights = softmax(np.log(np.exp(log_query) @ np.exp(log_key).T), visible)
@@ -144,7 +147,7 @@ def test_the_gradient_of_the_divergence_is_that_of_its_value(causal, rng):
     )
 
 
-@pytest.mark.parametrize("name", ["geometry", "projection", "log_weight"])
+@pytest.mark.parametrize("name", ["geometry", "log_weight"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_descent_follows_the_gradient_of_the_divergence(name, causal, monkeypatch):
     found = {}
@@ -153,14 +156,14 @@ def test_descent_follows_the_gradient_of_the_divergence(name, causal, monkeypatc
         found["loss"], found["slopes"] = gradient(start)
         return start
 
-    monkeypatch.setattr("keras_darkformer.calibration.refine._adam", grasp)
+    monkeypatch.setattr("keras_darkformer.fitting.descent._adam", grasp)
     dark = some_dark(dim=8)._replace(geometry=some_dark().geometry[:5])
     dark = dark._replace(projection=dark.projection[:, :5])
-    options = {"query_mask": MASK, "key_mask": MASK, "causal": causal}
-    refine_dark(dark, GROUPED, KEY, **options, parameters=(name,))
+    sample = HeadSample(GROUPED, KEY, MASK, MASK, causal)
+    refine_dark(dark, sample)
 
     def value(x):
-        return divergence(fold_dark(dark._replace(**{name: x})), GROUPED, KEY, **options)
+        return divergence(fold_dark(dark._replace(**{name: x})), sample)
 
     np.testing.assert_allclose(found["loss"], value(getattr(dark, name)))
     assert_gradient(value, getattr(dark, name), found["slopes"][name])
@@ -174,10 +177,11 @@ def test_descent_of_clusters_follows_the_gradient_of_the_divergence(monkeypatch)
         found["value"] = lambda name, x: gradient(dict(start) | {name: x})[0]
         return start
 
-    monkeypatch.setattr("keras_darkformer.calibration.refine._adam", grasp)
-    fitted = clusters(GROUPED, KEY, 6, causal=True)
-    same = refine_clusters(fitted, GROUPED, KEY, causal=True)
-    np.testing.assert_allclose(found["loss"], divergence(fitted, GROUPED, KEY, causal=True))
+    monkeypatch.setattr("keras_darkformer.fitting.descent._adam", grasp)
+    sample = HeadSample(GROUPED, KEY, causal=True)
+    fitted = clusters(sample, 6)
+    same = refine_exponential(fitted, sample)
+    np.testing.assert_allclose(found["loss"], divergence(fitted, sample))
     for before, after in zip(fitted[:3], same[:3], strict=True):
         np.testing.assert_allclose(after, before, atol=1e-12)
     for name, slope in found["slopes"].items():
@@ -190,24 +194,23 @@ def test_descent_of_clusters_follows_the_gradient_of_the_divergence(monkeypatch)
 @SETTINGS
 @pytest.mark.parametrize("steps", [1, 10])
 def test_refining_never_raises_the_divergence_and_takes_it_down(options, steps):
-    dark, fitted = some_dark(), clusters(GROUPED, KEY, 8, **options)
+    sample = HeadSample(GROUPED, KEY, **options)
+    dark, fitted = some_dark(), clusters(sample, 8)
     for before, after in (
-        (fold_dark(dark), fold_dark(refine_dark(dark, GROUPED, KEY, steps=steps, **options))),
-        (fitted, refine_clusters(fitted, GROUPED, KEY, steps=steps, **options)),
+        (fold_dark(dark), fold_dark(refine_dark(dark, sample, steps=steps))),
+        (fitted, refine_exponential(fitted, sample, steps=steps)),
     ):
-        assert divergence(after, GROUPED, KEY, **options) < divergence(
-            before, GROUPED, KEY, **options
-        )
+        assert divergence(after, sample) < divergence(before, sample)
 
 
 @pytest.mark.parametrize("rate", [1e3, 1e30, np.inf])
 def test_a_descent_that_goes_astray_gives_back_where_it_began_or_better(rate):
-    dark, fitted = some_dark(), clusters(QUERY, KEY, 8)
+    dark, fitted = some_dark(), clusters(PLAIN, 8)
     with np.errstate(all="ignore"):
-        refined = fold_dark(refine_dark(dark, QUERY, KEY, steps=5, learning_rate=rate))
-        moved = refine_clusters(fitted, QUERY, KEY, steps=5, learning_rate=rate)
-    assert divergence(refined, QUERY, KEY) <= divergence(fold_dark(dark), QUERY, KEY) + 1e-9
-    assert divergence(moved, QUERY, KEY) <= divergence(fitted, QUERY, KEY) + 1e-9
+        refined = fold_dark(refine_dark(dark, PLAIN, steps=5, learning_rate=rate))
+        moved = refine_exponential(fitted, PLAIN, steps=5, learning_rate=rate)
+    assert divergence(refined, PLAIN) <= divergence(fold_dark(dark), PLAIN) + 1e-9
+    assert divergence(moved, PLAIN) <= divergence(fitted, PLAIN) + 1e-9
 
 
 def test_the_best_draw_is_the_best_of_them():
@@ -217,8 +220,8 @@ def test_the_best_draw_is_the_best_of_them():
         drawn.append(some_dark(seed=len(drawn)))
         return drawn[-1]
 
-    best = best_draw(draw, QUERY, KEY, draws=6, causal=True)
-    found = [divergence(fold_dark(dark), QUERY, KEY, causal=True) for dark in drawn]
+    best = best_draw(draw, CAUSAL, draws=6)
+    found = [divergence(fold_dark(dark), CAUSAL) for dark in drawn]
     assert len(drawn) == 6
     assert best is drawn[int(np.argmin(found))]
 
@@ -252,38 +255,33 @@ def test_kmeans_counts_every_point_once(points, num_clusters, rng):
 
 
 def test_as_many_equal_points_as_clusters_stay_finite():
-    query, key = np.ones((2, 4, 1, 8)), np.ones((2, 4, 8))
-    for x in clusters(query, key, 8)[:3]:
+    for x in clusters(HeadSample(np.ones((2, 4, 1, 8)), np.ones((2, 4, 8))), 8)[:3]:
         assert np.isfinite(x).all()
 
 
 @SETTINGS
 def test_clusters_lie_between_uniform_and_exact_attention(options):
-    error = np.median(output_errors(clusters(GROUPED, KEY, 32, **options), GROUPED, KEY, **options))
+    sample = HeadSample(GROUPED, KEY, **options)
+    error = np.median(output_errors(clusters(sample, 32), sample))
     zeros = np.zeros((8, 1))
-    uniform = np.median(
-        output_errors(Projections(zeros, zeros, np.zeros(1)), GROUPED, KEY, **options)
-    )
+    uniform = np.median(output_errors(Projections(zeros, zeros, np.zeros(1)), sample))
     assert error < 0.6 * uniform
 
 
 def test_clusters_do_not_depend_on_where_the_origin_of_the_keys_lies():
     """Softmax does not."""
     far = KEY + 3.0
-    found, moved = clusters(QUERY, KEY, 8), clusters(QUERY, far, 8)
-    for row in range(4):
-        query = QUERY[row, :, 0].astype("float64")
-        np.testing.assert_allclose(
-            feature_weights(moved, query, far[row].astype("float64")),
-            feature_weights(found, query, KEY[row].astype("float64")),
-            atol=1e-4,
-        )
+    moved = HeadSample(QUERY, far)
+    before, after = clusters(PLAIN, 8), clusters(moved, 8)
+    for here, there in zip(sequences(PLAIN), sequences(moved), strict=True):
+        found = feature_weights(after, there)
+        np.testing.assert_allclose(found, feature_weights(before, here), atol=1e-4)
 
 
 def test_everything_random_hangs_on_the_seed():
     for function in (
-        lambda seed: clusters(QUERY, KEY, 8, max_queries=60, seed=seed),
-        lambda seed: refine_dark(some_dark(), QUERY, KEY, max_queries=40, steps=3, seed=seed),
+        lambda seed: clusters(PLAIN, 8, max_queries=60, seed=seed),
+        lambda seed: refine_dark(some_dark(), PLAIN, max_queries=40, steps=3, seed=seed),
     ):
         first, again, other = (function(seed) for seed in (1, 1, 2))
         for x, y in zip(first, again, strict=True):
@@ -294,16 +292,16 @@ def test_everything_random_hangs_on_the_seed():
 def test_what_is_masked_may_hold_anything():
     query, key = GROUPED.copy(), KEY.copy()
     query[~MASK], key[~MASK] = np.nan, np.nan
-    options = {"query_mask": MASK, "key_mask": MASK}
+    holes, whole = HeadSample(query, key, MASK, MASK), HeadSample(GROUPED, KEY, MASK, MASK)
     for x, y in zip(
-        refine_clusters(clusters(query, key, 8, **options), query, key, **options)[:3],
-        refine_clusters(clusters(GROUPED, KEY, 8, **options), GROUPED, KEY, **options)[:3],
+        refine_exponential(clusters(holes, 8), holes)[:3],
+        refine_exponential(clusters(whole, 8), whole)[:3],
         strict=True,
     ):
         np.testing.assert_array_equal(x, y)
     for name in ("query", "key"):
         with pytest.raises(ValueError, match=f"`{name}` must be finite"):
-            samples(**{"query": GROUPED, "key": KEY} | {name: query if name == "query" else key})
+            sequences(HeadSample(GROUPED, KEY)._replace(**{name: getattr(holes, name)}))
 
 
 # Held-out errors.
@@ -329,45 +327,35 @@ def test_every_position_is_judged_once():
         assert (judged == 1).all()
 
 
-def test_errors_are_relative_errors_of_outputs(rng):
-    value = rng.standard_normal((4, 32, 5))
+def test_errors_are_relative_errors_of_outputs_for_centred_keys():
     folded = fold_dark(some_dark())
-    errors = output_errors(folded, GROUPED, KEY, value, causal=True, key_mask=MASK)
-    parts = samples(GROUPED, KEY, causal=True, key_mask=MASK)
+    sample = HeadSample(GROUPED, KEY, causal=True, key_mask=MASK)
+    errors, parts = output_errors(folded, sample), sequences(sample)
     assert errors.shape == (sum(len(part.query) for part in parts),)
-    part = parts[1]
-    exact = exact_weights(part) @ value[1, MASK[1]]
-    found = feature_weights(folded, part.query, part.key, part.visible) @ value[1, MASK[1]]
+    part, value = parts[1], KEY[1, MASK[1]] - KEY[1, MASK[1]].mean(axis=0)
+    exact, found = exact_weights(part) @ value, feature_weights(folded, part) @ value
     expected = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    np.testing.assert_allclose(errors[64:128], expected)
+    np.testing.assert_allclose(errors[64:128], expected, rtol=1e-5)
 
 
 def test_held_out_error_judges_what_was_not_calibrated_on():
     seen = []
 
-    def fit(query, key, query_mask, key_mask):
-        seen.append(query_mask)
+    def fit_part(part):
+        seen.append(part)
         return fold_dark(some_dark())
 
-    folds = sequence_folds(4, 32)
-    error = held_out_error(fit, QUERY, KEY, folds=folds, query_mask=MASK, key_mask=MASK)
+    folds, sample = sequence_folds(4, 32), HeadSample(QUERY, KEY, MASK, MASK)
+    error = held_out_error(fit_part, sample, folds)
     expected = [
-        output_errors(fold_dark(some_dark()), QUERY, KEY, query_mask=j & MASK, key_mask=j & MASK)
+        output_errors(fold_dark(some_dark()), HeadSample(QUERY, KEY, j & MASK, j & MASK))
         for _, j in folds
     ]
     assert error == np.median(np.concatenate(expected))
-    for (calibrated, _), mask in zip(folds, seen, strict=True):
-        np.testing.assert_array_equal(mask, calibrated & MASK)
-    nothing = np.zeros_like(MASK)
-    assert held_out_error(fit, QUERY, KEY, folds=folds, query_mask=nothing) == np.inf
-
-
-def test_budgets_go_where_errors_fall():
-    errors = np.array([[1.0, 0.9, 0.89, 0.89], [1.0, 1.0, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5]])
-    budget = adaptive_budget(errors, [8, 16, 32, 64], 96)
-    assert budget.sum() <= 96
-    assert list(budget) == [16, 64, 8]
-    with pytest.raises(ValueError, match="`total` must be at least 24"):
-        adaptive_budget(errors, [8, 16, 32, 64], 23)
-    with pytest.raises(ValueError, match="`sizes` must rise"):
-        adaptive_budget(errors, [8, 16, 16, 64], 96)
+    for (calibrated, _), part in zip(folds, seen, strict=True):
+        np.testing.assert_array_equal(part.query_mask, calibrated & MASK)
+        np.testing.assert_array_equal(part.key_mask, calibrated & MASK)
+    held_out_error(fit_part, PLAIN, folds)
+    np.testing.assert_array_equal(seen[-1].key_mask, folds[-1][0])
+    nothing = sample._replace(query_mask=np.zeros_like(MASK))
+    assert held_out_error(fit_part, nothing, folds) == np.inf

@@ -1,6 +1,7 @@
 """Geometries M and proposals for W from the moments of one head.
 
-Letters: `q^ = h^(-1/4) q`, so that `q^ . k^ = q . k / sqrt(h)`; h head_dim, m features.
+Letters: `q^ = h^(-1/4) q`, so that `q^ . k^ = q . k / sqrt(h)`; h head_dim, m features. Every
+`covariance` is `Cov(q^) + Cov(k^)`, `(h, h)`, unless told otherwise.
 """
 
 import numpy as np
@@ -23,28 +24,19 @@ def log_second_moment(v: np.ndarray) -> np.ndarray:
     return np.log(t) - 0.5 * np.log(2 * t - 1) + v / (2 * t - 1)
 
 
-def spectral(query_cov: np.ndarray, key_cov: np.ndarray, num_features: int) -> np.ndarray:
+def spectral(covariance: np.ndarray, num_features: int) -> np.ndarray:
     """A geometry that spends the feature budget on the directions that carry the logits.
 
-    With `U diag(v) U' = Cov(q^) + Cov(k^)` it is `M = diag(a) U'`, `a` from
-    `spectral_multipliers`.
-
-    Args:
-        query_cov, key_cov: `(h, h)`, of centred `q^` and `k^`.
-        num_features: m.
-
-    Returns:
-        M, `(h, h)`.
+    With `U diag(v) U' = Cov(q^) + Cov(k^)` it is `M = diag(a) U'`, `a` from `spectral_multipliers`.
     """
-    v, u = spectrum(query_cov + key_cov)
+    v, u = spectrum(covariance)
     return spectral_multipliers(v, num_features)[:, None] * u.T
 
 
-def uniform_multiplier(query_cov: np.ndarray, key_cov: np.ndarray, num_features: int) -> np.ndarray:
+def uniform_multiplier(covariance: np.ndarray, num_features: int) -> np.ndarray:
     """`spectral` with one multiplier for all directions: `M = alpha I`."""
-    v, _ = spectrum(query_cov + key_cov)
-    alpha = spectral_multipliers(v, num_features, one_for_all=True)
-    return np.diag(alpha)
+    v, _ = spectrum(covariance)
+    return np.diag(spectral_multipliers(v, num_features, one_for_all=True))
 
 
 def spectral_multipliers(
@@ -54,23 +46,19 @@ def spectral_multipliers(
 
         sum_l (1 - a_l^2)^2 (v_l / 2)^2 + beta softplus(sum_l h(a_l^2 v_l) - log m):
 
-    the variance of the logits that are left out, and the relative variance of
-    m features, `h` being `log_second_moment`.
+    the variance of the logits that are left out, and the relative variance of m features, `h` being
+    `log_second_moment`.
 
-    softplus(s) is the largest `p s + entropy(p)`, so for a fixed slope p every
-    direction is a problem of its own, `(1 - a^2)^2 (v / 2)^2 + beta p h(a^2 v)`,
-    solved on a grid. At the optimum p is the logistic function of s, which
-    falls as p grows: bisection. As h is concave s may jump; then the better
-    side of the jump is taken.
+    softplus(s) is the largest `p s + entropy(p)`, so for a fixed slope p every direction is a
+    problem of its own, `(1 - a^2)^2 (v / 2)^2 + beta p h(a^2 v)`, solved on a grid. At the optimum
+    p is the logistic function of s, which falls as p grows: bisection. As h is concave s may jump;
+    then the better side of the jump is taken.
 
     Args:
         v: variances of `q^ + k^` along the directions, `(h,)`.
         num_features: m.
         beta: weight of the features' variance.
         one_for_all: one multiplier for all directions.
-
-    Returns:
-        `a`, `(h,)`.
     """
     grid = np.linspace(0, 1, GRID)[:, None]
     if one_for_all:
@@ -121,46 +109,50 @@ def _cost(a: np.ndarray, v: np.ndarray, num_features: int, beta: float) -> np.nd
 
 
 def whitening(
-    query_cov: np.ndarray, key_cov: np.ndarray, scale: float | None = None, floor: float = 1e-6
+    covariance: np.ndarray, scale: float | None = None, floor: float = 1e-6
 ) -> np.ndarray:
-    """`M = s L^(-1/2)` with L the pooled covariance (the paper's proposition C.1), `s = h^(-1/4)`.
+    """`M = s L^(-1/2)`, L half the covariance (the paper's proposition C.1), `s = h^(-1/4)`.
 
     Eigenvalues under `floor` of the largest are raised to it; without any variance, `M = s I`.
     """
-    values, u = spectrum((query_cov + key_cov) / 2)
+    values, u = spectrum(covariance / 2)
     largest = values.max()
     values = np.maximum(values, floor * largest) if largest > 0 else np.ones_like(values)
     s = len(values) ** -0.25 if scale is None else scale
     return s * (u / np.sqrt(values)) @ u.T
 
 
-def variance_optimal_proposal(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`S S' = (I + 2 L)(I - 2 L)^-1`, L the pooled covariance of `M q^` and `M k^` (theorem 3.2).
+def variance_optimal_scale(values: np.ndarray) -> np.ndarray:
+    """Standard deviations of w along the eigenvectors of L, half the covariance after M.
 
-    Returns:
-        `(V (r, r), scale (r,))`: fold V into the geometry, `M -> V' M`; then S is diagonal.
+    `S S' = (I + 2 L)(I - 2 L)^-1` (theorem 3.2).
+
+    Args:
+        values: the eigenvalues of L.
 
     Raises:
-        ValueError: if an eigenvalue is 1/2 or more, where no such proposal has finite variance.
+        ValueError: if one is 1/2 or more, where no such proposal has finite variance.
     """
-    values, rotation = spectrum(covariance)
     if values.max() >= 0.5:
         raise ValueError(
             "The variance-optimal proposal exists only where every eigenvalue of the covariance of "
             f"M q^ and M k^ is below 1/2. Received: largest eigenvalue {values.max():.4g}"
         )
-    return rotation, np.sqrt((1 + 2 * values) / (1 - 2 * values))
+    return np.sqrt((1 + 2 * values) / (1 - 2 * values))
 
 
-def spectral_proposal(
-    geometry: np.ndarray, query_cov: np.ndarray, key_cov: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The proposal `t(v)` for any geometry, along the eigenvectors of `M (Cov(q^) + Cov(k^)) M'`.
+def proposal_scale(proposal: str, values: np.ndarray) -> np.ndarray:
+    """Standard deviations of w, by one of `PROPOSALS`, along directions of given variance.
 
-    Always exists, for centred queries and keys. Returns as `variance_optimal_proposal`.
+    Args:
+        proposal: its name. `"spectral"` is `t(v)`, which always exists.
+        values: variances of `M q^ + M k^`: the eigenvalues of its covariance.
     """
-    values, rotation = spectrum(geometry @ (query_cov + key_cov) @ geometry.T)
-    return rotation, np.sqrt(proposal_variance(values))
+    if proposal == "none":
+        return np.ones_like(values)
+    if proposal == "variance_optimal":
+        return variance_optimal_scale(values / 2)
+    return np.sqrt(proposal_variance(values))
 
 
 def spectrum(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

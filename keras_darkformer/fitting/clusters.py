@@ -4,52 +4,50 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_darkformer.calibration.geometries import spectrum
-from keras_darkformer.calibration.projections import Projections
-from keras_darkformer.calibration.sequences import Attended, exact_weights, samples, softmax
+from keras_darkformer.fitting.projections import Projections
+from keras_darkformer.fitting.sequences import (
+    Attended,
+    HeadSample,
+    exact_weights,
+    sequences,
+    softmax,
+)
+from keras_darkformer.fitting.spectral import spectrum
 
+HOLD = 0.3  # how strongly each `w_j` is held at the mean query of its cluster
 RIDGE = 1e-9  # relative to the mean eigenvalue: keeps solves defined, too small to be felt
 
 
 def clusters(
-    query: np.ndarray,
-    key: np.ndarray,
+    sample: HeadSample,
     num_features: int,
     tau: float = 0.3,
     *,
-    query_mask: np.ndarray | None = None,
-    key_mask: np.ndarray | None = None,
-    causal: bool = False,
-    rounds: int = 20,
-    ridge: float = 0.3,
     max_queries: int = 10_000,
     seed: int = 0,
 ) -> Projections:
     """Features whose queries' side gates between typical attention maps.
 
-    k-means of the queries gives m typical queries `w_j`. The key feature j is the attention map of
-    `w_j`, and the query feature says how much of that map a query wants: attention becomes a
-    mixture of m maps. With `x = q^ - b`, `y = k^ - c`, the metric of the k-means is the covariance
-    of y as attention weighs it, so distances are differences of logits.
+    A k-means of the queries gives m typical queries `w_j`. The key feature j is the attention map
+    of `w_j`, and the query feature says how much of that map a query wants: attention becomes a
+    mixture of m maps. With `x = q^ - b` and `y = k^ - c`, the metric of the k-means is the
+    covariance of y as attention weighs it, so distances are differences of logits.
 
     Args:
+        sample: of one head. Where it is causal, maps and metric go over the keys up to each query.
         tau: float. How sharply queries are told apart; 1 is the posterior of normal clusters.
-        causal: bool. Attention maps and metric over the keys up to each query.
-        rounds: int. Rounds of k-means.
-        ridge: float. How strongly the `w_j` are held at the mean query of their cluster.
         max_queries: int. Queries used.
         seed: int. Everything random: which queries are used and where k-means starts.
     """
-    parts = samples(query, key, query_mask, key_mask, causal, max_queries, seed)
-    hat = key.shape[-1] ** -0.25
-    b = hat * np.concatenate([part.query for part in parts]).mean(axis=0)
+    parts = sequences(sample, max_queries, seed)
+    hat = sample.key.shape[-1] ** -0.25
+    x = hat * np.concatenate([part.query for part in parts])
     y = hat * np.concatenate([part.key for part in parts])
-    c = y.mean(axis=0)
-    x = hat * np.concatenate([part.query for part in parts]) - b
-    y = y - c
+    b, c = x.mean(axis=0), y.mean(axis=0)
+    x, y = x - b, y - c
 
     values, vectors = spectrum(_logit_metric(parts))
-    labels, counts = kmeans(x @ (vectors * np.sqrt(values)), num_features, rounds, seed)
+    labels, counts = kmeans(x @ (vectors * np.sqrt(values)), num_features, seed=seed)
     means = _cluster_means(x, labels, num_features)
     centres, counts = _split_empty(means, counts)
 
@@ -57,7 +55,7 @@ def clusters(
     spread = within + 0.03 * _second_moment(x)
     u = tau * np.linalg.solve(_loaded(spread, 0.01 * np.trace(within) / len(b)), centres.T).T
     prior = -0.5 * np.sum(u * centres, axis=1) + np.log(counts / len(x))
-    w = centres + _correction(softmax(x @ u.T + prior), x, centres, ridge)
+    w = centres + _correction(softmax(x @ u.T + prior), x, centres)
 
     logits = y @ (w + b).T
     peak = logits.max(axis=0)
@@ -116,25 +114,17 @@ def _cluster_means(points: np.ndarray, labels: np.ndarray, num_clusters: int) ->
 
 def _split_empty(centres: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Turns empty clusters into copies of the largest, which share its points: the same sum."""
-    centres, counts = centres.copy(), counts.astype("float64")
-    full = np.flatnonzero(counts > 0)
-    copies = np.ones(len(full), int)
+    source, copies = np.arange(len(counts)), np.ones(len(counts), int)
     for index in np.flatnonzero(counts == 0):
-        largest = np.argmax(counts[full] / copies)
-        centres[index] = centres[full[largest]]
-        counts[index] = -1 - largest  # whose copy it is, until all copies are known
-        copies[largest] += 1
-    is_copy = counts < 0
-    source = np.where(is_copy, -1 - counts, 0).astype(int)
-    shared = counts[full] / copies
-    counts[full] = shared
-    return centres, np.where(is_copy, shared[source], counts)
+        source[index] = np.argmax(counts / copies)
+        copies[source[index]] += 1
+    return centres[source], (counts / copies)[source]
 
 
-def _correction(gate: np.ndarray, x: np.ndarray, centres: np.ndarray, ridge: float) -> np.ndarray:
+def _correction(gate: np.ndarray, x: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Moves `w` so that the gates' mean of `w` is the query itself, to first order its logits."""
     n, m = gate.shape
-    gram = gate.T @ gate + ridge * n / m * np.eye(m)
+    gram = gate.T @ gate + HOLD * n / m * np.eye(m)
     return np.linalg.solve(gram, gate.T @ (x - gate @ centres))
 
 

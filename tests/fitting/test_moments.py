@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_darkformer.calibration.moments import Moments
+from keras_darkformer.fitting.moments import Moments
 
 HEADS, HEAD_DIM = 2, 5
 HAT = HEAD_DIM**-0.25
@@ -25,13 +25,15 @@ def assert_moments(moments, query, key, query_mask, key_mask):
     for head in range(HEADS):
         group = query[:, :, 3 * head : 3 * head + 3]
         rows = HAT * group[query_mask].reshape(-1, HEAD_DIM)
-        assert moments.query_count == len(rows)
-        np.testing.assert_allclose(moments.query_mean[head], rows.mean(axis=0))
-        np.testing.assert_allclose(moments.query_cov[head], np.cov(rows.T, bias=True), atol=1e-9)
-        rows = HAT * key[:, :, head][key_mask]
-        assert moments.key_count == len(rows)
-        np.testing.assert_allclose(moments.key_mean[head], rows.mean(axis=0), atol=1e-12)
-        np.testing.assert_allclose(moments.key_cov[head], np.cov(rows.T, bias=True), atol=1e-9)
+        both = rows, HAT * key[:, :, head][key_mask]
+        for side, x in enumerate(both):
+            assert moments.count[side] == len(x)
+            cov = np.cov(x.T, bias=True)
+            np.testing.assert_allclose(moments.mean[side, head], x.mean(axis=0), atol=1e-12)
+            np.testing.assert_allclose(moments.cov[side, head], cov, atol=1e-9)
+        of_head = moments.of_head(head)
+        np.testing.assert_array_equal(of_head[:2], moments.mean[:, head])
+        np.testing.assert_allclose(of_head.covariance, moments.cov[:, head].sum(axis=0))
 
 
 def test_moments_are_those_of_numpy(data):
@@ -61,8 +63,8 @@ def test_batches_that_are_masked_altogether_change_nothing(data):
     query, key, query_mask, key_mask = data
     moments = Moments(HEADS, HEAD_DIM)
     moments.update(query, key, np.zeros_like(query_mask), np.zeros_like(key_mask))
-    assert (moments.query_count, moments.key_count) == (0, 0)
-    assert not moments.query_cov.any()
+    assert not moments.count.any()
+    assert not moments.cov.any()
     moments.update(*data)
     moments.merge(Moments(HEADS, HEAD_DIM))
     assert_moments(moments, *data)
@@ -88,3 +90,12 @@ def test_shapes_that_do_not_fit_are_refused(data, name, shape):
     arrays = {"query": data[0], "key": data[1]} | {name: np.zeros(shape)}
     with pytest.raises(ValueError, match=f"`{name}` does not fit 2 key/value heads of size 5"):
         counted(**arrays)
+
+
+def test_about_the_origin_the_covariance_is_the_second_moment_of_a_query_and_a_key(data):
+    query, key, *_ = data
+    moments = counted(query[:, :, :HEADS], key).of_head(1).uncentred()
+    assert not np.any(moments[:2])
+    x, y = (HAT * z[:, :, 1].reshape(-1, HEAD_DIM) for z in (query, key))
+    z = (x[:, None] + y).reshape(-1, HEAD_DIM)  # every query with every key
+    np.testing.assert_allclose(moments.covariance, z.T @ z / len(z), rtol=1e-6)

@@ -3,22 +3,24 @@
 import numpy as np
 import pytest
 
-from keras_darkformer.calibration.geometries import (
+from keras_darkformer.fitting.spectral import (
     log_second_moment,
+    proposal_scale,
     proposal_variance,
     spectral,
     spectral_multipliers,
-    spectral_proposal,
+    spectrum,
     uniform_multiplier,
-    variance_optimal_proposal,
+    variance_optimal_scale,
     whitening,
 )
-from keras_darkformer.ops import draw_projection, proposal_log_weight
+from keras_darkformer.ops.projections import draw_projection, proposal_log_weight
 
 BETA = 2.0
 
 
 def covariances(dim=6, seed=0):
+    """Of queries and of keys."""
     rng = np.random.default_rng(seed)
     factors = rng.standard_normal((2, dim, dim)) * np.geomspace(0.1, 1.0, dim)
     return tuple(factor @ factor.T / dim for factor in factors)
@@ -93,20 +95,20 @@ def test_more_features_damp_less():
 
 
 def test_the_spectral_geometry_damps_along_the_eigenvectors():
-    query_cov, key_cov = covariances()
-    geometry = spectral(query_cov, key_cov, 64)
-    product = geometry @ (query_cov + key_cov) @ geometry.T
+    covariance = sum(covariances())
+    geometry = spectral(covariance, 64)
+    product = geometry @ covariance @ geometry.T
     np.testing.assert_allclose(product, np.diag(np.diag(product)), atol=1e-10)
     gram = geometry @ geometry.T
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-10)
-    scaled = uniform_multiplier(query_cov, key_cov, 64)
+    scaled = uniform_multiplier(covariance, 64)
     np.testing.assert_allclose(scaled, scaled[0, 0] * np.eye(6))
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_whitening_whitens(scale):
     query_cov, key_cov = covariances()
-    geometry = whitening(query_cov, key_cov, scale)
+    geometry = whitening(query_cov + key_cov, scale)
     size = 6**-0.25 if scale is None else scale
     white = geometry @ (query_cov + key_cov) @ geometry.T / 2
     np.testing.assert_allclose(white, size**2 * np.eye(6), atol=1e-9)
@@ -114,14 +116,16 @@ def test_whitening_whitens(scale):
 
 def test_whitening_of_what_does_not_vary_stays_finite():
     zeros = np.zeros((4, 4))
-    np.testing.assert_allclose(whitening(zeros, zeros), 4**-0.25 * np.eye(4))
+    np.testing.assert_allclose(whitening(zeros), 4**-0.25 * np.eye(4))
     one = np.diag([1.0, 0.0, 0.0, 0.0])
-    assert np.isfinite(whitening(one, one)).all()
+    assert np.isfinite(whitening(one)).all()
 
 
 def test_the_variance_optimal_proposal_is_that_of_the_theorem():
     covariance = 0.3 * covariances()[0] / np.linalg.norm(covariances()[0], 2)
-    rotation, scale = variance_optimal_proposal(covariance)
+    values, rotation = spectrum(covariance)
+    scale = variance_optimal_scale(values)
+    np.testing.assert_array_equal(scale, proposal_scale("variance_optimal", 2 * values))
     identity = np.eye(6)
     expected = (identity + 2 * covariance) @ np.linalg.inv(identity - 2 * covariance)
     np.testing.assert_allclose((rotation * scale**2) @ rotation.T, expected, atol=1e-10)
@@ -129,17 +133,16 @@ def test_the_variance_optimal_proposal_is_that_of_the_theorem():
 
 @pytest.mark.parametrize("largest", [0.5, 0.75, 30.5])
 def test_where_the_variance_optimal_proposal_does_not_exist_the_eigenvalue_is_named(largest):
-    covariance = np.diag([largest, 0.1])
     with pytest.raises(ValueError, match=rf"below 1/2.*largest eigenvalue {largest}"):
-        variance_optimal_proposal(covariance)
+        variance_optimal_scale(np.array([largest, 0.1]))
 
 
 def test_the_spectral_proposal_is_diagonal_in_what_the_geometry_makes_of_the_data(rng):
-    query_cov, key_cov = covariances()
-    geometry = rng.standard_normal((4, 6))
-    rotation, scale = spectral_proposal(geometry, query_cov, key_cov)
+    covariance, geometry = sum(covariances()), rng.standard_normal((4, 6))
+    values, rotation = spectrum(geometry @ covariance @ geometry.T)
+    scale = proposal_scale("spectral", values)
     turned = rotation.T @ geometry
-    product = turned @ (query_cov + key_cov) @ turned.T
+    product = turned @ covariance @ turned.T
     np.testing.assert_allclose(product, np.diag(np.diag(product)), atol=1e-10)
     np.testing.assert_allclose(scale**2, proposal_variance(np.diag(product)))
 

@@ -28,18 +28,22 @@ class Projections(NamedTuple):
 
 class DarkParameters(NamedTuple):
     """A dark feature map: `log phi_q = W M (q^ - b)` and
-    `log phi_k = W M (k^ - c) - |M (k^ - c)|^2 / 2 + b . k^ + 2 log_weight`."""
+    `log phi_k = W M (k^ - c) - |M (k^ - c)|^2 / 2 + b . k^ + 2 log_weight`.
+
+    `proposal` `(r,)` holds the standard deviations that W was drawn with.
+    """
 
     geometry: np.ndarray
     projection: np.ndarray
     log_weight: np.ndarray
     query_shift: np.ndarray
     key_shift: np.ndarray
+    proposal: np.ndarray
 
 
 def fold_dark(dark: DarkParameters) -> Projections:
     """The features of `DarkParameters` as functions of raw queries and keys."""
-    geometry, projection, log_weight, b, c = dark
+    geometry, projection, log_weight, b, c, _ = dark
     hat = geometry.shape[1] ** -0.25
     kernel = geometry.T @ projection.T  # (h, m)
     linear = geometry.T @ (geometry @ c) + b  # of -|M (k^ - c)|^2 / 2 + b . k^

@@ -1,1 +1,0 @@
-"""Fits features to queries and keys: NumPy in float64, one key/value head at a time."""

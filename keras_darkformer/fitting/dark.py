@@ -1,0 +1,125 @@
+"""Dark feature maps from statistics of a layer."""
+
+from functools import partial
+
+import numpy as np
+
+from keras_darkformer.fitting.descent import best_draw, refine_dark
+from keras_darkformer.fitting.fit import Fit
+from keras_darkformer.fitting.options import CalibrationOptions
+from keras_darkformer.fitting.projections import DarkParameters
+from keras_darkformer.fitting.spectral import (
+    proposal_scale,
+    spectral,
+    spectrum,
+    uniform_multiplier,
+    whitening,
+)
+from keras_darkformer.fitting.statistics import HeadStatistics, LayerStatistics
+from keras_darkformer.ops.projections import draw_projection, proposal_log_weight
+from keras_darkformer.options import FeatureOptions
+
+
+class HeadFitter:
+    """Fits one head of a dark feature map, for one place of its geometry.
+
+    Attributes:
+        refuses: methods that are not possible there.
+        needs_unrotated: whether it asks for moments before the rotation.
+        needs_layout: whether it asks where the rotation puts coordinates.
+        uses_sample: whether features are functions of the queries and keys in the sample, so that
+            they can be refined and judged on it.
+    """
+
+    refuses: tuple[str, ...] = ()
+    needs_unrotated = False
+    needs_layout = False
+    uses_sample = False
+
+    def fit_head(
+        self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
+    ) -> DarkParameters:
+        """Draws features for a geometry and a proposal that are fitted to a head.
+
+        Raises:
+            ValueError: if the proposal does not exist for it.
+        """
+        raise NotImplementedError
+
+
+class AfterRotation(HeadFitter):
+    """A geometry of any shape for rotated queries and keys, or where nothing is rotated.
+
+    With `refine`, the spectral method keeps the best of several draws, and fits M and a weight per
+    feature to the sample by descent on the divergence of attention maps.
+    """
+
+    uses_sample = True
+
+    def fit_head(
+        self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
+    ) -> DarkParameters:
+        """See the base class."""
+        moments = seen.moments if calibration.centers else seen.moments.uncentred()
+        geometry, scale = _geometry(moments.covariance, features, calibration)
+        rng = np.random.default_rng([calibration.seed, seen.head])
+        shifts = moments.query_mean, moments.key_mean
+        draws = partial(draw, geometry, scale, shifts, features, rng)
+        if seen.sample is None or not calibration.refine or calibration.method != "spectral":
+            return draws()
+        return refine_dark(best_draw(draws, seen.sample), seen.sample, seed=calibration.seed)
+
+
+def fit_dark(
+    statistics: LayerStatistics,
+    features: FeatureOptions,
+    calibration: CalibrationOptions,
+    head_fitter: HeadFitter,
+) -> Fit:
+    """Fits every head of a dark feature map; `calibration` is of a method that draws."""
+    heads = [
+        head_fitter.fit_head(statistics.of_head(head), features, calibration)
+        for head in range(statistics.num_heads)
+    ]
+    weights = {
+        name: np.stack([getattr(head, name) for head in heads]) for name in DarkParameters._fields
+    }
+    if not features.tie_geometry:
+        weights["query_geometry"] = weights["geometry"]
+    return Fit("dark", weights)
+
+
+def draw(
+    geometry: np.ndarray,
+    proposal: np.ndarray,
+    shifts: tuple[np.ndarray, np.ndarray],
+    features: FeatureOptions,
+    rng: np.random.Generator,
+) -> DarkParameters:
+    """Features with a W drawn from the proposal."""
+    m, kind = features.num_features, features.projection
+    standard = draw_projection(m, len(proposal), kind=kind, seed=rng).astype("float64")
+    log_weight = proposal_log_weight(proposal * standard, proposal).astype("float64")
+    return DarkParameters(geometry, proposal * standard, log_weight, *shifts, proposal)
+
+
+def _geometry(
+    covariance: np.ndarray, features: FeatureOptions, calibration: CalibrationOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """M `(r, h)` and the proposal's standard deviations along its rows."""
+    head_dim, m = len(covariance), features.num_features
+    rank, proposal = features.rank or head_dim, calibration.drawn_from
+    if calibration.method == "identity":
+        geometry = np.eye(head_dim)
+    elif calibration.method == "whitening":
+        geometry = whitening(covariance)
+    elif calibration.method == "scale":
+        geometry = uniform_multiplier(covariance, m)
+    else:
+        geometry = spectral(covariance, m)
+    if proposal == "none" and rank == head_dim:
+        return geometry, np.ones(rank)
+    # Along the eigenvectors of what M makes of the data the proposal is diagonal.
+    values, rotation = spectrum(geometry @ covariance @ geometry.T)
+    # A smaller rank keeps the directions of largest variance, which come last.
+    return (rotation.T @ geometry)[-rank:], proposal_scale(proposal, values)[-rank:]

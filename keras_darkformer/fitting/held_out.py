@@ -1,0 +1,63 @@
+"""Errors on what features were not fitted to."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from keras_darkformer.fitting.projections import Projections
+from keras_darkformer.fitting.sequences import HeadSample, exact_weights, feature_weights, split
+
+# Masks `(b, t)` of what is calibrated on and of what is judged.
+Fold = tuple[np.ndarray, np.ndarray]
+
+
+def output_errors(projections: Projections, sample: HeadSample) -> np.ndarray:
+    """`|out_features - out_exact| / |out_exact|` of every query that counts, one flat array.
+
+    Keys centred over each sequence stand in for the values.
+    """
+    errors = []
+    for part in split(sample):
+        value = part.key - part.key.mean(axis=0)
+        exact = exact_weights(part) @ value
+        error = np.linalg.norm(feature_weights(projections, part) @ value - exact, axis=-1)
+        errors.append(error / np.maximum(np.linalg.norm(exact, axis=-1), 1e-30))
+    return np.concatenate(errors) if errors else np.zeros(0)
+
+
+def sequence_folds(b: int, t: int) -> list[Fold]:
+    """Two folds of `(calibrated, judged)` masks `(b, t)`: every other sequence."""
+    if b == 1:
+        return position_folds(b, t, blocks=2)
+    even = np.broadcast_to((np.arange(b) % 2 == 0)[:, None], (b, t))
+    return [(even, ~even), (~even, even)]
+
+
+def position_folds(b: int, t: int, blocks: int = 4) -> list[Fold]:
+    """Two folds of `(calibrated, judged)` masks `(b, t)` that share no position.
+
+    Positions are cut into contiguous blocks, taken in turn. With several sequences, what is judged
+    also lies in other sequences than what is calibrated on. Features that merely remember positions
+    lose here.
+    """
+    block = np.arange(t) * min(blocks, t) // t
+    even = np.broadcast_to(block % 2 == 0, (b, t))
+    if b == 1:
+        return [(even, ~even), (~even, even)]
+    first = (np.arange(b) % 2 == 0)[:, None]
+    return [(even & first, ~even & ~first), (~even & first, even & ~first)]
+
+
+def held_out_error(
+    fit_part: Callable[[HeadSample], Projections], sample: HeadSample, folds: Sequence[Fold]
+) -> float:
+    """Median error on the judged part of every fold of features fitted to its other part.
+
+    Needs as many queries as keys. A fold's mask holds for both, so judged queries meet judged keys.
+    """
+    errors = []
+    for fold in folds:
+        calibrated, judged = map(sample.where, fold)
+        if not (calibrated.is_empty or judged.is_empty):
+            errors.append(output_errors(fit_part(calibrated), judged))
+    return float(np.median(np.concatenate(errors))) if errors else np.inf

@@ -1,0 +1,97 @@
+"""Geometries that sit before the rotary rotation, or commute with it.
+
+The features then see vectors that are rotated after the geometry. A rotation mixes the two members
+of a plane, so what is left of them is one variance, and the proposal is one scale, per plane. The
+members of plane p are the unrotated coordinates p and p + h / 2.
+"""
+
+import numpy as np
+
+from keras_darkformer.fitting.dark import HeadFitter, draw
+from keras_darkformer.fitting.options import CalibrationOptions
+from keras_darkformer.fitting.projections import DarkParameters
+from keras_darkformer.fitting.spectral import (
+    proposal_scale,
+    spectral_multipliers,
+    spectrum,
+    whitening,
+)
+from keras_darkformer.fitting.statistics import HeadStatistics
+from keras_darkformer.options import FeatureOptions
+
+
+class BeforeRotation(HeadFitter):
+    """A geometry of any shape for queries and keys that are rotated after it.
+
+    It is fitted to moments before the rotation. There are no shifts: means before a rotation are no
+    means behind it.
+    """
+
+    needs_unrotated = True
+    needs_layout = True
+
+    def fit_head(
+        self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
+    ) -> DarkParameters:
+        """See the base class."""
+        assert seen.unrotated is not None
+        query_mean, key_mean, covariance = seen.unrotated
+        geometry = _symmetric(covariance, features.num_features, calibration.method)
+        # Slow planes keep their means.
+        second = covariance + np.outer(query_mean, query_mean) + np.outer(key_mean, key_mean)
+        variances = _mean_of_members(np.diag(geometry @ second @ geometry.T))
+        scale = _of_members(proposal_scale(calibration.drawn_from, variances))[seen.layout]
+        rng = np.random.default_rng([calibration.seed, seen.head])
+        zero = np.zeros_like(query_mean)
+        return draw(geometry, scale, (zero, zero), features, rng)
+
+
+class RotaryPlanes(HeadFitter):
+    """One scalar per rotary plane, `(h / 2,)`: it commutes with the rotation."""
+
+    needs_layout = True
+    refuses = ("whitening",)
+
+    def fit_head(
+        self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
+    ) -> DarkParameters:
+        """See the base class."""
+        moments = seen.moments if calibration.centers else seen.moments.uncentred()
+        unrotated = np.empty_like(moments.query_mean)
+        unrotated[seen.layout] = np.diag(moments.covariance)
+        variances = _mean_of_members(unrotated)
+        both = _of_members(variances)
+        scalars = _multipliers(both, features.num_features, calibration.method)[: len(variances)]
+        scale = proposal_scale(calibration.drawn_from, scalars**2 * variances)
+        scale = _of_members(scale)[seen.layout]
+        rng = np.random.default_rng([calibration.seed, seen.head])
+        by_coordinate = _of_members(scalars)[seen.layout]
+        shifts = by_coordinate * moments.query_mean, by_coordinate * moments.key_mean
+        return draw(scalars, scale, shifts, features, rng)
+
+
+def _symmetric(covariance: np.ndarray, num_features: int, method: str) -> np.ndarray:
+    """M `(h, h)`: where nothing is damped it is the identity, which rotations pass."""
+    if method == "identity":
+        return np.eye(len(covariance))
+    if method == "whitening":
+        return whitening(covariance)
+    values, vectors = spectrum(covariance)
+    return (vectors * _multipliers(values, num_features, method)) @ vectors.T
+
+
+def _multipliers(variances: np.ndarray, num_features: int, method: str) -> np.ndarray:
+    """A multiplier for each direction."""
+    if method == "identity":
+        return np.ones(len(variances))
+    return spectral_multipliers(variances, num_features, one_for_all=method == "scale")
+
+
+def _mean_of_members(values: np.ndarray) -> np.ndarray:
+    """`(h,)` to `(h / 2,)`."""
+    return values.reshape(2, -1).mean(axis=0)
+
+
+def _of_members(planes: np.ndarray) -> np.ndarray:
+    """`(h / 2,)` to `(h,)`: both members of a plane get its value."""
+    return np.concatenate([planes, planes])
