@@ -1,4 +1,4 @@
-"""Synthetic queries and keys whose logits come from few directions."""
+"""Synthetic queries and keys whose logits come from few directions, and what rotates them."""
 
 import numpy as np
 
@@ -20,3 +20,13 @@ def anisotropic(
         ((x * size) @ basis.T + m).astype("float32")
         for x, m in zip((query, key), mean, strict=True)
     )
+
+
+def rotated(x, start=0, layout=None):
+    """Rotary positions: members p and p + h / 2 of plane p turn; a layout shuffles the result."""
+    half = x.shape[-1] // 2
+    positions = start + np.arange(x.shape[1])[:, None, None]
+    turns = np.exp(1j * positions * 20.0 ** (-np.arange(half) / half))
+    planes = (x[..., :half] + 1j * x[..., half:]) * turns
+    turned = np.concatenate([planes.real, planes.imag], axis=-1).astype("float32")
+    return turned if layout is None else turned[..., layout]
