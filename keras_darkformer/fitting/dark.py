@@ -8,13 +8,7 @@ from keras_darkformer.fitting.descent import best_draw, refine_dark
 from keras_darkformer.fitting.fit import Fit
 from keras_darkformer.fitting.options import CalibrationOptions
 from keras_darkformer.fitting.projections import DarkParameters
-from keras_darkformer.fitting.spectral import (
-    proposal_scale,
-    spectral,
-    spectrum,
-    uniform_multiplier,
-    whitening,
-)
+from keras_darkformer.fitting.spectral import geometry_of, proposal_scale, spectrum
 from keras_darkformer.fitting.statistics import HeadStatistics, LayerStatistics
 from keras_darkformer.ops.projections import draw_projection, proposal_log_weight
 from keras_darkformer.options import FeatureOptions
@@ -81,12 +75,10 @@ def fit_dark(
         head_fitter.fit_head(statistics.of_head(head), features, calibration)
         for head in range(statistics.num_heads)
     ]
-    weights = {
-        name: np.stack([getattr(head, name) for head in heads]) for name in DarkParameters._fields
-    }
+    fit = Fit.of_heads("dark", heads, DarkParameters._fields)
     if not features.tie_geometry:
-        weights["query_geometry"] = weights["geometry"]
-    return Fit("dark", weights)
+        fit.weights["query_geometry"] = fit.weights["geometry"]
+    return fit
 
 
 def draw(
@@ -107,16 +99,9 @@ def _geometry(
     covariance: np.ndarray, features: FeatureOptions, calibration: CalibrationOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """M `(r, h)` and the proposal's standard deviations along its rows."""
-    head_dim, m = len(covariance), features.num_features
-    rank, proposal = features.rank or head_dim, calibration.drawn_from
-    if calibration.method == "identity":
-        geometry = np.eye(head_dim)
-    elif calibration.method == "whitening":
-        geometry = whitening(covariance)
-    elif calibration.method == "scale":
-        geometry = uniform_multiplier(covariance, m)
-    else:
-        geometry = spectral(covariance, m)
+    head_dim, proposal = len(covariance), calibration.drawn_from
+    rank = features.rank or head_dim
+    geometry = geometry_of(calibration.method, covariance, features.num_features)
     if proposal == "none" and rank == head_dim:
         return geometry, np.ones(rank)
     # Along the eigenvectors of what M makes of the data the proposal is diagonal.

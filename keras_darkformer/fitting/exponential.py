@@ -1,7 +1,5 @@
 """Exponential feature maps from a sample of a layer."""
 
-import numpy as np
-
 from keras_darkformer.fitting.clusters import clusters
 from keras_darkformer.fitting.descent import refine_exponential
 from keras_darkformer.fitting.fit import Fit
@@ -24,9 +22,7 @@ def fit_exponential(
         sample = statistics.of_head(head).sample
         assert sample is not None
         heads.append(fit_exponential_head(sample, features, calibration))
-    names = ("query_kernel", "key_kernel", "key_bias")
-    weights = {name: np.stack([getattr(head, name) for head in heads]) for name in names}
-    return Fit("exponential", weights)
+    return Fit.of_heads("exponential", heads, ("query_kernel", "key_kernel", "key_bias"))
 
 
 def fit_exponential_head(

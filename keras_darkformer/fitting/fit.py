@@ -1,6 +1,7 @@
 """What fitting gives."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -16,3 +17,8 @@ class Fit(NamedTuple):
 
     kind: str
     weights: dict[str, np.ndarray]
+
+    @classmethod
+    def of_heads(cls, kind: str, heads: Sequence[NamedTuple], names: Sequence[str]) -> Self:
+        """The arrays of these names, stacked."""
+        return cls(kind, {name: np.stack([getattr(x, name) for x in heads]) for name in names})

@@ -11,10 +11,10 @@ from keras_darkformer.fitting.dark import HeadFitter, draw
 from keras_darkformer.fitting.options import CalibrationOptions
 from keras_darkformer.fitting.projections import DarkParameters
 from keras_darkformer.fitting.spectral import (
+    geometry_of,
+    multipliers,
     proposal_scale,
-    spectral_multipliers,
     spectrum,
-    whitening,
 )
 from keras_darkformer.fitting.statistics import HeadStatistics
 from keras_darkformer.options import FeatureOptions
@@ -36,7 +36,10 @@ class BeforeRotation(HeadFitter):
         """See the base class."""
         assert seen.unrotated is not None
         query_mean, key_mean, covariance = seen.unrotated
-        geometry = _symmetric(covariance, features.num_features, calibration.method)
+        geometry = geometry_of(calibration.method, covariance, features.num_features)
+        if calibration.method == "spectral":
+            # Symmetric: where nothing is damped it is the identity, which rotations pass.
+            geometry = spectrum(covariance)[1] @ geometry
         # Slow planes keep their means.
         second = covariance + np.outer(query_mean, query_mean) + np.outer(key_mean, key_mean)
         variances = _mean_of_members(np.diag(geometry @ second @ geometry.T))
@@ -61,30 +64,13 @@ class RotaryPlanes(HeadFitter):
         unrotated[seen.layout] = np.diag(moments.covariance)
         variances = _mean_of_members(unrotated)
         both = _of_members(variances)
-        scalars = _multipliers(both, features.num_features, calibration.method)[: len(variances)]
+        scalars = multipliers(calibration.method, both, features.num_features)[: len(variances)]
         scale = proposal_scale(calibration.drawn_from, scalars**2 * variances)
         scale = _of_members(scale)[seen.layout]
         rng = np.random.default_rng([calibration.seed, seen.head])
         by_coordinate = _of_members(scalars)[seen.layout]
         shifts = by_coordinate * moments.query_mean, by_coordinate * moments.key_mean
         return draw(scalars, scale, shifts, features, rng)
-
-
-def _symmetric(covariance: np.ndarray, num_features: int, method: str) -> np.ndarray:
-    """M `(h, h)`: where nothing is damped it is the identity, which rotations pass."""
-    if method == "identity":
-        return np.eye(len(covariance))
-    if method == "whitening":
-        return whitening(covariance)
-    values, vectors = spectrum(covariance)
-    return (vectors * _multipliers(values, num_features, method)) @ vectors.T
-
-
-def _multipliers(variances: np.ndarray, num_features: int, method: str) -> np.ndarray:
-    """A multiplier for each direction."""
-    if method == "identity":
-        return np.ones(len(variances))
-    return spectral_multipliers(variances, num_features, one_for_all=method == "scale")
 
 
 def _mean_of_members(values: np.ndarray) -> np.ndarray:

@@ -24,19 +24,24 @@ def log_second_moment(v: np.ndarray) -> np.ndarray:
     return np.log(t) - 0.5 * np.log(2 * t - 1) + v / (2 * t - 1)
 
 
-def spectral(covariance: np.ndarray, num_features: int) -> np.ndarray:
-    """A geometry that spends the feature budget on the directions that carry the logits.
+def geometry_of(method: str, covariance: np.ndarray, num_features: int) -> np.ndarray:
+    """M `(h, h)` by a method.
 
-    With `U diag(v) U' = Cov(q^) + Cov(k^)` it is `M = diag(a) U'`, `a` from `spectral_multipliers`.
+    `"spectral"` spends the feature budget on the directions that carry the logits: with
+    `U diag(v) U' = Cov(q^) + Cov(k^)` it is `M = diag(a) U'`, `a` from `spectral_multipliers`.
     """
+    if method == "whitening":
+        return whitening(covariance)
     v, u = spectrum(covariance)
-    return spectral_multipliers(v, num_features)[:, None] * u.T
+    a = multipliers(method, v, num_features)
+    return a[:, None] * u.T if method == "spectral" else np.diag(a)
 
 
-def uniform_multiplier(covariance: np.ndarray, num_features: int) -> np.ndarray:
-    """`spectral` with one multiplier for all directions: `M = alpha I`."""
-    v, _ = spectrum(covariance)
-    return np.diag(spectral_multipliers(v, num_features, one_for_all=True))
+def multipliers(method: str, v: np.ndarray, num_features: int) -> np.ndarray:
+    """A multiplier for each direction, of variance v, by any method but whitening."""
+    if method == "identity":
+        return np.ones(len(v))
+    return spectral_multipliers(v, num_features, one_for_all=method == "scale")
 
 
 def spectral_multipliers(

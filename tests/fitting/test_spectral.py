@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from keras_darkformer.fitting.spectral import (
+    geometry_of,
     log_second_moment,
     proposal_scale,
     proposal_variance,
-    spectral,
     spectral_multipliers,
     spectrum,
-    uniform_multiplier,
     variance_optimal_scale,
     whitening,
 )
@@ -96,12 +95,12 @@ def test_more_features_damp_less():
 
 def test_the_spectral_geometry_damps_along_the_eigenvectors():
     covariance = sum(covariances())
-    geometry = spectral(covariance, 64)
+    geometry = geometry_of("spectral", covariance, 64)
     product = geometry @ covariance @ geometry.T
     np.testing.assert_allclose(product, np.diag(np.diag(product)), atol=1e-10)
     gram = geometry @ geometry.T
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-10)
-    scaled = uniform_multiplier(covariance, 64)
+    scaled = geometry_of("scale", covariance, 64)
     np.testing.assert_allclose(scaled, scaled[0, 0] * np.eye(6))
 
 
