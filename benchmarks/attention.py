@@ -2,46 +2,30 @@
 
     KERAS_BACKEND=torch python benchmarks/attention.py
 
-Every row is one shape, length and direction (forward, or forward and backward);
-all ways to compute it take turns in one process:
-
-- dark: `ops.dark_attention` with a geometry that is trained;
-- dark_identity: the same with `geometry=None`, where Performer is the peer;
-- dark_remat: the same as dark with `remat` turned the other way than its default;
-- darkformer_pytorch_C: darkformer-pytorch with `causal_chunk_size=C` (256 is
-  its default), its geometry trained too;
-- performer_pytorch: performer-pytorch's `FastAttention`, whose projection is
-  not trained;
-- sdpa: torch's `scaled_dot_product_attention`; cudnn: `jax.nn`'s on a GPU;
-- keras: `keras.ops.dot_product_attention`;
-- matmul: the product of two matrices of 1,024 x 1,024, the machine's rate.
-
-Each gets its inputs in the layout it likes, keys and values repeated for the
-query heads beforehand where it knows no groups. Gradients are those by queries,
-keys, values and what is trained. Quadratic ways are left out where they would
-take longer than --patience or more memory than --max-gib. Layers are compared
-in rows of their own: DarkAttention and Keras' MultiHeadAttention or
-GroupQueryAttention. Peak memory comes from a process for each figure. Writes
-benchmarks/results/attention_BACKEND.json.
+Every row is one shape, length and direction (forward, or forward and backward).
+All ways to compute it (`attention_ways.py`) take turns in one process. Quadratic
+ways are left out where they would take longer than --patience or more memory
+than --max-gib. Layers are compared in rows of their own. Peak memory comes from
+a process for each figure. Writes benchmarks/results/attention_BACKEND.json.
 """
 
-import argparse
 import ctypes
 import itertools
-import json
 import math
 import statistics
 
+from attention_ways import MATMUL, layer_ways, matmul_way, runner, ways_of
 from common import (
     accelerator,
+    answer,
     backend,
-    compiled,
     default_clock,
     environment,
     finish,
     in_process,
     interleaved,
     one_thread,
+    parser,
     peak,
     print_table,
     reset_peak,
@@ -60,217 +44,11 @@ LENGTHS = {True: (512, 1024, 2048, 4096, 8192), False: (512, 2048, 8192)}
 ONE_HEAD_LENGTHS = {True: (32768,), False: (32768,)}  # more would take hours
 LAYER_LENGTHS = (512, 2048, 8192)
 MEMORY_LENGTHS = (2048, 8192, 32768)
-CHUNKS = (64, 128, 256, 512)
 EXACT = ("sdpa", "cudnn", "keras", "layer_keras")  # quadratic in the length
-MATMUL = 1024
+PASSES = ("forward", "forward + backward")
 
 
-# === The ways ===
-
-
-class Way:
-    """A function, its inputs, and the weights that are trained: arguments, or a module's own."""
-
-    def __init__(self, function, inputs, trained=()):
-        self.function, self.inputs, self.trained = function, inputs, list(trained)
-
-
-def ways_of(shape, length, causal, names=None, dtype="float32", compile=False):
-    """The ways this backend has, by name, on the same random inputs; `names`: only these."""
-    import numpy as np
-    from keras import ops
-
-    from keras_darkformer.ops import dark_attention, draw_projection
-
-    heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    rng = np.random.default_rng(0)
-
-    def draw(count):
-        array = rng.standard_normal((1, length, count, head_dim), dtype="float32")
-        return ops.convert_to_tensor(array, dtype=dtype)
-
-    query, key, value = draw(heads), draw(kv_heads), draw(kv_heads)
-    projection = draw_projection(shape["num_features"], head_dim, seed=0)
-    projection = ops.convert_to_tensor(projection, dtype="float32")
-    geometry = ops.convert_to_tensor(np.stack([np.eye(head_dim)] * kv_heads), dtype="float32")
-
-    def dark(query, key, value, geometry=None, **options):
-        return dark_attention(query, key, value, geometry, projection, causal=causal, **options)
-
-    def dark_remat(*tensors):  # JAX does it by default
-        return dark(*tensors, remat=backend() != "jax")
-
-    def keras_attention(query, key, value):
-        return ops.dot_product_attention(query, key, value, is_causal=causal)
-
-    def wide(tensor):
-        return ops.repeat(tensor, heads // kv_heads, axis=2)
-
-    plain = [query, key, value]
-    makers = {
-        "dark": lambda: Way(dark, plain, [geometry]),
-        "dark_remat": lambda: Way(dark_remat, plain, [geometry]),
-        "keras": lambda: Way(keras_attention, [query, wide(key), wide(value)]),
-    }
-    if not causal:
-        makers["dark_identity"] = lambda: Way(dark, plain)
-    if backend() == "jax" and accelerator():
-
-        def cudnn(query, key, value):
-            import jax
-
-            return jax.nn.dot_product_attention(
-                query, key, value, is_causal=causal, implementation="cudnn"
-            )
-
-        makers["cudnn"] = lambda: Way(cudnn, plain)
-    if backend() == "torch":
-        makers |= torch_ways(shape, causal, plain, wide, compile)
-    return {name: make() for name, make in makers.items() if names is None or name in names}
-
-
-def torch_ways(shape, causal, plain, wide, compile):
-    import torch
-    from darkformer_pytorch.attention import DarkformerKernelAttention
-    from performer_pytorch.performer_pytorch import FastAttention
-    from torch.nn import functional
-
-    query, key, value = plain
-    sizes = {"head_dim": shape["head_dim"], "num_features": shape["num_features"]}
-
-    def head_first(*tensors):
-        return [tensor.transpose(1, 2).contiguous() for tensor in tensors]
-
-    def sdpa(query, key, value):
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
-        )
-
-    def darkformer(chunk):
-        module = DarkformerKernelAttention(
-            num_heads=shape["heads"],
-            causal=causal,
-            causal_chunk_size=chunk,
-            projection_seed=0,
-            **sizes,
-        ).to(query.device, query.dtype)
-        module = module.eval()
-        function = torch.compile(module) if compile else module
-        return Way(function, head_first(query, wide(key), wide(value)), module.parameters())
-
-    def performer():
-        module = FastAttention(
-            shape["head_dim"], nb_features=shape["num_features"], causal=causal
-        ).to(query.device)
-        return Way(module, head_first(query, wide(key), wide(value)))
-
-    chunks = CHUNKS if causal else (256,)
-    return {
-        "sdpa": lambda: Way(sdpa, head_first(query, key, value)),
-        "performer_pytorch": performer,
-        **{f"darkformer_pytorch_{c}": lambda c=c: darkformer(c) for c in chunks},
-    }
-
-
-def layer_ways(shape, length, dtype="float32"):
-    """Self-attention layers, projections included."""
-    import keras
-    import numpy as np
-    from keras import ops
-
-    from keras_darkformer import DarkAttention
-
-    heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    array = np.random.default_rng(0).standard_normal((1, length, heads * head_dim), "float32")
-    inputs = ops.convert_to_tensor(array, dtype=dtype)
-    if heads == kv_heads:
-        theirs = keras.layers.MultiHeadAttention(heads, head_dim, dtype=dtype)
-    else:
-        theirs = keras.layers.GroupQueryAttention(head_dim, heads, kv_heads, dtype=dtype)
-    ours = DarkAttention(
-        head_dim,
-        heads,
-        kv_heads,
-        num_features=shape["num_features"],
-        dtype=dtype,
-    )
-    theirs.build(inputs.shape, inputs.shape)
-    ours.build(inputs.shape, inputs.shape)
-
-    def of_layer(layer):
-        """Its output, and its gradients by the inputs and all trainable weights."""
-
-        def function(inputs, *weights):
-            if backend() == "torch":
-                return layer(inputs, inputs, use_causal_mask=True)
-            weights, others = list(weights), [v.value for v in layer.non_trainable_variables]
-            return layer.stateless_call(weights, others, inputs, inputs, use_causal_mask=True)[0]
-
-        weights = [variable.value for variable in layer.trainable_variables]
-        return Way(function, [inputs], weights)
-
-    return {
-        "layer_dark": of_layer(ours),
-        "layer_keras": of_layer(theirs),
-    }
-
-
-# === Running them ===
-
-
-def runner(way, gradients, *, compile=False):
-    """A function without arguments that computes the way's output, or its gradients."""
-    arguments = [*way.inputs, *way.trained]
-    if backend() == "torch":
-        return torch_runner(way, gradients, compile)
-    function = gradient_function(way) if gradients else compiled(way.function)
-    return lambda: function(*arguments)
-
-
-def gradient_function(way):
-    """Gradients by inputs and weights, given one by the output: ones."""
-    if backend() == "jax":
-        import jax
-        from jax import numpy as jnp
-
-        def gradient(*arguments):
-            output, backward = jax.vjp(way.function, *arguments)
-            return backward(jnp.ones_like(output))
-
-        return jax.jit(gradient)
-
-    import tensorflow as tf
-
-    @tf.function(jit_compile=True)
-    def gradient(*arguments):
-        with tf.GradientTape() as tape:
-            tape.watch(arguments)
-            output = way.function(*arguments)
-        return tape.gradient(output, arguments, unconnected_gradients="zero")
-
-    return gradient
-
-
-def torch_runner(way, gradients, compile):
-    import torch
-
-    own = bool(way.trained) and isinstance(way.trained[0], torch.nn.Parameter)
-    function = compiled(way.function, compile=compile)
-    weights = [weight.detach().requires_grad_(gradients) for weight in way.trained]
-    if own:
-        weights = [weight for weight in way.trained if weight.requires_grad]
-
-    def run():
-        inputs = [tensor.detach().requires_grad_(gradients) for tensor in way.inputs]
-        with torch.set_grad_enabled(gradients):
-            output = function(*inputs, *([] if own else weights))
-        if not gradients:
-            return output
-        return torch.autograd.grad(
-            output, [*inputs, *weights], torch.ones_like(output), allow_unused=True
-        )
-
-    return run
+# === Time ===
 
 
 def time_ways(ways, gradients, args, skipped):
@@ -301,14 +79,6 @@ def left_out(name, shape, length, causal, gradients, args):
         if gib > args.max_gib:
             return f"needs about {gib:.0f} GiB"
     return None
-
-
-def matmul_way():
-    import numpy as np
-    from keras import ops
-
-    array = np.random.default_rng(0).standard_normal((MATMUL, MATMUL)).astype("float32")
-    return Way(lambda x: x @ x, [ops.convert_to_tensor(array)])
 
 
 def multiplications(shape, length, causal):
@@ -355,7 +125,7 @@ def row_of(ways, ours, label, length, causal, gradients, args):
         "shape": label,
         "length": length,
         "causal": causal,
-        "pass": "forward + backward" if gradients else "forward",
+        "pass": PASSES[gradients],
         "repeats": repeats,
         "times": times,
         "ratios": ratios(times, ours),
@@ -421,6 +191,7 @@ def crossover(rows, label, gradients, exact):
 
 def measure_memory(name, label, gradients, length, args):
     """Bytes of peak memory above the inputs, in this process; `None`: no such way here."""
+    gradients, length = gradients == "True", int(length)
 
     def run_of(size):
         ways = ways_of(SHAPES[label], size, True, [name], args.dtype, args.compile)
@@ -458,13 +229,12 @@ def memory_rows(args):
                 # Patience for exact attention ends where its time row did.
                 if name in EXACT and length > 8192:
                     continue
-                arguments = ["--measure", name, label, int(gradients), length]
-                arguments += ["--dtype", args.dtype, *(["--compile"] if args.compile else [])]
-                samples = [in_process(arguments) for _ in range(args.memory_repeats)]
+                what = name, label, gradients, length
+                samples = [in_process(*what) for _ in range(args.memory_repeats)]
                 if None not in samples:
                     mib[name] = round(statistics.median(samples) / 2**20, 1)
             row = {"shape": label, "length": length, "causal": True, "mib": mib}
-            row["pass"] = "forward + backward" if gradients else "forward"
+            row["pass"] = PASSES[gradients]
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -490,32 +260,33 @@ def show(rows):
     print_table(["shape", "length", "sees", "pass", "ours ms", "their time / ours"], table)
 
 
+def parse_arguments():
+    made = parser(__doc__)
+    made.add_argument("--seconds", type=float, default=5.0, help="aim for the rounds of a row")
+    made.add_argument("--repeats", type=int, nargs=2, default=(5, 30), help="least and most")
+    made.add_argument("--patience", type=float, default=4.0, help="seconds a call may take")
+    made.add_argument("--max-gib", type=float, default=6.0)
+    made.add_argument("--memory-repeats", type=int, default=3)
+    made.add_argument("--dtype", default="float32")
+    made.add_argument("--compile", action="store_true", help="torch.compile")
+    args = made.parse_args()
+    args.exhausted = {}
+    args.memory_lengths, args.lengths, args.layer_lengths = MEMORY_LENGTHS, LENGTHS, LAYER_LENGTHS
+    args.one_head_lengths = ONE_HEAD_LENGTHS
+    if args.quick:
+        args.one_head_lengths = {True: (), False: ()}
+        args.repeats, args.seconds, args.memory_repeats = (2, 2), 0.1, 1
+        args.memory_lengths = args.layer_lengths = (512,)
+        args.lengths = {True: (512, 1024), False: (512,)}
+    return args
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="aim for the rounds of a row")
-    parser.add_argument("--repeats", type=int, nargs=2, default=(5, 30), help="least and most")
-    parser.add_argument("--patience", type=float, default=4.0, help="seconds a call may take")
-    parser.add_argument("--max-gib", type=float, default=6.0)
-    parser.add_argument("--memory-repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--quick", action="store_true", help="short, and writes no results")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_arguments()
     if args.measure:
         one_thread()
-        name, label, gradients, length = args.measure
-        print(json.dumps(measure_memory(name, label, gradients == "1", int(length), args)))
+        answer(measure_memory(*args.measure, args))
         return
-
-    args.exhausted = {}
-    args.memory_lengths, lengths, layer_lengths = MEMORY_LENGTHS, LENGTHS, LAYER_LENGTHS
-    one_head_lengths = ONE_HEAD_LENGTHS
-    if args.quick:
-        one_head_lengths = {True: (), False: ()}
-        args.repeats, args.seconds, args.memory_repeats = (2, 2), 0.1, 1
-        args.memory_lengths = layer_lengths = (512,)
-        lengths = {True: (512, 1024), False: (512,)}
 
     # Before this process starts its backend: two do not share a GPU well.
     memory = memory_rows(args)
@@ -523,12 +294,13 @@ def main():
     rows = []
     for label in SHAPES:
         for causal in (True, False):
-            for length in (one_head_lengths if "1 head" in label else lengths)[causal]:
+            lengths = args.one_head_lengths if "1 head" in label else args.lengths
+            for length in lengths[causal]:
                 for gradients in (False, True):
                     rows.append(time_row(label, length, causal, gradients, args))
                     show(rows[-1:])
     for label in ("h64 m128", "h256 m256 8:1"):
-        for length in layer_lengths:
+        for length in args.layer_lengths:
             for gradients in (False, True):
                 rows.append(layer_row(label, length, gradients, args))
                 show(rows[-1:])
@@ -537,7 +309,7 @@ def main():
     crossovers = [
         {
             "shape": label,
-            "pass": "forward + backward" if gradients else "forward",
+            "pass": PASSES[gradients],
             "against": exact,
             "length": crossover(rows, label, gradients, exact),
         }

@@ -7,6 +7,7 @@ the processor time this process used, so that whatever else the machine does
 counts less. Times on a GPU are wall-clock, with the device waited for.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -211,17 +212,34 @@ def reset_peak():
         torch.cuda.reset_peak_memory_stats()
 
 
-def in_process(arguments):
-    """Runs this script with other arguments; returns the JSON of the last line it prints.
+# === Arguments, and processes of their own ===
 
-    Processes share a GPU badly: let the one that calls this not start its
-    backend before the last of them is done.
+
+def parser(docstring):
+    """A parser with what all benchmarks take: `--quick`, and `--measure` for `in_process`."""
+    made = argparse.ArgumentParser(description=docstring.splitlines()[0])
+    made.add_argument("--quick", action="store_true", help="small, and writes no results")
+    made.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    return made
+
+
+def in_process(*what):
+    """Has this script, with its arguments, measure one thing in a process of its own.
+
+    There `args.measure` is `what`, as strings; the script hands its result to
+    `answer`. Processes share a GPU badly: let the one that calls this not
+    start its backend before the last of them is done.
     """
-    command = [sys.executable, sys.argv[0], *(str(argument) for argument in arguments)]
+    command = [sys.executable, *sys.argv, "--measure", *(str(word) for word in what)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{command[1:]} ended with {run.returncode}:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def answer(result):
+    """What `in_process` returns: JSON, on the last line that is printed."""
+    print(json.dumps(result))
 
 
 # === Results ===
@@ -268,11 +286,15 @@ def write(name, payload, variant=""):
 
     `variant`, such as "compile", keeps apart what is measured in several ways.
     """
-    RESULTS.mkdir(exist_ok=True)
     parts = [name, backend(), "gpu" if accelerator() else "", variant]
     path = RESULTS / f"{'_'.join(part for part in parts if part)}.json"
-    path.write_text(json.dumps(payload, indent=1) + "\n")
+    write_json(path, payload)
     print(f"wrote {path.relative_to(BENCHMARKS.parent)}")
+
+
+def write_json(path, payload):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(payload, indent=1) + "\n")
 
 
 def print_table(columns, rows):

@@ -8,12 +8,21 @@ what the model takes, the peak until it is converted, and their ratio; from a
 preset, the peaks of loading it dark and of loading it stock.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 
-from common import backend, environment, in_process, peak, print_table, reset_peak, write
+from common import (
+    answer,
+    backend,
+    environment,
+    in_process,
+    parser,
+    peak,
+    print_table,
+    reset_peak,
+    write,
+)
+from models import gemma
 
 SIZES = {
     "vocabulary_size": 16_384,
@@ -29,27 +38,23 @@ TINY = SIZES | {"vocabulary_size": 64, "num_layers": 1, "hidden_dim": 16, "inter
 REPEATS = 3
 
 
-def build(sizes):
-    from keras_hub.models import GemmaBackbone, GemmaCausalLM
-
-    return GemmaCausalLM(GemmaBackbone(**sizes))
-
-
-def measure(part, folder):
+def measure(part, folder, sizes):
     """Bytes: of the weights, and peaks above what the process had before the model."""
     import keras_hub
 
-    import keras_darkformer as kd
+    from keras_darkformer import convert_to_dark, hub
 
-    kd.convert_to_dark(build(TINY))
+    if part == "save":
+        return gemma(**sizes).save_to_preset(folder)
+    convert_to_dark(gemma(**TINY))
     reset_peak()
     before = peak()
     if part == "convert":
-        model = build(SIZES)
+        model = gemma(**sizes)
         reset_peak()
         taken = peak() - before  # building had its own peak; what stays is the model
         reset_peak()
-        kd.convert_to_dark(model)
+        convert_to_dark(model)
         return {
             "parameters": model.count_params(),
             "model": taken,
@@ -58,44 +63,28 @@ def measure(part, folder):
     if part == "stock":
         keras_hub.models.GemmaCausalLM.from_preset(folder, preprocessor=None)
     else:
-        kd.hub.DarkGemmaCausalLM.from_preset(folder, preprocessor=None)
+        hub.DarkGemmaCausalLM.from_preset(folder, preprocessor=None)
     return {"peak": peak() - before}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("convert", "stock", "dark", "save"))
-    parser.add_argument("--folder")
-    args = parser.parse_args()
-    if args.part == "save":
-        build(SIZES).save_to_preset(args.folder)
-        print("{}")
-        return
-    if args.part:
-        print(json.dumps(measure(args.part, args.folder)))
+    args = parser(__doc__).parse_args()
+    sizes = TINY if args.quick else SIZES
+    if args.measure:
+        answer(measure(*args.measure, sizes))
         return
     rows = {"convert": [], "stock": [], "dark": []}
     with tempfile.TemporaryDirectory() as folder:
-        in_process(["--part", "save", "--folder", folder])
-        for _ in range(REPEATS):
+        in_process("save", folder)
+        for _ in range(1 if args.quick else REPEATS):
             for part, found in rows.items():
-                found.append(in_process(["--part", part, "--folder", folder]))
+                found.append(in_process(part, folder))
     median = {
         part: {name: statistics.median(row[name] for row in found) for name in found[0]}
         for part, found in rows.items()
     }
-    in_place = median["convert"]["peak"] / median["convert"]["model"]
-    from_preset = median["dark"]["peak"] / median["stock"]["peak"]
-    write(
-        "conversion_memory",
-        {
-            "environment": environment("keras-hub"),
-            "sizes": SIZES,
-            "rows": rows,
-            "in_place_over_model": round(in_place, 3),
-            "from_preset_over_stock": round(from_preset, 3),
-        },
-    )
+    in_place = median["convert"]["peak"] / max(1, median["convert"]["model"])
+    from_preset = median["dark"]["peak"] / max(1, median["stock"]["peak"])
     print_table(
         ("backend", "parameters", "in place / model", "from preset / stock from preset"),
         [
@@ -107,6 +96,15 @@ def main():
             )
         ],
     )
+    if not args.quick:
+        payload = {
+            "sizes": SIZES,
+            "rows": rows,
+            "in_place_over_model": round(in_place, 3),
+            "from_preset_over_stock": round(from_preset, 3),
+            **environment("keras-hub"),
+        }
+        write("conversion_memory", payload)
 
 
 if __name__ == "__main__":

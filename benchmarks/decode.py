@@ -19,14 +19,13 @@ step from a state folds geometry and projection every time, as the layers do.
 Writes benchmarks/results/decode_BACKEND.json.
 """
 
-import argparse
-
 from common import (
     backend,
     compiled,
     environment,
     interleaved,
     one_thread,
+    parser,
     print_table,
     summary,
     write,
@@ -68,6 +67,11 @@ def state_step(query, key, value, state, geometry, projection):
         initial_state=state,
         return_state=True,
     )
+
+
+def state_after(key, value, geometry, projection):
+    """The state of these tokens, which does not depend on queries."""
+    return state_step(key, key, value, None, geometry, projection)[1]
 
 
 # === From a cache ===
@@ -195,7 +199,7 @@ def measure(shape, args, state_tokens, cache_tokens):
     import numpy as np
     from keras import ops
 
-    from keras_darkformer.ops import dark_attention_state, draw_projection
+    from keras_darkformer.ops import draw_projection
 
     query_heads, kv_heads = shape["query_heads"], shape["key_value_heads"]
     head_dim, num_features = shape["head_dim"], shape["num_features"]
@@ -226,7 +230,7 @@ def measure(shape, args, state_tokens, cache_tokens):
     step = compiled(state_step, compile=args.compile)
     for tokens in state_tokens:
         past = draw(tokens, kv_heads), draw(tokens, kv_heads)
-        start = dark_attention_state(*past, *parameters)
+        start = state_after(*past, *parameters)
         runs["state", tokens] = state_run(step, steps, start, parameters)
     best = torch_attention if backend() == "torch" else product_attention
     cache_way = cache_step(keras_attention, axis=1, compile=args.compile)
@@ -289,13 +293,12 @@ def show(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=16, help="consecutive steps timed as one")
-    parser.add_argument("--dtype", default="float32", help="of queries, keys, values and caches")
-    parser.add_argument("--compile", action="store_true", help="torch.compile state and cache")
-    parser.add_argument("--quick", action="store_true", help="small, and writes no results")
-    args = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--repeats", type=int, default=30)
+    made.add_argument("--steps", type=int, default=16, help="consecutive steps timed as one")
+    made.add_argument("--dtype", default="float32", help="of queries, keys, values and caches")
+    made.add_argument("--compile", action="store_true", help="torch.compile state and cache")
+    args = made.parse_args()
     state_tokens, cache_tokens = STATE_TOKENS, CACHE_TOKENS
     if args.quick:
         args.repeats, args.steps = 3, 4

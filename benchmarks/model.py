@@ -16,17 +16,18 @@ skipped. Weights are random: neither time nor memory depends on them. Writes
 benchmarks/results/model_BACKEND.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
 
 from common import (
+    answer,
     environment,
     finish,
     in_process,
     interleaved,
     one_thread,
+    parser,
     peak,
     print_table,
     reset_peak,
@@ -39,8 +40,8 @@ SHORT = 32
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    made = parser(__doc__)
+    add = made.add_argument
     add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     add("--generate", type=int, default=64, help="tokens written after the prompt")
     add("--layers", type=int, default=4)
@@ -54,9 +55,7 @@ def parse_arguments():
     add("--dtype", default="float32", help="policy, such as mixed_bfloat16")
     add("--max-gib", type=float, default=8, help="skip exact attention above")
     add("--repeats", type=int, default=5)
-    add("--quick", action="store_true", help="small, and writes no results")
-    add("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own does
-    args = parser.parse_args()
+    args = made.parse_args()
     if args.quick:
         args.lengths, args.generate, args.layers, args.repeats = [256], 8, 2, 2
     return args
@@ -67,13 +66,13 @@ def parse_arguments():
 
 def build(variant, args):
     import keras
-    import keras_hub
+    from models import gemma
 
     from keras_darkformer import convert_to_dark
 
     keras.config.set_dtype_policy(args.dtype)
     keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.GemmaBackbone(
+    model = gemma(
         vocabulary_size=args.vocabulary,
         num_layers=args.layers,
         num_query_heads=args.query_heads,
@@ -82,7 +81,6 @@ def build(variant, args):
         intermediate_dim=args.intermediate_dim,
         head_dim=args.head_dim,
     )
-    model = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
     if variant == "dark":
         model = convert_to_dark(model, num_features=args.num_features)
     model.compile()
@@ -177,7 +175,7 @@ def measure_row(kind, length, args):
             row[variant] = {"skipped": reason}
             continue
         try:
-            memory = in_process([*sys.argv[1:], "--measure", "memory", kind, length, variant])
+            memory = in_process("memory", kind, length, variant)
             row[variant] = {"peak_mib": round(memory / 2**20, 1)}
         except RuntimeError as error:  # out of memory, most likely
             print(error, file=sys.stderr)
@@ -185,7 +183,7 @@ def measure_row(kind, length, args):
     variants = [variant for variant in VARIANTS if "skipped" not in row[variant]]
     if not variants:
         return row
-    seconds = in_process([*sys.argv[1:], "--measure", "time", kind, length, *variants])
+    seconds = in_process("time", kind, length, *variants)
     for variant in variants:
         row[variant] |= rates(kind, length, seconds, variant, args)
     if len(variants) == len(VARIANTS):
@@ -244,10 +242,9 @@ def main():
         one_thread()
         what, kind, length, *variants = args.measure
         if what == "time":
-            result = measure_time(kind, int(length), variants, args)
+            answer(measure_time(kind, int(length), variants, args))
         else:
-            result = measure_memory(kind, int(length), *variants, args)
-        print(json.dumps(result))
+            answer(measure_memory(kind, int(length), *variants, args))
         return
 
     rows = []

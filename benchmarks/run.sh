@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up .venv, runs the benchmarks, writes benchmarks/README.md from what they found.
+# Sets up .venv, runs the benchmarks, fills the tables of the pages with what they found.
 #
 #   bash benchmarks/run.sh          # TensorFlow, JAX and PyTorch, one after another
-#   bash benchmarks/run.sh torch    # one of them; the page keeps the others' results
+#   bash benchmarks/run.sh torch    # one of them; the pages keep the others' results
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,8 +20,9 @@ for backend in "${backends[@]}"; do
         KERAS_BACKEND="$backend" python "benchmarks/$benchmark.py" || failed+=("$benchmark/$backend")
     done
 done
-python benchmarks/report.py
+python benchmarks/plots.py
+python benchmarks/tables.py
 [ ${#failed[@]} -eq 0 ] || {
-    echo "Failed: ${failed[*]}; the page shows these as they were before, if at all." >&2
+    echo "Failed: ${failed[*]}; the pages show these as they were before." >&2
     exit 1
 }

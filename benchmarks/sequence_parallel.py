@@ -7,14 +7,13 @@ machine. The devices are virtual ones of this CPU and share its cores: the times
 show what splitting adds, never a speed-up.
 """
 
-import argparse
 import os
 import re
 import time
 
 import jax
 import numpy as np
-from common import backend, environment, interleaved, print_table, summary, write
+from common import backend, environment, interleaved, parser, print_table, summary, write
 from jax.sharding import Mesh, PartitionSpec
 
 from keras_darkformer.ops import draw_projection, sequence_parallel_dark_attention
@@ -96,9 +95,7 @@ def keys_and_values(length, devices, gradient):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = parser(__doc__).parse_args()
     if backend() != "jax":
         raise SystemExit("The sequence is split by jax.shard_map: set KERAS_BACKEND=jax.")
     eight_devices()
@@ -113,11 +110,6 @@ def main():
                     run, placed = program(length, devices, gradient, causal)
                     counted[devices] = received(run.as_text(), devices)
                     functions[devices] = lambda run=run, placed=placed: run(*placed)
-
-                def settled(function):
-                    return lambda: jax.block_until_ready(function())
-
-                functions = {name: settled(function) for name, function in functions.items()}
                 seconds = interleaved(functions, repeats, clock=time.perf_counter, warmups=1)
                 for devices in DEVICES:
                     row = {
@@ -137,7 +129,8 @@ def main():
         "virtual_devices": "they share the cores: times are no speed-ups",
         "rows": rows,
     }
-    write("sequence_parallel", payload)
+    if not args.quick:
+        write("sequence_parallel", payload)
     columns = [name for name in rows[0] if name != "milliseconds"]
     table = [[*(row[x] for x in columns), row["milliseconds"]["median"]] for row in rows]
     print_table([*columns, "ms"], table)

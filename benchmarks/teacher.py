@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 import keras
-import keras_hub
+import models
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
@@ -20,12 +20,6 @@ VOCABULARY = 1024
 LENGTH = 256
 # Segments to repeat are made of these ids: fewer are learned sooner.
 SEGMENT_TOKENS = np.arange(VOCABULARY - 128, VOCABULARY)
-SHAPES = {
-    # 4 layers with rotary positions, grouped heads
-    "h64": {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
-    # Gemma 2B's heads
-    "h256": {"num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
-}
 
 
 def tokens_of(text):
@@ -104,34 +98,23 @@ def inputs(windows):
     return {"token_ids": windows[:, :-1], "padding_mask": np.ones_like(windows[:, :-1])}
 
 
-def build(shape):
-    backbone = keras_hub.models.GemmaBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=4,
-        hidden_dim=256,
-        intermediate_dim=1024,
-        **SHAPES[shape],
-    )
-    return keras_hub.models.GemmaCausalLM(backbone)
-
-
 def loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def teacher(folder, shape, tokens, *, seed, steps, repeat_steps=900):
-    """The preset of a trained model; trained now if it is not in `folder` yet.
+def teacher(args, shape, *, seed):
+    """The preset of a trained model; trained now if it is not in `args.work` yet.
 
     First short windows that only repeat, then text.
     """
-    preset = folder / f"{shape}-{seed}"
+    preset = args.work / f"{shape}-{seed}"
     if preset.exists():
         return str(preset)
     keras.utils.set_random_seed(seed)
-    model = build(shape)
+    model = models.gemma(vocabulary_size=VOCABULARY, **models.SHAPES[shape])
     short = LENGTH // 4
-    fit(model, periodic(32 * repeat_steps, short, seed), 32, 1e-3, f"{preset.name}, repeating")
-    windows = training_windows(tokens["train"], 8 * steps, LENGTH, seed)
+    fit(model, periodic(32 * args.repeat_steps, short, seed), 32, 1e-3, f"{preset.name}, repeating")
+    windows = training_windows(args.tokens["train"], 8 * args.train_steps, LENGTH, seed)
     fit(model, windows, 8, 1.5e-3, f"{preset.name}, text")
     model.save_to_preset(str(preset))
     return str(preset)

@@ -1,6 +1,5 @@
 """The examples run from beginning to end, with as few steps as they can."""
 
-import json
 import os
 import subprocess
 import sys
@@ -39,12 +38,11 @@ def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {i} says {i * 7 % 13} times nothing." for i in range(9000)))
     printed = run_example(
-        *("gemma_to_dark.py", "--text", text, "--output", tmp_path / "results"),
-        *("--train-steps", 3, "--transfer-steps", 2, "--finetune-steps", 2),
-        *("--sequence-length", 32),
-        *("--generate-length", 24, "--prompt", "Line 5", "--test-windows", 8),
+        *("gemma_to_dark.py", "--text", text, "--output", tmp_path / "dark"),
+        *("--train-steps", 3, "--transfer-steps", 2, "--steps", 2),
+        *("--sequence-length", 32, "--generate-length", 24, "--prompt", "Line 5"),
     )
-    assert "A fresh process loaded a DarkGemmaCausalLM and wrote the same text." in printed
-    table = json.loads((tmp_path / "results" / "table.json").read_text())
-    assert [row["arm"] for row in table["rows"]] == ["exact", "dark", "paper", "performer"]
-    assert (tmp_path / "results" / "plot.png").stat().st_size > 10_000
+    for stage in ("exact", "converted", "calibrated", "transferred", "distilled", "finetuned"):
+        assert f"perplexity of held-out text, {stage}: " in printed
+    assert "A fresh process loaded a DarkGemmaCausalLM" in printed
+    assert (tmp_path / "dark" / "config.json").exists()
