@@ -1,6 +1,6 @@
 """Pure functions of tensors: the mathematics, without layers or variables."""
 
-from keras_darkformer.ops.dark_attention import dark_attention, feature_attention
+from keras_darkformer.ops.dark_attention import dark_attention
 from keras_darkformer.ops.dark_features import apply_geometry, dark_features
 from keras_darkformer.ops.exact_attention import (
     exact_dark_attention,
@@ -28,7 +28,6 @@ __all__ = [
     "draw_projection",
     "exact_dark_attention",
     "exact_dark_attention_scores",
-    "feature_attention",
     "initial_state",
     "proposal_log_weight",
     "rotary_embedding",

@@ -10,11 +10,13 @@ The last two take an exact memory beside the features.
 """
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_darkformer.checks import optional_integer
+from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import check_attention, check_causal, check_mask
 from keras_darkformer.ops.chunked import chunked
 from keras_darkformer.ops.features import FoldedFeatures
@@ -30,14 +32,10 @@ def attend(
     value: Tensor,
     features: FoldedFeatures,
     *,
-    sliding_window: int | None = None,
     causal: bool = False,
-    key_mask: Tensor = None,
-    write_mask: Tensor = None,
     initial_state: AttentionState | None = None,
     return_state: bool = False,
-    chunk_size: int | None = None,
-    remat: bool | None = None,
+    **call: Any,
 ) -> Tensor:
     """Attention with weights `phi_q(q_t) . phi_k(k_s)`, normalised over s.
 
@@ -46,54 +44,35 @@ def attend(
         key: tensor of shape `(b, s, k, h)`.
         value: tensor of shape `(b, s, k, v)`.
         features: `FoldedFeatures`, float32.
-        others: as for `dark_attention`.
+        causal, initial_state, return_state: as for `dark_attention`.
+        **call: key_mask, write_mask, sliding_window, chunk_size and remat, as
+            for `dark_attention`.
 
     Returns:
         As `dark_attention`.
     """
-    check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    check_mask("write_mask", write_mask, key)
-    check_causal(sliding_window, write_mask, causal=causal)
-    chunk_size = optional_integer("chunk_size", chunk_size)
-    key_mask, write_mask = (
-        None if x is None else ops.cast(x, "bool") for x in (key_mask, write_mask)
+    how = Call(**call, with_state=return_state)
+    check_attention(query, key, value, causal=causal, key_mask=how.key_mask)
+    check_mask("write_mask", how.write_mask, key)
+    check_causal(how.sliding_window, how.write_mask, causal=causal)
+    how = how._replace(
+        key_mask=None if how.key_mask is None else ops.cast(how.key_mask, "bool"),
+        write_mask=None if how.write_mask is None else ops.cast(how.write_mask, "bool"),
+        chunk_size=optional_integer("chunk_size", how.chunk_size),
     )
-    if key_mask is not None and write_mask is not None:
-        write_mask = ops.logical_and(key_mask, write_mask)  # what is masked counts for nothing
+    if how.key_mask is not None and how.write_mask is not None:
+        # What is masked counts for nothing.
+        how = how._replace(write_mask=ops.logical_and(how.key_mask, how.write_mask))
     shapes = StateShapes(
-        key.shape[2], features.num_features, value.shape[3], key.shape[3], sliding_window
+        key.shape[2], features.num_features, value.shape[3], key.shape[3], how.sliding_window
     )
     if initial_state is None:
         state = shapes.zeros(ops.shape(key)[0])
     else:
         state = shapes.check(initial_state, key.shape[0])
-    if key.shape[1] == 1 and (causal or initial_state is not None):
-        output, state = recurrent(
-            query,
-            key,
-            value,
-            features,
-            state,
-            key_mask=key_mask,
-            write_mask=write_mask,
-            sliding_window=sliding_window,
-        )
-    elif causal:
-        output, state = chunked(
-            query,
-            key,
-            value,
-            features,
-            state,
-            key_mask=key_mask,
-            write_mask=write_mask,
-            sliding_window=sliding_window,
-            chunk_size=chunk_size,
-            remat=remat,
-            with_state=return_state,
-        )
-    else:
-        output, state = parallel(query, key, value, features, state, key_mask=key_mask, remat=remat)
+    is_one = key.shape[1] == 1 and (causal or initial_state is not None)
+    form = recurrent if is_one else chunked if causal else parallel
+    output, state = form(query, key, value, features, state, how)
     output = ops.cast(output, output_dtype(query, key, value))
     return (output, state) if return_state else output
 

@@ -107,24 +107,6 @@ def check_parameters(parameters: "DarkParameters", key: Tensor) -> None:
             )
 
 
-def check_exponential(
-    query_kernel: Tensor, key_kernel: Tensor, key_bias: Tensor, key: Tensor
-) -> None:
-    """Shapes of kernels that are not made of geometry and projection."""
-    kv_heads, head_dim = key.shape[2:]
-    num_features = key_kernel.shape[-1]
-    for name, x, shape in (
-        ("key_kernel", key_kernel, (kv_heads, head_dim, num_features)),
-        ("query_kernel", query_kernel, (kv_heads, head_dim, num_features)),
-        ("key_bias", key_bias, (kv_heads, num_features)),
-    ):
-        if tuple(x.shape) != shape:
-            axes = "(num_key_value_heads, head_dim, num_features)"
-            if name == "key_bias":
-                axes = "(num_key_value_heads, num_features)"
-            raise ValueError(f"`{name}` must have shape {axes} = {shape}. Received: {_show(x)}")
-
-
 def check_causal(sliding_window: int | None, write_mask: Tensor, *, causal: bool) -> None:
     """What only causal attention has."""
     if sliding_window is not None and not causal:

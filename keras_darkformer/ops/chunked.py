@@ -11,6 +11,7 @@ The shapes' letters are those of `ops.features`.
 from typing import TypedDict
 
 from keras_darkformer.ops.backend import reshape, scan
+from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.exact_memory import (
     band,
     followed_by,
@@ -64,18 +65,13 @@ def chunked(
     value: Tensor,
     features: FoldedFeatures,
     state: State | WindowedState,
-    *,
-    key_mask: Tensor = None,
-    write_mask: Tensor = None,
-    sliding_window: int | None = None,
-    chunk_size: int | None = None,
-    remat: bool | None = None,
-    with_state: bool = True,
+    call: Call,
 ) -> tuple[Tensor, State | WindowedState]:
     """Output `(b, t, n, v)` in float32, and the state after the keys; see `attention.attend`.
 
-    Without `with_state` the state says nothing where masks are given.
+    Without `call.with_state` the state says nothing where masks are given.
     """
+    key_mask, write_mask, sliding_window, chunk_size, remat, with_state = call
     length, num_heads, head_dim = shape_of(query)[1:]
     kv_heads = key.shape[2]
     groups = num_heads // kv_heads

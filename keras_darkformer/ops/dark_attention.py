@@ -5,7 +5,6 @@ from keras import ops
 from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.checks import (
     check_attention,
-    check_exponential,
     check_far_offset,
     check_parameters,
 )
@@ -13,10 +12,9 @@ from keras_darkformer.ops.features import (
     DarkParameters,
     FoldedFeatures,
     fold,
-    fold_exponential,
     fold_query_scale,
 )
-from keras_darkformer.ops.state import AttentionState, State
+from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.types import Tensor
 
 
@@ -163,77 +161,6 @@ def dark_attention(
         value,
         folded(parameters, query, key, sliding_window, far_offset, factored=factored),
         sliding_window=sliding_window,
-        causal=causal,
-        key_mask=key_mask,
-        write_mask=write_mask,
-        initial_state=initial_state,
-        return_state=return_state,
-        chunk_size=chunk_size,
-        remat=remat,
-    )
-
-
-def feature_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_kernel: Tensor,
-    key_kernel: Tensor,
-    key_bias: Tensor,
-    *,
-    causal: bool = False,
-    key_mask: Tensor = None,
-    write_mask: Tensor = None,
-    initial_state: State | None = None,
-    return_state: bool = False,
-    chunk_size: int | None = None,
-    remat: bool | None = None,
-) -> Tensor:
-    """Attention with exponential features of any kernel, in linear time.
-
-        phi_q[j](q) = exp(q . A_q[:, j])
-        phi_k[j](k) = exp(k . A_k[:, j] + a_j)
-        output_t = sum_s phi_q(q_t) . phi_k(k_s) v_s / sum_s phi_q(q_t) . phi_k(k_s)
-
-    The form of features that are fitted or learned rather than drawn:
-    `ExponentialFeatureMap` holds such, and with
-    `A_k = A_q = [W', -W']` they are Hedgehog's.
-
-    Args:
-        query: float tensor of shape `(b, t, n, h)`.
-        key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
-        value: float tensor of shape `(b, s, k, v)`.
-        query_kernel: `A_q`, of shape `(k, h, m)`.
-        key_kernel: `A_k`, of shape `(k, h, m)`.
-        key_bias: `a`, of shape `(k, m)`.
-        causal, key_mask, write_mask, initial_state, return_state, chunk_size,
-            remat: as for `dark_attention`.
-
-    Returns:
-        As `dark_attention`.
-
-    Raises:
-        ValueError: if shapes do not fit; the message names the argument.
-
-    Example:
-
-    >>> q, k, v = (np.random.normal(size=(1, 100, 2, 8)) for _ in range(3))
-    >>> kernel = np.random.normal(size=(2, 8, 16))
-    >>> feature_attention(q, k, v, kernel, kernel, np.zeros((2, 16)), causal=True).shape
-    (1, 100, 2, 8)
-
-    References:
-        - [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347)
-    """
-    query, key, value, key_mask, write_mask = tensors(query, key, value, key_mask, write_mask)
-    check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    query_kernel, key_kernel, key_bias = tensors(query_kernel, key_kernel, key_bias)
-    check_exponential(query_kernel, key_kernel, key_bias, key)
-    return attend(
-        query,
-        key,
-        value,
-        fold_exponential(query_kernel, key_kernel, key_bias),
         causal=causal,
         key_mask=key_mask,
         write_mask=write_mask,

@@ -7,6 +7,7 @@ in blocks, whose tensors fit a cache.
 from keras import ops
 
 from keras_darkformer.ops.backend import scan
+from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.partition import block_partition, join_blocks, split_blocks, tokens_first
 from keras_darkformer.ops.state import State
@@ -25,43 +26,26 @@ from keras_darkformer.types import Tensor
 
 
 def parallel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    features: FoldedFeatures,
-    state: State,
-    *,
-    key_mask: Tensor = None,
-    remat: bool | None = None,
+    query: Tensor, key: Tensor, value: Tensor, features: FoldedFeatures, state: State, call: Call
 ) -> tuple[Tensor, State]:
     """Output `(b, t, n, v)` in float32, and the state after all keys; see `attention.attend`."""
-    state = absorb(key, value, features, state, key_mask=key_mask, remat=remat)
-    return read(query, features, state, remat=remat), state
+    state = absorb(key, value, features, state, call)
+    return read(query, features, state, call), state
 
 
-def absorb(
-    key: Tensor,
-    value: Tensor,
-    features: FoldedFeatures,
-    state: State,
-    *,
-    key_mask: Tensor = None,
-    remat: bool | None = None,
-) -> State:
+def absorb(key: Tensor, value: Tensor, features: FoldedFeatures, state: State, call: Call) -> State:
     """The state with all keys added, block by block."""
     blocks, tokens = block_partition(ops.shape(key)[1])
-    inputs = split_blocks({"key": key, "value": value, "mask": key_mask}, blocks, tokens)
+    inputs = split_blocks({"key": key, "value": value, "mask": call.key_mask}, blocks, tokens)
 
     def step(sums: Sums, block: dict[str, Tensor], features: FoldedFeatures) -> tuple[Sums, Tensor]:
         keys = features_of_keys(block["key"], block["value"], block.get("mask"), features)
         return add_keys(sums, keys), ()
 
-    return unpack(scan(step, pack(state), inputs, features, remat=remat)[0])
+    return unpack(scan(step, pack(state), inputs, features, remat=call.remat)[0])
 
 
-def read(
-    query: Tensor, features: FoldedFeatures, state: State, *, remat: bool | None = None
-) -> Tensor:
+def read(query: Tensor, features: FoldedFeatures, state: State, call: Call) -> Tensor:
     """What every query reads from the state, block by block."""
     length = ops.shape(query)[1]
     blocks, tokens = block_partition(length)
@@ -74,5 +58,5 @@ def read(
         of_queries, _ = features_of_queries(by_head(block["query"], features.num_heads), features)
         return carry, tokens_first(normalize(*split_last(of_queries @ both)), tokens)
 
-    output = scan(step, (), inputs, (features, pack(state).both), remat=remat)[1]
+    output = scan(step, (), inputs, (features, pack(state).both), remat=call.remat)[1]
     return join_blocks(output, length)

@@ -3,6 +3,7 @@
 from keras import ops, tree
 
 from keras_darkformer.ops.backend import reshape
+from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.exact_memory import band, followed_by, leaving, tokens_of, with_near
 from keras_darkformer.ops.features import TO_BASE, FoldedFeatures
 from keras_darkformer.ops.partition import tokens_first
@@ -23,13 +24,10 @@ def recurrent(
     value: Tensor,
     features: FoldedFeatures,
     state: State | WindowedState,
-    *,
-    key_mask: Tensor = None,
-    write_mask: Tensor = None,
-    sliding_window: int | None = None,
+    call: Call,
 ) -> tuple[Tensor, State | WindowedState]:
     """Output `(b, t, n, v)` in float32, and the state after the key; see `attention.attend`."""
-    length = ops.shape(query)[1]
+    length, (key_mask, write_mask, sliding_window, *_) = ops.shape(query)[1], call
     query = by_head(query, features.num_heads)
     after: State | WindowedState
     if isinstance(state, WindowedState):

@@ -16,6 +16,7 @@ from keras import ops, tree
 
 from keras_darkformer.ops.attention import attend, output_dtype
 from keras_darkformer.ops.backend import SequenceAxis
+from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import check_attention, check_causal, check_parameters
 from keras_darkformer.ops.dark_attention import folded, tensors
 from keras_darkformer.ops.exact_memory import tokens_of
@@ -128,15 +129,15 @@ def sequence_parallel_dark_attention(
     )
     check_parameters(parameters, key)
     features = folded(parameters, query, key, sliding_window, far_offset)
-    key_mask = None if key_mask is None else ops.cast(key_mask, "bool")
+    call = Call(None if key_mask is None else ops.cast(key_mask, "bool"), remat=remat)
     shapes = StateShapes(features.num_heads, features.num_features, value.shape[3])
     zeros = _differing(shapes.zeros(key.shape[0]), (query, key, value, key_mask, parameters))
     before: AttentionState | None = None
     if sliding_window is not None:
         _check_window(sliding_window, key, initial_state, return_state)
-        before = _window_before(axis, key, value, key_mask, features, zeros, sliding_window, remat)
+        before = _window_before(axis, key, value, features, zeros, sliding_window, call)
     else:
-        own = absorb(key, value, features, zeros, key_mask=key_mask, remat=remat)
+        own = absorb(key, value, features, zeros, call)
         others = () if initial_state is None else (shapes.check(initial_state, key.shape[0]),)
         if causal:
             before = _added(_before(axis, own, axis.index), *others)
@@ -156,9 +157,8 @@ def sequence_parallel_dark_attention(
             remat=remat,
         )
     else:
-        output = ops.cast(
-            read(query, features, state, remat=remat), output_dtype(query, key, value)
-        )
+        output = read(query, features, state, call)
+        output = ops.cast(output, output_dtype(query, key, value))
     return (output, state) if return_state else output
 
 
@@ -222,11 +222,10 @@ def _window_before(
     axis: SequenceAxis,
     key: Tensor,
     value: Tensor,
-    key_mask: Tensor,
     features: FoldedFeatures,
     zeros: State,
     size: int,
-    remat: bool | None,
+    call: Call,
 ) -> WindowedState:
     """The state with a window of `size` tokens that this device's tokens go on from.
 
@@ -234,12 +233,13 @@ def _window_before(
     sums. So each device sums up what leaves its window by itself and, from
     there on, everything.
     """
-    tokens = tokens_of(key, value, key_mask)
+    tokens = tokens_of(key, value, call.key_mask)
     parts = zip(*(ops.split(x, [x.shape[1] - size], axis=1) for x in tokens), strict=True)
     state, states = zeros, []
     for part_key, part_value, mask in parts:
         if part_key.shape[1]:
-            state = absorb(part_key, part_value, features, state, key_mask=mask > 0, remat=remat)
+            part = call._replace(key_mask=mask > 0)
+            state = absorb(part_key, part_value, features, state, part)
         states.append(state)
     left, everything = states
     further = _before(axis, everything, axis.index - 1)

@@ -7,7 +7,6 @@ from backends import run
 from keras_darkformer.ops import (
     dark_attention,
     exact_dark_attention,
-    feature_attention,
     initial_state,
 )
 
@@ -96,17 +95,6 @@ BAD_OPTIONS = [
         r"`far_offset` must have shape \(num_query_heads,\) = \(4,\)",
     ),
 ]
-DIRECT_SHAPES = {name: SHAPES[name] for name in ("query", "key", "value")} | {
-    "query_kernel": (2, 8, 16),
-    "key_kernel": (2, 8, 16),
-    "key_bias": (2, 16),
-}
-BAD_DIRECT_FEATURES = [
-    ({"key_kernel": zeros(8, 16)}, "`key_kernel` must have shape"),
-    ({"key_kernel": zeros(1, 8, 16)}, "`key_kernel` must have shape"),
-    ({"key_bias": zeros(2, 15)}, "`key_bias` must have shape"),
-    ({"initial_state": (*SUMS[:2], zeros(2))}, "`initial_state` must be"),
-]
 
 
 def test_the_arguments_that_are_changed_here_are_right_unchanged():
@@ -134,19 +122,6 @@ def test_dark_attention_names_the_argument_that_does_not_fit(changes, message):
 def test_exact_attention_names_the_argument_that_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         call(exact_dark_attention, EXACT, **changes)
-
-
-@bad_inputs(
-    *((changes, message) for changes, message in BAD_TENSORS if "geometry" not in changes),
-    *BAD_DIRECT_FEATURES,
-    *BAD_WRITES,
-    *BAD_OPTIONS[:2],
-    ({"query_kernel": zeros(2, 8, 15)}, "`query_kernel` must have shape"),
-)
-def test_feature_attention_names_the_argument_that_does_not_fit(changes, message):
-    arguments = {name: zeros(*shape) for name, shape in DIRECT_SHAPES.items()}
-    with pytest.raises(ValueError, match=message):
-        feature_attention(**arguments | changes)
 
 
 def test_state_with_a_window_needs_to_know_the_size_of_keys():

@@ -11,9 +11,10 @@ from keras import ops
 from keras_darkformer.ops import (
     dark_attention,
     exact_dark_attention,
-    feature_attention,
     initial_state,
 )
+from keras_darkformer.ops.attention import attend as attend_by_features
+from keras_darkformer.ops.features import fold_exponential
 from keras_darkformer.ops.reference import dark_attention_reference
 
 from .cases import Case, assert_close, attend, attend_with_gradients, reference
@@ -151,6 +152,14 @@ def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(changes
 
 
 # Features of any kernel.
+
+
+def feature_attention(query, key, value, query_kernel, key_kernel, key_bias, **options):
+    """Attention with exponential features, as `ExponentialFeatureMap` folds them."""
+    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+    features = fold_exponential(query_kernel, key_kernel, key_bias)
+    return attend_by_features(query, key, value, features, **options)
+
 
 DIRECT = Case(length=sum(PIECES), heads=(4, 2), batch=2, value_dim=6, masked=True)
 

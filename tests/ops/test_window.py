@@ -19,6 +19,7 @@ from keras import ops, tree
 
 from keras_darkformer.ops import attention, exact_dark_attention, partition
 from keras_darkformer.ops.backend import BASE
+from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.chunked import chunked
 from keras_darkformer.ops.features import FoldedFeatures, QueryScale
 from keras_darkformer.ops.reference import windowed_attention_reference
@@ -221,15 +222,8 @@ def test_halves_are_computed_in_float32(dtype):
     def function(query, key, value, *weights):
         query, key, value = (ops.cast(x, dtype) for x in (query, key, value))
         state = StateShapes(2, case.num_features, 6, case.head_dim, 16).zeros(1)
-        output, state = chunked(
-            query,
-            key,
-            value,
-            folded(weights),
-            state,
-            key_mask=ops.convert_to_tensor(case.key_mask),
-            sliding_window=16,
-        )
+        call = Call(ops.convert_to_tensor(case.key_mask), sliding_window=16, with_state=True)
+        output, state = chunked(query, key, value, folded(weights), state, call)
         for x in (output, *tree.flatten(state)):
             assert keras.backend.standardize_dtype(x.dtype) == "float32"
         return output

@@ -143,13 +143,8 @@ class FeatureMap(keras.layers.Layer):
         key: Tensor,
         value: Tensor,
         *,
-        causal: bool = False,
-        key_mask: Tensor = None,
-        write_mask: Tensor = None,
         initial_state: AttentionState | None = None,
-        return_state: bool = False,
-        chunk_size: int | None = None,
-        remat: bool | None = None,
+        **call: Any,
     ) -> Tensor:
         """Attention with this map's features, as `ops.dark_attention`.
 
@@ -157,8 +152,9 @@ class FeatureMap(keras.layers.Layer):
             query: `(b, t, n, h)`, n a multiple of `num_heads`.
             key: `(b, s, num_heads, h)`.
             value: `(b, s, num_heads, v)`.
-            causal, key_mask, write_mask, initial_state, return_state,
-                chunk_size, remat: as for `ops.dark_attention`.
+            initial_state: state of the keys before, or `None`.
+            **call: causal, key_mask, write_mask, return_state, chunk_size and
+                remat, as for `ops.dark_attention`.
 
         Returns:
             The output `(b, t, n, v)`, with `return_state` also the state.
@@ -166,20 +162,9 @@ class FeatureMap(keras.layers.Layer):
         self.ensure_built()
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         factored = initial_state is not None and are_few(query, self.num_features)
-        return attend(
-            query,
-            key,
-            value,
-            self.fold(factored=factored),
-            sliding_window=self.sliding_window,
-            causal=causal,
-            key_mask=key_mask,
-            write_mask=write_mask,
-            initial_state=initial_state,
-            return_state=return_state,
-            chunk_size=chunk_size,
-            remat=remat,
-        )
+        features = self.fold(factored=factored)
+        call |= {"initial_state": initial_state, "sliding_window": self.sliding_window}
+        return attend(query, key, value, features, **call)
 
     def log_scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Logarithms of the weights `attend` gives keys before it normalises and masks them.

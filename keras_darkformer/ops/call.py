@@ -1,0 +1,25 @@
+"""What all forms of attention take beside queries, keys, values, features and a state."""
+
+from typing import NamedTuple
+
+from keras_darkformer.types import Tensor
+
+
+class Call(NamedTuple):
+    """How attention is asked for.
+
+    Attributes:
+        key_mask: bool, `(b, s)` or `(1, s)`, true = attend, or `None`.
+        write_mask: bool, of the same shape, true = enters the state, or `None`.
+        sliding_window: W, or `None` without an exact memory.
+        chunk_size: tokens per chunk, or `None`.
+        remat: see `backend.scan`.
+        with_state: whether the state that is returned will be used.
+    """
+
+    key_mask: Tensor = None
+    write_mask: Tensor = None
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+    remat: bool | None = None
+    with_state: bool = False
