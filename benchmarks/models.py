@@ -33,7 +33,7 @@ def gemma(**sizes):
 
 def dark_layers(model):
     """The converted attention layers, in order; none in a model that is not converted."""
-    return list(getattr(model.backbone, "dark_layers", ()))
+    return list(getattr(model.backbone, "dark_layers", {}).values())
 
 
 def window_alone(model):
