@@ -241,13 +241,16 @@ class ConversionOptions(AttentionOptions):
         }
 
 
-def shows_options(options: type) -> Callable[[Function], Function]:
-    """Has a function's signature show the options that its last parameter, `**kwargs`, takes."""
+def shows_options(options: type, but: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Has a function's signature show the options that its last parameter, `**kwargs`, takes.
+
+    All `but` those that its class settles: a `DarkFeatureMap` is no other map.
+    """
 
     def show(function: Function) -> Function:
         signature = inspect.signature(function)
         *own, rest = signature.parameters.values()
-        taken = {parameter.name for parameter in own}
+        taken = {*but, *(parameter.name for parameter in own)}
         shown = [
             inspect.Parameter(
                 field.name,

@@ -44,7 +44,7 @@ class FeatureMap(keras.layers.Layer):
 
     kind: ClassVar[str]
 
-    @shows_options(FeatureOptions)
+    @shows_options(FeatureOptions, but=("feature_map",))
     def __init__(
         self, num_heads: int, head_dim: int, *, num_query_heads: int | None = None, **kwargs: Any
     ) -> None:
