@@ -15,6 +15,25 @@ from keras_darkformer.ops.reference import dark_attention_reference
 BATCH, LENGTH, WIDTH = 2, 7, 16
 HEADS = {"head_dim": 4, "num_query_heads": 4, "num_key_value_heads": 2, "num_features": 8}
 
+# Options of a feature map and of an attention layer away from their defaults, in order; a second
+# set of those that exclude one another.
+FEATURE_OPTIONS = {
+    "num_features": 10,
+    "feature_map": "dark",
+    "rank": 3,
+    "projection": "gaussian",
+    "train_geometry": False,
+    "train_projection": True,
+    "geometry_scale": 0.5,
+    "tie_geometry": False,
+    "rope_geometry": "after",
+    "sliding_window": 7,
+    "seed": 5,
+}
+ATTENTION_OPTIONS = FEATURE_OPTIONS | {"attention_mode": "exact", "chunk_size": 3, "remat": True}
+OTHER_OPTIONS = {"rank": 6, "tie_geometry": True, "rope_geometry": "planes"}
+EXPONENTIAL_OPTIONS = {"feature_map": "exponential", "sliding_window": None}
+
 # Real tokens (true) and padding behind them. Every row has some of both.
 PADDING = np.arange(LENGTH) < np.array([[4], [6]])
 
@@ -110,18 +129,19 @@ def weight_names(weights):
     return [weight.path.partition("/")[2] or weight.path for weight in weights]
 
 
-def assert_config_is_complete(layer_class, arguments, instead=None):
+def assert_config_is_complete(layer_class, arguments, *instead, but=()):
     """Every constructor argument, given here away from its default, survives `from_config`.
 
-    `instead` holds arguments for a second layer: some exclude each other.
+    `instead` holds arguments for further layers: some exclude each other. All
+    `but` some can be given away from their defaults.
     """
     parameters = list(inspect.signature(layer_class).parameters.values())[:-1]  # but **kwargs
     assert [p.name for p in parameters] == list(arguments)
-    same = [p.name for p in parameters if arguments[p.name] == p.default]
-    assert same == [name for name in same if (instead or {}).get(name) is not None]
-    assert_config_restores(layer_class, arguments)
-    if instead is not None:
-        assert_config_restores(layer_class, arguments | instead)
+    layers = [arguments, *(arguments | others for others in instead)]
+    for p in parameters:
+        assert any(x[p.name] != p.default for x in layers) == (p.name not in but), p.name
+    for of_layer in layers:
+        assert_config_restores(layer_class, of_layer)
 
 
 def assert_config_restores(layer_class, arguments):

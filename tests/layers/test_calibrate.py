@@ -1,22 +1,23 @@
-"""`DarkFeatureMap.calibrate`: every method on every kind of data, good and bad."""
+"""`FeatureMap.calibrate`: every method on every kind of data, good and bad."""
 
 import functools
 import warnings
 
 import numpy as np
 import pytest
-from calibration.data import anisotropic
+from fitting.data import anisotropic
 from keras import ops
 
 from keras_darkformer import DarkFeatureMap
-from keras_darkformer.calibration.feature_maps import METHODS, UNUSED
-from keras_darkformer.calibration.sequences import softmax
+from keras_darkformer.fitting import METHODS
+from keras_darkformer.layers import ExponentialFeatureMap
 
 from .helpers import arrays, assert_close, differ, normal
 
 HEADS, HEAD_DIM, FEATURES = 2, 8, 16
 SHAPE = (4, 24, HEADS, HEAD_DIM)
 methods = pytest.mark.parametrize("method", METHODS)
+DARK_METHODS = ("identity", "scale", "whitening", "spectral")
 
 
 @functools.lru_cache
@@ -25,18 +26,26 @@ def data(length=24, groups=1, seed=0, scale=0.7):
     return anisotropic(length=length, heads=heads, head_dim=HEAD_DIM, seed=seed, scale=scale)
 
 
-def feature_map(**options):
-    return DarkFeatureMap(HEADS, HEAD_DIM, FEATURES, **{"seed": 0} | options)
+def feature_map(method="spectral", **options):
+    """A map of the class that the method makes; of `"auto"` the one that it makes most often."""
+    cls = ExponentialFeatureMap if method == "clusters" else DarkFeatureMap
+    return cls(HEADS, HEAD_DIM, **{"num_features": FEATURES, "seed": 0} | options)
 
 
-def calibrated(query, key, map_options=None, **options):
-    layer = feature_map(**map_options or {})
-    layer.calibrate(query, key, **options)
+def calibrated(query, key, map_options=None, method="spectral", **options):
+    layer = feature_map(method, **map_options or {})
+    try:
+        layer.calibrate(query, key, method=method, **options)
+    except ValueError as error:
+        if method != "auto" or "of another class" not in str(error):
+            raise
+        layer = feature_map("clusters", **map_options or {})
+        layer.calibrate(query, key, method=method, **options)
     return layer
 
 
 def attend(layer, query, key, value, causal=False):
-    """By the map's scores, in NumPy; that `attend` agrees with them is tested with the forms."""
+    """By the map's scores, in NumPy; that `attend` agrees with them is tested beside it."""
     scores = arrays(layer.log_scores(query, key)).astype("float64")
     return weighted(scores, value, causal)
 
@@ -45,6 +54,13 @@ def exact_attention(query, key, value, causal=False):
     groups = query.shape[2] // key.shape[2]
     scores = np.einsum("btnh,bsnh->bnts", query, np.repeat(key, groups, axis=2))
     return weighted(scores.astype("float64") / HEAD_DIM**0.5, value, causal)
+
+
+def softmax(logits, visible=None):
+    if visible is not None:
+        logits = np.where(visible, logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def weighted(scores, value, causal):
@@ -80,9 +96,10 @@ def test_every_method_fits_grouped_causal_and_masked_data(method, refine):
         assert_finite(layer, query, key)
         error = output_error(layer, query, key, causal="causal" in options)
         assert error < (2.0 if method in ("identity", "whitening") else 1.0)
-        forms = {"identity": "random", "whitening": "random", "clusters": "free"}
-        if method != "auto":
-            assert layer.form == forms.get(method, "centered")
+        if method in DARK_METHODS:
+            plain = {"proposal": 1, "log_weight": 0, "query_shift": 0, "key_shift": 0}
+            moved = [np.any(arrays(getattr(layer, x)) != value) for x, value in plain.items()]
+            assert moved == [method not in ("identity", "whitening")] * 4
 
 
 @methods
@@ -139,12 +156,12 @@ def test_centring_takes_means_off_and_puts_them_back(center):
     assert_close([b, c], means if center else [np.zeros_like(m) for m in means])
     far = 12.0 + key
     for x in (key, far):
-        layer = DarkFeatureMap(HEADS, HEAD_DIM, 2048, seed=0)
+        layer = feature_map(num_features=2048)
         layer.calibrate(query, x, method="identity", proposal="spectral", center=True)
         assert output_error(layer, query, x) < 0.15
 
 
-@pytest.mark.parametrize("method", ["identity", "scale", "whitening", "spectral"])
+@pytest.mark.parametrize("method", DARK_METHODS)
 def test_a_smaller_rank_keeps_the_directions_of_largest_variance(method):
     query, key = data(groups=2)
     layer = calibrated(query, key, {"rank": 3}, method=method)
@@ -222,7 +239,7 @@ DEGENERATE = {
 }
 
 
-@methods
+@pytest.mark.parametrize("method", [*DARK_METHODS, "clusters"])  # auto: in tests/fitting
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_data_leave_finite_weights_and_outputs(name, method):
     query, key = DEGENERATE[name]
@@ -239,14 +256,13 @@ def test_what_is_not_finite_or_masked_altogether_is_refused(name, method):
     for value in (np.nan, np.inf):
         bad = X.copy()
         bad[1, 3, 0, 2] = value
-        layer = feature_map()
+        layer = built(feature_map(method))
         with pytest.raises(ValueError, match=f"`{name}` must be finite"):
             layer.calibrate(**{"query": X, "key": X} | {name: bad}, method=method)
     masks = {f"{name}_mask": np.zeros(SHAPE[:2], bool)}
     with pytest.raises(ValueError, match="masked"):
         layer.calibrate(X, X, method=method, **masks)
-    assert layer.form == "random"
-    assert_close(layer.get_weights(), built(feature_map()).get_weights())
+    assert_close(layer.get_weights(), built(feature_map(method)).get_weights(), 0.0)
 
 
 def built(layer):
@@ -271,7 +287,7 @@ def built(layer):
 )
 def test_what_does_not_fit_is_named(arguments, message, method):
     with pytest.raises(ValueError, match=message):
-        feature_map().calibrate(**{"query": X, "key": X, "method": method} | arguments)
+        feature_map(method).calibrate(**{"query": X, "key": X, "method": method} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +305,18 @@ def test_what_does_not_fit_is_named(arguments, message, method):
 def test_options_that_exclude_each_other_are_refused(options, map_options, message):
     with pytest.raises(ValueError, match=message):
         feature_map(**map_options).calibrate(X, X, **options)
+
+
+@pytest.mark.parametrize("method", ["clusters", *DARK_METHODS])
+def test_a_map_of_the_class_that_another_method_makes_is_refused(method):
+    query, key = data()
+    layer = built(feature_map("spectral" if method == "clusters" else "clusters"))
+    before = layer.get_weights()
+    kind = "exponential" if method == "clusters" else "dark"
+    own = f"`{layer.name}` is a {type(layer).__name__}"
+    with pytest.raises(ValueError, match=f'of another class, `feature_map="{kind}"`; {own}'):
+        layer.calibrate(query, key, method=method, refine=False)
+    assert_close(layer.get_weights(), before, 0.0)
 
 
 def test_masks_of_numbers_and_of_one_row_are_masks():
@@ -316,24 +344,3 @@ def test_only_so_many_tokens_are_refined_on():
     weights = [calibrated(query, key, max_tokens=n).get_weights()[0] for n in (24, 10**6)]
     assert differ(*weights)
     assert_finite(calibrated(query, key, max_tokens=1), query, key)
-
-
-def test_an_adaptive_budget_gives_features_to_the_heads_that_need_them():
-    rng = np.random.default_rng(5)
-    query, key, value = (rng.standard_normal((4, 60, 2, 8)).astype("float32") for _ in range(3))
-    query[:, :, 0], key[:, :, 0] = 1e-3 * query[:, :, 0], 1e-3 * key[:, :, 0]  # nearly uniform
-    query[:, :, 1] *= 2.0
-    layer = DarkFeatureMap(2, 8, 16, seed=0)
-    layer.calibrate(query, key, budget="adaptive")
-    used = (arrays(layer.log_weight) > UNUSED / 2).sum(axis=1)
-    assert used[0] < 16 < used[1] == layer.num_features
-    assert used.sum() <= 2 * 16
-    output = arrays(layer.attend(query, key, value))
-    mean = np.broadcast_to(value[:, :, 0].mean(axis=1, keepdims=True), output[:, :, 0].shape)
-    np.testing.assert_allclose(output[:, :, 0], mean, atol=1e-2)
-    layer.redraw(seed=1)
-    np.testing.assert_array_equal((arrays(layer.log_weight) > UNUSED / 2).sum(axis=1), used)
-    again = DarkFeatureMap.from_config(layer.get_config())
-    again.build()
-    again.set_weights(layer.get_weights())
-    assert_close(again.attend(query, key, value), layer.attend(query, key, value))

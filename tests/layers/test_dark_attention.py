@@ -6,13 +6,16 @@ import pytest
 from backends import MODES
 
 from keras_darkformer import DarkAttention
-from keras_darkformer.layers.dark_attention import ATTENTION_MODES
 from keras_darkformer.ops import exact_dark_attention_scores
+from keras_darkformer.options import ATTENTION_MODES
 
 from .helpers import (
+    ATTENTION_OPTIONS,
     BATCH,
+    EXPONENTIAL_OPTIONS,
     HEADS,
     LENGTH,
+    OTHER_OPTIONS,
     PADDING,
     WIDTH,
     arrays,
@@ -160,7 +163,8 @@ PROJECTIONS = [
 @pytest.mark.parametrize("mode", ATTENTION_MODES)
 def test_all_that_is_trainable_has_a_gradient(mode):
     layer = attention(attention_mode=mode)
-    assert weight_names(layer.non_trainable_weights) == ["feature_map/projection"]
+    fixed = ["projection", "proposal", "log_weight", "query_shift", "key_shift"]
+    assert weight_names(layer.non_trainable_weights) == [f"feature_map/{name}" for name in fixed]
     gradients = weight_gradients(layer, X, X, use_causal_mask=True)
     assert sorted(gradients) == sorted([*PROJECTIONS, "feature_map/geometry"])
     # Softmax does not see what the logits of one query have in common.
@@ -180,7 +184,7 @@ def test_a_trained_projection_has_a_gradient_and_a_fixed_geometry_has_none():
 def attention_weights(layer):
     """What causal attention gives to each key, of shape (b, n, t, s)."""
     query, key = layer.query_dense(X), layer.key_dense(X)
-    if layer.attention_mode == "exact":
+    if layer.options.attention_mode == "exact":
         weights = exact_dark_attention_scores(query, key, layer.feature_map.geometry, causal=True)
         return arrays(weights)
     one_hot = np.broadcast_to(np.eye(LENGTH, dtype="float32")[:, None], (BATCH, LENGTH, 2, LENGTH))
@@ -329,24 +333,9 @@ def test_config_holds_every_argument():
         "head_dim": 6,
         "num_query_heads": 4,
         "num_key_value_heads": 2,
-        "num_features": 10,
-        "attention_mode": "exact",
         "dropout": 0.25,
         "use_bias": False,
-        "chunk_size": 3,
-        "remat": True,
         "rope_max_wavelength": 50.0,
-        "seed": 5,
-        "rank": 3,
-        "projection": "gaussian",
-        "train_geometry": False,
-        "train_projection": True,
-        "geometry_scale": 0.5,
-        "tie_geometry": False,
-        "rope_geometry": "after",
-        "feature_form": "centered",
-        "sliding_window": 7,
-        "window_only": True,
         "kernel_initializer": keras.initializers.RandomNormal(stddev=0.1, seed=1),
         "bias_initializer": keras.initializers.Constant(0.5),
         "kernel_regularizer": keras.regularizers.L1(0.1),
@@ -354,6 +343,5 @@ def test_config_holds_every_argument():
         "activity_regularizer": keras.regularizers.L2(0.3),
         "kernel_constraint": keras.constraints.MaxNorm(2.0),
         "bias_constraint": keras.constraints.NonNeg(),
-    }
-    instead = {"rank": 6, "tie_geometry": True, "rope_geometry": "planes"}
-    assert_config_is_complete(DarkAttention, arguments, instead)
+    } | ATTENTION_OPTIONS
+    assert_config_is_complete(DarkAttention, arguments, OTHER_OPTIONS, EXPONENTIAL_OPTIONS)

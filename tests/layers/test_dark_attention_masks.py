@@ -6,7 +6,7 @@ import pytest
 from backends import value_and_gradients
 from keras import ops
 
-from keras_darkformer.layers.dark_attention import ATTENTION_MODES
+from keras_darkformer.options import ATTENTION_MODES
 
 from .helpers import (
     BATCH,

@@ -5,6 +5,7 @@ from backends import DEFAULT_JIT, compiled, to_numpy
 from keras import ops, tree
 
 from keras_darkformer import DarkAttention
+from keras_darkformer.ops import PositionedState, State
 
 from .helpers import (
     BATCH,
@@ -71,11 +72,12 @@ def test_the_state_has_one_shape_and_is_float32_and_batch_first(rope):
     expected += [((BATCH,), "float32")] if rope else []
     layer = attention(rope_max_wavelength=rope)
     state = layer.get_initial_state(BATCH)
-    assert isinstance(state, tuple)
+    kind = PositionedState if rope else State
+    assert type(state) is kind
     for length in (1, 3):
         assert shapes_and_dtypes(state) == expected
         _, state = in_pieces(layer, X[:, :length], [length], state)
-        assert isinstance(state, tuple)
+        assert type(state) is kind
     assert shapes_and_dtypes(state) == expected
     unbuilt = DarkAttention(**HEADS, rope_max_wavelength=rope)
     assert shapes_and_dtypes(unbuilt.get_initial_state(BATCH)) == expected
@@ -104,14 +106,15 @@ def test_keys_seen_before_are_attended_to():
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "float16"])
 def test_the_state_stays_float32_under_every_policy(dtype):
     layer = attention(dtype=dtype, rope_max_wavelength=100.0)
-    *state, _ = in_pieces(layer, X[:, :4], [4], None)[1]
-    state = (*state, ops.full((BATCH,), 40_001.0))  # neither half precision holds this position
+    _, state = in_pieces(layer, X[:, :4], [4], None)
+    # Neither half precision holds this position.
+    state = state._replace(position=ops.full((BATCH,), 40_001.0))
     nothing = np.zeros((BATCH, 3), bool)
     output, after = in_pieces(layer, X[:, 4:], [3], state, nothing)
     assert dtypes(output) == {dtype.removeprefix("mixed_")}
     assert dtypes([after, layer.feature_map.geometry, layer.feature_map.projection]) == {"float32"}
-    assert_close(after[:3], state[:3], 0)
-    assert_close(after[3], np.full(BATCH, 40_001.0), 0)
+    assert_close(after.attention, state.attention, 0)
+    assert_close(after.position, np.full(BATCH, 40_001.0), 0)
 
 
 def test_half_precision_gives_nearly_the_same_output():
@@ -122,21 +125,45 @@ def test_half_precision_gives_nearly_the_same_output():
     assert np.abs(output - expected).max() < 0.05 * np.abs(expected).max()
 
 
+def as_lists(state):
+    return [as_lists(part) for part in state] if isinstance(state, tuple) else state
+
+
 @ropes
-def test_a_functional_model_carries_the_state(rope):
+@pytest.mark.parametrize("window", [None, 3], ids=["", "window"])
+def test_a_state_may_come_as_plain_sequences(rope, window):
+    """As it does from files, JSON or `keras.tree.flatten`."""
+    layer = attention(rope_max_wavelength=rope, sliding_window=window)
+    _, state = in_pieces(layer, X[:, :4], [4], None)
+    expected = in_pieces(layer, X[:, 4:], [3], state)
+
+    for plain in (as_lists(state), tree.flatten(state), tuple(arrays(tree.flatten(state)))):
+        found = in_pieces(layer, X[:, 4:], [3], plain)
+        assert_close(found, expected, 0)
+        assert type(found[1]) is type(state)
+        tree.assert_same_structure(found[1], state)
+
+
+@ropes
+def test_a_functional_model_carries_the_state(rope, tmp_path):
     layer = attention(rope_max_wavelength=rope)
     token = keras.Input((1, WIDTH))
-    state = [keras.Input(x.shape[1:]) for x in layer.get_initial_state(BATCH)]
+    initial = layer.get_initial_state(BATCH)
+    state = tree.map_structure(lambda x: keras.Input(x.shape[1:]), initial)
     step = keras.Model(
-        [token, *state],
+        [token, state],
         layer(token, token, use_causal_mask=True, initial_state=state, return_state=True),
     )
-    outputs, state = [], layer.get_initial_state(BATCH)
-    for t in range(3):
-        output, state = step([ops.convert_to_tensor(X[:, t : t + 1]), *state])
-        outputs.append(output)
+    step.save(tmp_path / "step.keras")
     expected = layer(X, X, use_causal_mask=True)[:, :3]
-    assert_close(ops.concatenate(outputs, axis=1), expected, 1e-4)
+    restored = keras.models.load_model(tmp_path / "step.keras")
+    for model, state, kind in ((step, initial, type(initial)), (restored, as_lists(initial), list)):
+        outputs = []
+        for t in range(3):
+            assert type(state) is kind
+            output, state = model([ops.convert_to_tensor(X[:, t : t + 1]), state])
+            outputs.append(output)
+        assert_close(ops.concatenate(outputs, axis=1), expected, 1e-4)
 
 
 def test_exact_mode_has_no_state():

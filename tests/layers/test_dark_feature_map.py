@@ -4,9 +4,11 @@ import pytest
 from keras import ops
 
 from keras_darkformer import DarkAttention, DarkFeatureMap
-from keras_darkformer.ops import dark_attention, dark_attention_state, dark_features
+from keras_darkformer.ops import State, dark_attention, dark_features
 
 from .helpers import (
+    FEATURE_OPTIONS,
+    OTHER_OPTIONS,
     arrays,
     assert_close,
     assert_config_is_complete,
@@ -25,7 +27,7 @@ INPUTS = normal(3, 5, HEADS, HEAD_DIM)
 
 
 def feature_map(**options):
-    layer = DarkFeatureMap(HEADS, HEAD_DIM, FEATURES, **{"seed": 0} | options)
+    layer = DarkFeatureMap(HEADS, HEAD_DIM, num_features=FEATURES, **{"seed": 0} | options)
     layer.build()
     return layer
 
@@ -35,7 +37,7 @@ def drawn(layer):
 
 
 def test_features_have_the_shape_of_the_inputs_but_for_the_last_axis():
-    layer = DarkFeatureMap(HEADS, HEAD_DIM, FEATURES)
+    layer = DarkFeatureMap(HEADS, HEAD_DIM, num_features=FEATURES)
     features = layer(INPUTS)
     assert shapes_and_dtypes(features) == [((3, 5, HEADS, FEATURES), "float32")]
     assert shapes_and_dtypes(layer(keras.KerasTensor(INPUTS.shape))) == shapes_and_dtypes(features)
@@ -52,7 +54,7 @@ def test_rank_sets_the_rows_of_the_geometry():
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
 def test_weights_and_features_are_float32_under_every_policy(policy):
     with dtype_policy(policy):
-        layer = DarkFeatureMap(HEADS, HEAD_DIM, FEATURES, seed=0)
+        layer = DarkFeatureMap(HEADS, HEAD_DIM, num_features=FEATURES, seed=0)
         features = layer(INPUTS)
         half = ops.cast(INPUTS, layer.compute_dtype)
         output, state = call(layer.attend, half, half, half, causal=True, return_state=True)
@@ -86,28 +88,33 @@ def test_a_call_gives_the_features_of_its_weights():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attend_and_accumulate_use_the_weights_of_the_map(causal):
+def test_attend_uses_the_weights_of_the_map(causal):
     layer = scrambled(feature_map())
     query, key, value = normal(3, 5, 4, HEAD_DIM, seed=1), INPUTS, normal(3, 5, HEADS, 6, seed=2)
     weights = arrays([layer.geometry, layer.projection])
     key_mask = np.arange(5) < np.array([[2], [5], [4]])
-    before = call(layer.accumulate, key, value)
-    assert_close(before, call(dark_attention_state, key, value, *weights))
-    options = {"key_mask": key_mask, "initial_state": before}
+    options = {"causal": causal, "return_state": True, "chunk_size": 2}
+    _, before = call(layer.attend, query, key, value, **options)
+    assert_close(before, call(dark_attention, query, key, value, *weights, **options)[1])
+    options |= {"key_mask": key_mask, "initial_state": before}
+    if causal:
+        options["write_mask"] = np.arange(5) < np.array([[1], [3], [5]])
 
-    attend_options = options | {"causal": causal, "return_state": True, "chunk_size": 2}
-    output, state = call(layer.attend, query, key, value, **attend_options)
-    expected = call(dark_attention, query, key, value, *weights, **attend_options)
+    output, state = call(layer.attend, query, key, value, **options)
+    expected = call(dark_attention, query, key, value, *weights, **options)
     assert_close((output, state), expected)
-    assert_close(call(layer.accumulate, key, value, **options), state)
-    assert shapes_and_dtypes(layer.get_initial_state(3, 6)) == shapes_and_dtypes(state)
+    initial = layer.get_initial_state(3, 6)
+    assert isinstance(initial, State)
+    assert isinstance(state, State)
+    assert shapes_and_dtypes(initial) == shapes_and_dtypes(state)
 
 
-def test_attend_and_accumulate_work_before_the_first_call():
-    for method, inputs in (("attend", [INPUTS] * 3), ("accumulate", [INPUTS] * 2)):
-        unbuilt = DarkFeatureMap(HEADS, HEAD_DIM, FEATURES, seed=0)
-        result = getattr(unbuilt, method)(*inputs)
-        assert_close(result, call(getattr(feature_map(), method), *inputs))
+@pytest.mark.parametrize("method", ["attend", "log_scores"])
+def test_methods_work_before_the_first_call(method):
+    inputs = [INPUTS] * (3 if method == "attend" else 2)
+    unbuilt = DarkFeatureMap(HEADS, HEAD_DIM, num_features=FEATURES, seed=0)
+    result = getattr(unbuilt, method)(*inputs)
+    assert_close(result, call(getattr(feature_map(), method), *inputs))
 
 
 def test_redraw_changes_the_projection_and_nothing_else():
@@ -162,23 +169,12 @@ def test_without_a_seed_the_seed_of_keras_decides():
 def test_config_holds_every_argument():
     arguments = {
         "num_heads": 3,
-        "head_dim": 4,
-        "num_features": 5,
-        "rank": 2,
-        "projection": "gaussian",
-        "train_geometry": False,
-        "train_projection": True,
-        "geometry_scale": 0.5,
-        "tie_geometry": False,
-        "rope_geometry": "after",
-        "form": "centered",
-        "sliding_window": 7,
-        "window_only": True,
+        "head_dim": 6,
         "num_query_heads": 6,
-        "seed": 11,
-    }
-    instead = {"rank": 4, "tie_geometry": True, "rope_geometry": "planes"}
-    assert_config_is_complete(DarkFeatureMap, arguments, instead)
+    } | FEATURE_OPTIONS
+    del arguments["feature_map"]  # the class says it
+    assert_config_is_complete(DarkFeatureMap, arguments, OTHER_OPTIONS)
+    assert DarkFeatureMap(**arguments).get_config()["feature_map"] == "dark"
 
 
 def test_config_holds_the_seed_that_was_drawn():

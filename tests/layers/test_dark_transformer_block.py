@@ -5,11 +5,14 @@ from backends import DEFAULT_JIT, MODES, compiled
 from keras import ops
 
 from keras_darkformer import DarkTransformerBlock
-from keras_darkformer.layers.dark_attention import ATTENTION_MODES
+from keras_darkformer.options import ATTENTION_MODES
 
 from .helpers import (
+    ATTENTION_OPTIONS,
     BATCH,
+    EXPONENTIAL_OPTIONS,
     LENGTH,
+    OTHER_OPTIONS,
     PADDING,
     WIDTH,
     arrays,
@@ -265,26 +268,10 @@ def test_config_holds_every_argument():
         "normalize_first": False,
         "num_key_value_heads": 2,
         "head_dim": 6,
-        "num_features": 10,
         "causal": False,
-        "attention_mode": "exact",
-        "chunk_size": 3,
-        "remat": True,
         "rope_max_wavelength": 50.0,
-        "seed": 5,
-        "rank": 3,
-        "projection": "gaussian",
-        "train_geometry": False,
-        "train_projection": True,
-        "geometry_scale": 0.5,
-        "tie_geometry": False,
-        "rope_geometry": "after",
-        "feature_form": "centered",
-        "sliding_window": 7,
-        "window_only": True,
-    }
-    instead = {"rank": 6, "tie_geometry": True, "rope_geometry": "planes"}
-    assert_config_is_complete(DarkTransformerBlock, arguments, instead)
+    } | ATTENTION_OPTIONS
+    assert_config_is_complete(DarkTransformerBlock, arguments, OTHER_OPTIONS, EXPONENTIAL_OPTIONS)
 
 
 def test_a_width_that_heads_do_not_divide_needs_a_head_dim():

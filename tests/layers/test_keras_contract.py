@@ -4,6 +4,7 @@ import pytest
 from keras.src.testing import TestCase
 
 from keras_darkformer import DarkAttention, DarkFeatureMap, DarkTransformerBlock
+from keras_darkformer.layers import ExponentialFeatureMap
 
 HEADS = {"head_dim": 4, "num_query_heads": 4, "num_key_value_heads": 2, "num_features": 8}
 
@@ -17,7 +18,7 @@ class ContractTest(TestCase):
             input_shape={"query_shape": (2, 7, 16), "value_shape": (2, 5, 16)},
             expected_output_shape=(2, 7, 16),
             expected_num_trainable_weights=9,
-            expected_num_non_trainable_weights=1,
+            expected_num_non_trainable_weights=5,
             expected_num_seed_generators=1,
             expected_num_losses=0,
             supports_masking=True,
@@ -32,7 +33,20 @@ class ContractTest(TestCase):
             expected_output_shape=(2, 7, 2, 8),
             expected_output_dtype="float32",
             expected_num_trainable_weights=1,
-            expected_num_non_trainable_weights=1,
+            expected_num_non_trainable_weights=5,
+            expected_num_seed_generators=0,
+            expected_num_losses=0,
+        )
+
+    def test_exponential_feature_map_is_a_keras_layer(self):
+        self.run_layer_test(
+            ExponentialFeatureMap,
+            init_kwargs={"num_heads": 2, "head_dim": 4, "num_features": 8},
+            input_shape=(2, 7, 2, 4),
+            expected_output_shape=(2, 7, 2, 8),
+            expected_output_dtype="float32",
+            expected_num_trainable_weights=3,
+            expected_num_non_trainable_weights=0,
             expected_num_seed_generators=0,
             expected_num_losses=0,
         )
@@ -50,7 +64,7 @@ class ContractTest(TestCase):
             input_shape=(2, 7, 16),
             expected_output_shape=(2, 7, 16),
             expected_num_trainable_weights=17,
-            expected_num_non_trainable_weights=1,
+            expected_num_non_trainable_weights=5,
             expected_num_losses=0,
             supports_masking=True,
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_darkformer import DarkFeatureMap
-from keras_darkformer.ops.projections import PROJECTIONS
+from keras_darkformer.options import PROJECTIONS
 
 from .helpers import arrays, assert_close, call
 
@@ -31,7 +31,8 @@ def data():
 
 def calibrated(*, kind="orthogonal", method="identity", untied=False, **options):
     """A map whose heads differ in their draws alone."""
-    layer = DarkFeatureMap(DRAWS, DIM, FEATURES, projection=kind, tie_geometry=not untied, seed=0)
+    options_of_map = {"projection": kind, "tie_geometry": not untied, "seed": 0}
+    layer = DarkFeatureMap(DRAWS, DIM, num_features=FEATURES, **options_of_map)
     query, key = (np.repeat(x, DRAWS, axis=2) for x in data())
     layer.calibrate(query, key, method=method, refine=False, **options)
     if untied:
@@ -47,17 +48,16 @@ def estimates(layer):
     return np.sum(phi_q.astype("float64") * phi_k, axis=-1)[0].T
 
 
-def weights(layer, name, *shape):
-    value = getattr(layer, name, None)
-    return np.zeros(shape) if value is None else arrays(value).astype("float64")
+def weights(layer, name):
+    return arrays(getattr(layer, name)).astype("float64")
 
 
 def truths(layer):
     """exp(x' M_q' M_k y + b . k^) of the same pairs, by each head's own weights."""
     x, y = (HAT * z[0, :TOKENS, 0].astype("float64") for z in data())
-    b, c = (weights(layer, name, DRAWS, DIM) for name in ("query_shift", "key_shift"))
+    b, c = (weights(layer, name) for name in ("query_shift", "key_shift"))
     m_k = weights(layer, "geometry")
-    m_q = m_k if layer.tie_geometry else weights(layer, "query_geometry")
+    m_q = m_k if layer.options.tie_geometry else weights(layer, "query_geometry")
     mx = np.einsum("krh,kth->ktr", m_q, x - b[:, None])
     my = np.einsum("krh,kth->ktr", m_k, y - c[:, None])
     return np.exp(np.sum(mx * my, axis=-1) + np.einsum("kh,th->kt", b, y))
@@ -143,7 +143,7 @@ def test_where_it_exists_the_variance_optimal_proposal_has_less_variance_than_no
 
 
 def test_where_the_variance_optimal_proposal_does_not_exist_it_is_refused():
-    layer = DarkFeatureMap(1, 8, FEATURES, seed=0)
+    layer = DarkFeatureMap(1, 8, num_features=FEATURES, seed=0)
     query, key = (3 * np.concatenate([x, x[:, ::-1]], axis=-1) for x in data())
     layer.calibrate(query, key, method="identity")
     before = arrays(layer.weights)

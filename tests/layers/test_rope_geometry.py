@@ -89,7 +89,7 @@ def test_the_geometry_is_trained_where_it_sits(place):
 
 @places
 def test_features_are_of_what_comes_out_of_the_rotation(place):
-    layer, plain = attention(place).feature_map, DarkFeatureMap(2, 4, 8, seed=0)
+    layer, plain = attention(place).feature_map, DarkFeatureMap(2, 4, num_features=8, seed=0)
     key = normal(2, 5, 2, 4)
     assert_close(layer(key), plain(key))
     query = normal(2, 5, 4, 4)
@@ -111,13 +111,18 @@ def test_a_model_is_calibrated_around_the_rotation(place, method):
     model = keras.Model(inputs, layer(inputs, inputs))
     calibrate(model, 2 * normal(8, 10, WIDTH), method=method, batch_size=4, verbose=False)
     fitted = layer.feature_map
-    assert fitted.form == ("random" if method == "identity" else "centered")
+    # A plain draw has no proposal and no shifts. Shifts before the rotation would turn with it.
+    plain = {"proposal": 1, "log_weight": 0, "query_shift": 0, "key_shift": 0}
+    values = {name: arrays(getattr(fitted, name)) for name in plain}
+    moved = {name for name, value in values.items() if (value != plain[name]).any()}
+    drawn, shifted = {"proposal", "log_weight"}, {"query_shift", "key_shift"}
+    expected = set() if method == "identity" else drawn if place == "before" else drawn | shifted
+    assert moved == expected
     assert all(np.isfinite(x).all() for x in fitted.get_weights())
     # What rotates together has one proposal; so relative positions are still all that counts.
-    if fitted.form == "centered":
-        proposal = arrays(fitted.proposal)
-        assert_close(proposal[:, :2], proposal[:, 2:])
-    exact = attention(place, num_features=64, mode="exact", feature_form=fitted.form)
+    proposal = arrays(fitted.proposal)
+    assert_close(proposal[:, :2], proposal[:, 2:])
+    exact = attention(place, num_features=64, mode="exact")
     exact.set_weights(layer.get_weights())
     assert_close(at(exact, 9), at(exact, 0), 1e-4)
     error = np.abs(at(layer, 0) - at(exact, 0)).mean()

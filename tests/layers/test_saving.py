@@ -4,8 +4,9 @@ import pytest
 from fresh_process import run_python
 
 from keras_darkformer import DarkAttention, DarkTransformerBlock
+from keras_darkformer.layers import FeatureMap
 
-from .helpers import HEADS, LENGTH, PADDING, WIDTH, assert_close, scrambled
+from .helpers import HEADS, LENGTH, PADDING, WIDTH, assert_close, normal, scrambled
 
 TOKENS = np.where(PADDING, np.arange(1, LENGTH + 1), 0)
 
@@ -22,11 +23,34 @@ def transform(x):
     return x
 
 
+def calibrated(x):
+    """Both classes of feature maps, and a window."""
+    for method in ("spectral", "clusters"):
+        block = DarkTransformerBlock(24, 4, num_features=8, seed=1, name=method)
+        x = block(x)
+        block.attention.swap_feature_map("exponential" if method == "clusters" else "dark")
+        query = normal(2, 12, 4, WIDTH // 4)
+        block.attention.feature_map.calibrate(query, query[::-1], method=method, refine=False)
+    attention = DarkAttention(**HEADS, seed=2, sliding_window=3, tie_geometry=False)
+    y = attention(x, x, use_causal_mask=True)
+    query, key = normal(2, 12, 4, 4), normal(2, 12, 2, 4, seed=1)
+    attention.feature_map.calibrate(query, key, causal=True)
+    attention.feature_map.far_offset.assign(np.arange(4))
+    return y
+
+
+MODELS = {"attention": attend, "blocks": transform, "calibrated": calibrated}
+
+
 def models():
-    for name, layers in {"attention": attend, "blocks": transform}.items():
+    for name, layers in MODELS.items():
         tokens = keras.Input((LENGTH,), dtype="int32")
         x = keras.layers.Embedding(LENGTH + 1, WIDTH, mask_zero=True)(tokens)
         yield name, scrambled(keras.Model(tokens, layers(x)))
+
+
+def feature_maps(model):
+    return [x for x in model._flatten_layers() if isinstance(x, FeatureMap)]
 
 
 def test_models_come_back_from_a_file_as_they_were(tmp_path):
@@ -35,6 +59,9 @@ def test_models_come_back_from_a_file_as_they_were(tmp_path):
         model.save(path)
         restored = keras.models.load_model(path)
         assert [type(layer) for layer in restored.layers] == [type(x) for x in model.layers]
+        kinds = [x.kind for x in feature_maps(model)]
+        assert [x.kind for x in feature_maps(restored)] == kinds
+        assert ("exponential" in kinds) == (name == "calibrated")
         assert_close(restored.predict(TOKENS, verbose=0), model.predict(TOKENS, verbose=0), 1e-6)
 
         for weight in restored.weights:
@@ -69,9 +96,10 @@ def test_models_come_back_in_another_process(tmp_path):
     for name, model in models():
         model.save(tmp_path / f"{name}.keras")
         expected[name] = model.predict(TOKENS, verbose=0)
-    assert run_python(code, tmp_path).splitlines()[-2:] == [
+    assert run_python(code, tmp_path).splitlines()[-3:] == [
         "attention DarkAttention Embedding InputLayer",
         "blocks DarkTransformerBlock Embedding InputLayer",
+        "calibrated DarkAttention DarkTransformerBlock Embedding InputLayer",
     ]
     for name, output in expected.items():
         assert_close(np.load(tmp_path / f"{name}.npy"), output, 1e-6)

@@ -7,6 +7,7 @@ from backends import DEFAULT_JIT, compiled
 from keras import ops
 
 from keras_darkformer import DarkAttention
+from keras_darkformer.ops import PositionedState, WindowedState
 from keras_darkformer.ops.reference import dark_attention_reference
 
 from .helpers import (
@@ -26,35 +27,41 @@ from .helpers import (
 )
 
 X = normal(BATCH, LENGTH, WIDTH)
-only = pytest.mark.parametrize("window_only", [False, True], ids=["features", "window_only"])
+LEFT_OUT = -1e30  # a `far_offset` at which nothing is left of the far part
+alone_or_not = pytest.mark.parametrize("alone", [False, True], ids=["features", "window_alone"])
 
 
-def windowed(size=3, **options):
+def windowed(size=3, *, alone=False, **options):
     layer = attention(sliding_window=size, **options)
-    layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
+    leave_out(layer) if alone else layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
     return layer
+
+
+def leave_out(layer):
+    layer.feature_map.far_offset.assign(np.full(4, LEFT_OUT))
 
 
 def project(layer, x):
     return (arrays(dense(x)) for dense in (layer.query_dense, layer.key_dense, layer.value_dense))
 
 
-@only
+@alone_or_not
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_output_agrees_with_the_reference(calibrated, window_only):
-    layer = windowed(window_only=window_only, tie_geometry=False)
+def test_output_agrees_with_the_reference(calibrated, alone):
+    layer = windowed(alone=alone, tie_geometry=False)
     query, key, value = project(layer, X)
     if calibrated:
         layer.feature_map.calibrate(query, key, causal=True, refine=False)
         assert differ(layer.feature_map.far_offset, 0.5 * normal(4, seed=8))
-    names = ["projection", "query_geometry", "far_offset"]
-    names += ["log_weight", "query_shift", "key_shift"] if calibrated else []
+        assert differ(layer.feature_map.far_offset, np.zeros(4))
+        if alone:  # a calibration sets the offset
+            leave_out(layer)
+    names = ["projection", "query_geometry", "far_offset", "log_weight", "query_shift", "key_shift"]
     weights = {name: arrays(getattr(layer.feature_map, name)) for name in names}
     attended, _ = dark_attention_reference(
         *(query, key, value, arrays(layer.feature_map.geometry)),
         **weights,
         sliding_window=3,
-        window_only=window_only,
         causal=True,
         key_mask=PADDING,
     )
@@ -74,9 +81,9 @@ def test_window_as_long_as_the_sequence_is_softmax(size):
     assert_close(call(layer, X, X, use_causal_mask=True), expected)
 
 
-@only
-def test_steps_give_the_outputs_of_the_whole(window_only):
-    layer = windowed(window_only=window_only, rope_max_wavelength=100.0)
+@alone_or_not
+def test_steps_give_the_outputs_of_the_whole(alone):
+    layer = windowed(alone=alone, rope_max_wavelength=100.0)
     whole = {"use_causal_mask": True, "return_state": True}
     expected, expected_state = call(layer, X, X, **whole)
 
@@ -92,8 +99,11 @@ def test_steps_give_the_outputs_of_the_whole(window_only):
         outputs.append(arrays(output))
         assert shapes_and_dtypes(state) == promised
     assert_close(np.concatenate(outputs, axis=1), expected, 1e-4)
-    for x, y in zip(state[-4:], expected_state[-4:], strict=True):
-        assert_close(x, y)
+    for x in (state, expected_state):
+        assert isinstance(x, PositionedState)
+        assert isinstance(x.attention, WindowedState)
+    assert_close(state.attention.recent, expected_state.attention.recent)
+    assert_close(state.position, expected_state.position)
 
     token = keras.KerasTensor((BATCH, 1, WIDTH))
     symbolic = [keras.KerasTensor(shape, dtype=dtype) for shape, dtype in promised]
@@ -101,20 +111,22 @@ def test_steps_give_the_outputs_of_the_whole(window_only):
     assert shapes_and_dtypes(spec) == shapes_and_dtypes((output, state))
 
 
-def test_window_only_can_be_set_at_any_time():
+def test_the_far_part_can_be_left_out_at_any_time():
     layer = windowed()
-    alone = windowed(window_only=True)
-    alone.set_weights(layer.get_weights())
+    offset = arrays(layer.feature_map.far_offset)
     both = arrays(call(layer, X, X, use_causal_mask=True))
-    layer.feature_map.window_only = True
+    leave_out(layer)
     found = arrays(call(layer, X, X, use_causal_mask=True))
     assert differ(found, both)
+    alone = windowed()
+    alone.set_weights(layer.get_weights())
     assert_close(found, call(alone, X, X, use_causal_mask=True))
-    assert len(layer.get_initial_state(1)) == 3
+    layer.feature_map.far_offset.assign(offset)
+    assert_close(call(layer, X, X, use_causal_mask=True), both)
 
 
 def test_only_the_last_tokens_are_seen_by_a_window_alone():
-    layer = windowed(window_only=True)
+    layer = windowed(alone=True)
     moved = X.copy()
     moved[:, 0] += 1.0
     both = np.concatenate([X, moved])
@@ -140,7 +152,7 @@ def test_a_model_with_a_window_trains():
 def test_all_that_is_trainable_has_a_gradient_but_for_a_far_part_that_is_left_out():
     gradients = weight_gradients(windowed(), X, X, use_causal_mask=True)
     assert all(np.abs(x).max() > 1e-5 for x in gradients.values())
-    gradients = weight_gradients(windowed(window_only=True), X, X, use_causal_mask=True)
+    gradients = weight_gradients(windowed(alone=True), X, X, use_causal_mask=True)
     still = {"feature_map/geometry", "feature_map/far_offset", "key/bias"}
     assert {name for name, x in gradients.items() if np.abs(x).max() < 1e-5} == still
 
@@ -172,8 +184,10 @@ def test_exact_mode_has_no_need_of_a_window():
     [
         ({"sliding_window": 0}, "`sliding_window` must be a positive integer"),
         ({"sliding_window": 2.5}, "`sliding_window` must be a positive integer"),
-        ({"window_only": True}, "`window_only=True` needs a `sliding_window`"),
-        ({"sliding_window": 3, "feature_form": "free"}, 'Features of `form="free"`'),
+        (
+            {"sliding_window": 3, "feature_map": "exponential"},
+            'Features of `feature_map="exponential"`',
+        ),
     ],
     ids=str,
 )
