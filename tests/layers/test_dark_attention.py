@@ -316,7 +316,7 @@ def test_regularizers_constraints_and_initializers_apply_to_the_projections():
     denses = (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense)
     expected = 0.1 * sum(np.square(arrays(dense.kernel)).sum() for dense in denses)
     assert_close(sum(arrays(layer.losses)), expected, 1e-4)
-    assert all(dense.bias.constraint is layer.bias_constraint for dense in denses)
+    assert all(dense.bias.constraint is layer.dense_options.bias_constraint for dense in denses)
     assert all(arrays(dense.bias).mean() > 0.5 for dense in denses)
 
 
@@ -334,8 +334,8 @@ def test_config_holds_every_argument():
         "num_query_heads": 4,
         "num_key_value_heads": 2,
         "dropout": 0.25,
-        "use_bias": False,
         "rope_max_wavelength": 50.0,
+        "use_bias": False,
         "kernel_initializer": keras.initializers.RandomNormal(stddev=0.1, seed=1),
         "bias_initializer": keras.initializers.Constant(0.5),
         "kernel_regularizer": keras.regularizers.L1(0.1),
