@@ -24,7 +24,7 @@ def check_calibration(
     if calibration.method in head_fitter.refuses:
         raise ValueError(
             f'`method="{calibration.method}"` needs a geometry of any shape, not one scalar per '
-            'rotary plane (`rope_geometry="planes"`).'
+            "rotary plane."
         )
 
 

@@ -76,8 +76,7 @@ def fit_dark(
         for head in range(statistics.num_heads)
     ]
     fit = Fit.of_heads("dark", heads, DarkParameters._fields)
-    if not features.tie_geometry:
-        fit.weights["query_geometry"] = fit.weights["geometry"]
+    fit.weights["query_geometry"] = fit.weights["geometry"]  # where queries have their own
     return fit
 
 

@@ -12,7 +12,7 @@ from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import get_preset_loader, renumber_lora_layers
 from keras_darkformer.layers.feature_maps import BY_KIND
-from keras_darkformer.layers.feature_maps.placement import PLACEMENTS
+from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Config, Layer, Model
 
@@ -104,9 +104,10 @@ class DarkBackbone(LoraBackbone, PresetLoading):
                 f"`sliding_window` needs causal attention; {family.name}'s goes in both "
                 f"directions. Received: sliding_window={options.sliding_window}"
             )
-        if PLACEMENTS[options.rope_geometry].needs_rotation and family.rotary is None:
+        placement = placement_of(options)
+        if placement.needs_rotation and family.rotary is None:
             raise ValueError(
-                f"`rope_geometry={options.rope_geometry!r}` needs rotary positions, which "
+                f"`rope_geometry={placement.name!r}` needs rotary positions, which "
                 f"{family.name} does not have."
             )
         layers = [family.attention_of(block) for block in backbone.transformer_layers]

@@ -231,8 +231,11 @@ def _fit(
 
 def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Kept) -> None:
     """Another look at some batches, with the fitted features, for the far parts' scale."""
-    windowed = [layer for layer in layers.values() if layer.feature_map.sliding_window]
-    masses = {id(layer): FarMass(layer.feature_map) for layer in windowed}
+    windowed, masses = [], {}
+    for layer in layers.values():
+        if (window := layer.feature_map.sliding_window) is not None:
+            windowed.append(layer)
+            masses[id(layer)] = FarMass(layer.feature_map.log_scores, window)
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         masses[id(layer)].add(

@@ -145,7 +145,7 @@ def assert_fit(fit, place, tied=True):
         assert {name: x.shape for name, x in fit.weights.items()} == shapes
         return
     assert fit.kind == "dark"
-    assert set(fit.weights) == DARK | (set() if tied else {"query_geometry"})
+    assert set(fit.weights) == DARK | {"query_geometry"}
     rank = fit.weights["proposal"].shape[1]
     geometry = (HEADS, HEAD_DIM // 2) if place == "planes" else (HEADS, rank, HEAD_DIM)
     assert fit.weights["geometry"].shape == geometry

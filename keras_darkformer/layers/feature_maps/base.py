@@ -18,7 +18,7 @@ from keras_darkformer.fitting import (
     needs_sample,
 )
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
-from keras_darkformer.layers.feature_maps.placement import PLACEMENTS, Placement
+from keras_darkformer.layers.feature_maps.placement import Placement, placement_of
 from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.scores import log_scores
@@ -88,7 +88,7 @@ class FeatureMap(keras.layers.Layer):
     @property
     def placement(self) -> Placement:
         """Where a geometry sits relative to the rotation."""
-        return PLACEMENTS[self.options.rope_geometry]
+        return placement_of(self.options)
 
     def ensure_built(self) -> None:
         """Creates the weights, if that was not done yet; they do not depend on an input."""
@@ -230,7 +230,7 @@ class FeatureMap(keras.layers.Layer):
         self.check_calibration(options)
         if self.placement.fitter.needs_layout:
             raise ValueError(
-                f'A map with `rope_geometry="{self.options.rope_geometry}"` is calibrated with its '
+                f'A map with `rope_geometry="{self.placement.name}"` is calibrated with its '
                 "model, by `keras_darkformer.calibrate`: it takes queries before and after the "
                 "rotation."
             )
@@ -256,7 +256,7 @@ class FeatureMap(keras.layers.Layer):
         statistics.update(query, key, query_mask=query_mask, key_mask=key_mask, causal=causal)
         self.load(self.fit(statistics, options))
         if window is not None:
-            mass = FarMass(self)
+            mass = FarMass(self.log_scores, window)
             mass.add(query, key, query, key, key_mask=key_mask)
             self.far_offset.assign(mass.offset())
 
@@ -295,7 +295,8 @@ class FeatureMap(keras.layers.Layer):
             )
         self.ensure_built()
         for name, value in fit.weights.items():
-            getattr(self, name).assign(value.astype("float32"))
+            if (weight := getattr(self, name)) is not None:
+                weight.assign(value.astype("float32"))
         if self.sliding_window is not None:
             self.far_offset.assign(np.zeros(self.num_query_heads, "float32"))
 

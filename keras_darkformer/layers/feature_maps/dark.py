@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.layers.feature_maps.base import FeatureMap
-from keras_darkformer.layers.feature_maps.placement import PLACEMENTS
+from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.ops import (
     apply_geometry,
     dark_features,
@@ -80,12 +80,13 @@ class DarkFeatureMap(FeatureMap):
     """
 
     kind = "dark"
+    query_geometry: Tensor = None  # where queries share the keys'
 
     @classmethod
     def check(cls, options: FeatureOptions, head_dim: int) -> None:
         """Raises a ValueError for another kind of map, or options that exclude each other."""
         super().check(options, head_dim)
-        PLACEMENTS[options.rope_geometry].check(options, head_dim)
+        placement_of(options).check(options, head_dim)
 
     @property
     def rank(self) -> int:
@@ -119,7 +120,7 @@ class DarkFeatureMap(FeatureMap):
         return DarkParameters(
             geometry=self.placement.of_features(self.geometry),
             projection=self.projection,
-            query_geometry=None if self.options.tie_geometry else self.query_geometry,
+            query_geometry=self.query_geometry,
             log_weight=self.log_weight,
             query_shift=self.query_shift,
             key_shift=self.key_shift,
@@ -161,7 +162,7 @@ class DarkFeatureMap(FeatureMap):
         Of queries and keys with geometries of their own it is `M_q'M_k`.
         """
         geometry = self.matrix()
-        query_geometry = geometry if self.options.tie_geometry else self.query_geometry
+        query_geometry = geometry if self.query_geometry is None else self.query_geometry
         return ops.einsum("krh,krj->khj", query_geometry, geometry)
 
     def before_rotation(self, inputs: Tensor) -> Tensor:

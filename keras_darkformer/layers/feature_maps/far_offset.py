@@ -1,6 +1,6 @@
 """How much mass a feature map leaves behind its sliding window, and how much softmax does."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 from keras import ops
@@ -9,19 +9,17 @@ from keras_darkformer.fitting import FarOffset
 from keras_darkformer.ops.scores import exact_logits, log_sum_exp, visible_pairs
 from keras_darkformer.types import Tensor
 
-if TYPE_CHECKING:
-    from keras_darkformer.layers.feature_maps.base import FeatureMap
-
 
 class FarMass:
     """Log-odds of the far part in a feature map's attention and in softmax's.
 
     Args:
-        feature_map: a feature map with a sliding window.
+        log_scores: `FeatureMap.log_scores` of a map with a sliding window.
+        sliding_window: int.
     """
 
-    def __init__(self, feature_map: "FeatureMap") -> None:
-        self.map = feature_map
+    def __init__(self, log_scores: Callable[[Tensor, Tensor], Tensor], sliding_window: int) -> None:
+        self.log_scores, self.sliding_window = log_scores, sliding_window
         self.fit = FarOffset()
 
     def add(
@@ -46,7 +44,7 @@ class FarMass:
             query, key, causal=True, key_mask=key_mask, attention_mask=attention_mask
         )
         index = ops.arange(ops.shape(query)[1])
-        behind = index[:, None] - index[None, :] >= self.map.sliding_window
+        behind = index[:, None] - index[None, :] >= self.sliding_window
         far = ops.logical_and(visible, behind)
         near = ops.logical_and(visible, ops.logical_not(behind))
         counts = ops.logical_and(ops.any(far, axis=-1), ops.any(near, axis=-1))
@@ -55,7 +53,7 @@ class FarMass:
         log_odds, exact_log_odds = (
             ops.convert_to_numpy(log_sum_exp(scores, far) - log_sum_exp(scores, near))
             for scores in (
-                self.map.log_scores(feature_query, feature_key),
+                self.log_scores(feature_query, feature_key),
                 exact_logits(query, key),
             )
         )

@@ -19,6 +19,7 @@ from keras_darkformer.types import Tensor
 class Placement(Protocol):
     """What a feature map has to know of its geometry's place."""
 
+    name: ClassVar[str]
     fitter: fitting.HeadFitter
     needs_rotation: bool
 
@@ -40,6 +41,8 @@ class Placement(Protocol):
 
 class AfterRotation:
     """A geometry of any shape, applied by the features themselves."""
+
+    name: ClassVar[str] = "after"
 
     fitter: fitting.HeadFitter = fitting.AfterRotation()
     needs_rotation = False
@@ -67,7 +70,7 @@ class AfterRotation:
 class BeforeRotation(AfterRotation):
     """A geometry of any shape, which sees tokens before they are rotated."""
 
-    name: ClassVar[str] = "before"
+    name = "before"
     fitter: fitting.HeadFitter = fitting.BeforeRotation()
     needs_rotation = True
 
@@ -119,8 +122,11 @@ class RotaryPlanes(BeforeRotation):
         return scales[:, :, None] * ops.eye(scales.shape[-1], dtype="float32")
 
 
-PLACEMENTS: dict[str, Placement] = {
-    "after": AfterRotation(),
-    "before": BeforeRotation(),
-    "planes": RotaryPlanes(),
+_PLACEMENTS: dict[str, Placement] = {
+    placement.name: placement for placement in (AfterRotation(), BeforeRotation(), RotaryPlanes())
 }
+
+
+def placement_of(options: FeatureOptions) -> Placement:
+    """The placement that options ask for."""
+    return _PLACEMENTS[options.rope_geometry]
