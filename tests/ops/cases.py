@@ -4,10 +4,10 @@ import dataclasses
 import functools
 
 import numpy as np
-from backends import DEFAULT_JIT, run, value_and_gradients
-from keras import ops
+from backends import DEFAULT_JIT, compiled, to_numpy, value_and_gradients
+from keras import ops, tree
 
-from keras_darkformer.ops import dark_attention, draw_projection
+from keras_darkformer.ops import dark_attention, draw_projection, partition
 from keras_darkformer.ops.reference import Gradients, dark_attention_reference
 
 
@@ -116,8 +116,28 @@ def reference(case):
 
 def attend(case, arrays=None, *, function=dark_attention, jit=DEFAULT_JIT, **options):
     """`dark_attention` of the case, changed where asked."""
-    options = case.options | options
-    return run(lambda *tensors: function(*tensors, **options), *(arrays or case.arrays), jit=jit)
+    settings, tensors = [], {}
+    for name, x in (case.options | options).items():
+        if x is None or isinstance(x, bool | int):
+            settings.append((name, x))
+        else:
+            tensors[name] = tree.map_structure(ops.convert_to_tensor, x)
+    arrays = [ops.convert_to_tensor(x) for x in arrays or case.arrays]
+    call = _compiled_once(function, tuple(sorted(settings)), jit, partition.block_length)
+    return to_numpy(call(arrays, tensors))
+
+
+@functools.lru_cache
+def _compiled_once(function, settings, jit, block_length):
+    """One function for the same arguments: JAX compiles it once for tensors of the same shapes.
+
+    A test that changes `block_length` changes what is traced.
+    """
+
+    def call(arrays, tensors):
+        return function(*arrays, **dict(settings), **tensors)
+
+    return compiled(call) if jit else call
 
 
 def attend_with_gradients(

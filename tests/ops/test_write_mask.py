@@ -26,18 +26,23 @@ WRITE_MASK = np.stack(
 windows = pytest.mark.parametrize("window", [None, 5, 30])
 
 
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """Two of them, the first one filled up: 28 places for 24 tokens."""
+    monkeypatch.setattr(partition, "block_length", blocks_of_14)
+
+
+def blocks_of_14(_):
+    return 14
+
+
 def case_of(window, length=LENGTH, **changes):
     options = {"batch": len(KEY_MASK), "heads": (4, 2), "causal": True, **FITTED} | changes
     return Case(length=length, window=window, **options)
 
 
 def call(case, arrays=None, **options):
-    return attend(case, arrays, return_state=True, **options)
-
-
-@pytest.fixture
-def short_blocks(monkeypatch):
-    monkeypatch.setattr(partition, "block_length", lambda _: 14)
+    return attend(case, arrays, **{"return_state": True, "chunk_size": 7} | options)
 
 
 def assert_writes(case, output, state, key_mask=KEY_MASK, write_mask=WRITE_MASK):
@@ -48,7 +53,6 @@ def assert_writes(case, output, state, key_mask=KEY_MASK, write_mask=WRITE_MASK)
 
 @windows
 @pytest.mark.parametrize("chunk_size", [1, 7, None])
-@pytest.mark.usefixtures("short_blocks")
 def test_state_holds_what_is_written_and_queries_see_all(window, chunk_size):
     case = case_of(window)
     masks = {"key_mask": KEY_MASK, "write_mask": WRITE_MASK}
@@ -64,7 +68,8 @@ def test_without_a_key_mask_all_is_seen(window):
     output_of_row, state = call(case, write_mask=WRITE_MASK[:1])
     assert_close(output_of_row, output, 1e-6)
     assert_writes(case, output, state, np.ones_like(KEY_MASK), WRITE_MASK[:1])
-    assert_close(attend(case, write_mask=WRITE_MASK), output, 1e-6)
+    output_alone = attend(case, write_mask=WRITE_MASK, chunk_size=7)
+    assert_close(output_alone, output, 1e-6)
 
 
 @windows
@@ -83,15 +88,14 @@ def started(window):
 
 
 @windows
-@pytest.mark.usefixtures("short_blocks")
 def test_state_is_that_of_a_call_on_what_is_written_alone(window):
     # A prompt behind its padding, and the same without what comes after.
     case, prompt = case_of(window), case_of(window, length=13)
     key_mask = np.arange(len(KEY_MASK))[:, None] <= INDEX
     arrays = (*(x[:, :13] for x in case.arrays[:3]), case.arrays[3])
     for state in (None, started(window)):
-        options = case.options | {"initial_state": state, "chunk_size": 7}
-        masks = {"key_mask": key_mask, "write_mask": (INDEX < 13)[None]}
+        options = case.options | {"initial_state": state}
+        masks = {"key_mask": key_mask, "write_mask": np.tile(INDEX < 13, (len(key_mask), 1))}
         _, of_whole = call(case, **options | masks)
         masks = {"key_mask": key_mask[:, :13]}
         _, of_prompt = call(prompt, arrays, **options | masks)
@@ -102,20 +106,20 @@ def test_state_is_that_of_a_call_on_what_is_written_alone(window):
 @pytest.mark.parametrize("with_key_mask", [True, False])
 def test_single_token_is_seen_by_its_query_and_written_where_the_mask_says(window, with_key_mask):
     # Rows: written and seen, seen alone, neither, masked however it may be written.
-    write_mask = np.array([1, 0, 0, 1], bool)[:, None]
-    key_mask = np.array([1, 1, 0, 0], bool)[:, None] if with_key_mask else None
-    whole = case_of(window, length=9, batch=4)
+    write_mask = np.array([1, 0, 0, 1, 1, 1, 1], bool)[:, None]
+    key_mask = np.array([1, 1, 0, 0, 1, 1, 1], bool)[:, None] if with_key_mask else None
+    whole = case_of(window, length=9)
     *tokens, geometry = whole.arrays
     options = whole.options
     _, state = call(whole, (*(x[:, :8] for x in tokens), geometry))
     masks = {"key_mask": key_mask, "write_mask": write_mask, "initial_state": state}
     output, after = call(whole, (*(x[:, 8:] for x in tokens), geometry), **masks)
 
-    seen = np.ones((4, 9), bool)
+    seen = np.ones((7, 9), bool)
     seen[:, 8:] = True if key_mask is None else key_mask
     expected, _ = dark_attention_reference(*whole.arrays, **options | {"key_mask": seen})
     assert_close(output, expected[:, 8:])
-    written = np.ones((4, 9), bool)
+    written = np.ones((7, 9), bool)
     written[:, 8:] = write_mask & seen[:, 8:]
     assert_state_is_of(after, whole, written=written)
     unchanged = ~written[:, 8]
@@ -128,11 +132,10 @@ def test_single_token_is_seen_by_its_query_and_written_where_the_mask_says(windo
 @pytest.mark.parametrize("length", [1, LENGTH])
 @pytest.mark.parametrize("start", [True, False], ids=["started", "empty"])
 def test_state_that_nothing_is_written_to_stays_as_it_was(window, length, start):
-    case = case_of(window, length=length, masked=length > 1)
+    case = case_of(window, length=length)
     before = started(window) if start else None
-    output, after = call(
-        case, initial_state=before, write_mask=np.zeros((1, length), bool), chunk_size=7
-    )
+    masks = {"key_mask": KEY_MASK[:, -length:], "write_mask": np.zeros_like(KEY_MASK[:, -length:])}
+    output, after = call(case, initial_state=before, **masks)
     assert np.abs(output).max() > 0.1
     if before is None:
         sums = after.sums if isinstance(after, WindowedState) else after
@@ -145,7 +148,6 @@ def test_state_that_nothing_is_written_to_stays_as_it_was(window, length, start)
 
 @pytest.mark.parametrize("remat", [True, False], ids=["remat", "kept"])
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.usefixtures("short_blocks")
 def test_gradients_through_what_is_written_are_those_through_a_call_on_it(window, remat):
     case, size = case_of(window, batch=2), 13
     options = case.options | {"chunk_size": 7, "remat": remat}
@@ -186,8 +188,13 @@ def test_features_of_a_key_are_computed_once(window, monkeypatch):
 
     monkeypatch.setattr(sums, "log_key_features", counting)
     case = case_of(window)
-    attend(case, key_mask=KEY_MASK)
+    masks = {"key_mask": KEY_MASK, "write_mask": WRITE_MASK}
+
+    def attention(*arrays, **options):  # its own, so that it is traced here
+        return dark_attention(*arrays, **options)
+
+    call(case, key_mask=KEY_MASK, function=attention, return_state=False)
     once, computed[:] = computed[:], []
-    call(case, key_mask=KEY_MASK, write_mask=WRITE_MASK)
+    call(case, **masks, function=attention)
     assert computed == once
     assert once
