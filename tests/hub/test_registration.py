@@ -1,72 +1,114 @@
-"""`import keras_darkformer` is enough for Keras and KerasHub to find dark classes."""
+"""`import keras_darkformer.hub` registers dark classes; without it, errors say what is missing."""
 
 import json
 
+import keras
 import pytest
 from fresh_process import run_python
 
-from keras_darkformer import _lazy_hub, hub
+from keras_darkformer import hub
 
-CONFIG = """
-    config = {
-        "vocabulary_size": 8, "num_layers": 1, "num_query_heads": 1, "num_key_value_heads": 1,
-        "hidden_dim": 4, "intermediate_dim": 8, "head_dim": 4, "num_features": 8,
-    }
-    saved = {
-        "module": "keras_darkformer.hub.backbone", "class_name": "DarkGemmaBackbone",
-        "config": config, "registered_name": "keras_darkformer>DarkGemmaBackbone",
-    }
+from .models import dark, gemma
+
+# One interpreter for all: the hub is imported at the end, when everything is in its way no more.
+SESSION = """
+    import json, sys
+    import keras, keras_darkformer
+
+    saved, preset = sys.argv[1:]
+    seen = {}
+
+    def attempt(name, what):
+        try:
+            seen[name] = f"loaded {type(what()).__name__}"
+        except Exception as error:
+            seen[name] = f"{type(error).__name__}: {error}"
+
+    def import_hub():
+        import keras_darkformer.hub
+
+        return keras_darkformer.hub
+
+    seen["imported"] = sorted({"keras_hub", "keras_darkformer.hub"} & set(sys.modules))
+    sys.modules["keras_hub"] = None  # as if it were not installed
+    block = keras_darkformer.DarkTransformerBlock(8, 2, num_features=4)
+    seen["block"] = list(block(keras.ops.zeros((1, 2, 4))).shape)
+    attempt("hub without keras_hub", import_hub)
+    attempt("convert_to_dark without keras_hub", lambda: keras_darkformer.convert_to_dark(None))
+    del sys.modules["keras_hub"]
+
+    attempt("load_model", lambda: keras.saving.load_model(saved))
+    import keras_hub
+    for name in ("Backbone", "GemmaBackbone", "CausalLM"):
+        cls = getattr(keras_hub.models, name)
+        attempt(name, lambda: cls.from_preset(preset))
+    seen["imported with keras_hub"] = "keras_darkformer.hub" in sys.modules
+
+    sys.modules["keras_hub.src.vllm.context"] = None  # as if this KerasHub had no such module
+    attempt("hub with another keras_hub", import_hub)
+    attempt("a stock model", lambda: keras_hub.models.GemmaBackbone(8, 1, 1, 1, 4, 8, 4))
+    del sys.modules["keras_hub.src.vllm.context"]
+
+    attempt("hub", import_hub)
+    attempt("load_model with hub", lambda: keras.saving.load_model(saved))
+    attempt("Backbone with hub", lambda: keras_hub.models.Backbone.from_preset(preset))
+    attempt("CausalLM with hub", lambda: keras_hub.models.CausalLM.from_preset(preset))
+    print(json.dumps(seen))
 """
-FOUND = {
-    "a saved model": """
-    import sys
-    import keras, keras_darkformer
-    assert "keras_hub" not in sys.modules
-    model = keras.saving.deserialize_keras_object(saved)
-    """,
-    "keras_hub imported later": """
-    import keras, keras_darkformer
-    import keras_hub
-    model = keras.saving.get_registered_object(saved["registered_name"])(**config)
-    """,
-    "keras_hub imported after a look whether it is there": """
-    import importlib.util
-    import keras, keras_darkformer
-    importlib.util.find_spec("keras_hub")
-    import keras_hub
-    model = keras.saving.get_registered_object(saved["registered_name"])(**config)
-    """,
-    "keras_hub imported before": """
-    import keras, keras_hub
-    import keras_darkformer
-    model = keras.saving.get_registered_object(saved["registered_name"])(**config)
-    """,
-}
 
 
-def test_the_list_of_dark_classes_is_complete():
-    assert set(_lazy_hub.HUB_CLASSES) == {name for name in hub.__all__ if name.startswith("Dark")}
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """What a fresh interpreter says about a dark model that this one saved."""
+    folder = tmp_path_factory.mktemp("registration")
+    model = dark(gemma(1))
+    model.backbone.save(folder / "model.keras")
+    model.save_to_preset(str(folder / "preset"))
+    return json.loads(
+        run_python(SESSION, folder / "model.keras", folder / "preset").splitlines()[-1]
+    )
+
+
+def test_every_dark_class_is_registered_under_the_name_of_the_package():
+    names = [name for name in hub.__all__ if name.startswith("Dark")]
+    assert {f"Dark{family}Backbone" for family in ("Gemma", "Llama3", "Bert")} <= set(names)
+    for name in names:
+        cls = getattr(hub, name)
+        assert cls.__name__ == name
+        assert keras.saving.get_registered_name(cls) == f"keras_darkformer>{name}"
+        assert keras.saving.get_registered_object(f"keras_darkformer>{name}") is cls
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", FOUND)
-def test_dark_classes_are_found_by(way):
-    report = "print(keras_darkformer.conversion_report(model)['model'])"
-    code = "\n".join(line.strip() for line in f"{CONFIG}{FOUND[way]}{report}".splitlines())
-    assert run_python(code).split()[-1] == "DarkGemmaBackbone"
+def test_the_package_works_without_keras_hub(session):
+    assert session["imported"] == []
+    assert session["block"] == [1, 2, 4]
+    expected = "`keras_darkformer.hub` needs KerasHub: pip install 'keras-darkformer[hub]'"
+    for name in ("hub without keras_hub", "convert_to_dark without keras_hub"):
+        assert session[name] == f"ImportError: {expected}"
 
 
 @pytest.mark.slow
-def test_a_kerashub_that_does_not_fit_stays_usable():
-    code = """
-        import json, sys, warnings
-        import keras_darkformer
-        sys.modules["keras_darkformer.hub"] = None  # importing it raises ImportError
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import keras_hub
-        print(json.dumps([hasattr(keras_hub, "models"), [str(w.message) for w in caught]]))
-    """
-    usable, messages = json.loads(run_python(code).splitlines()[-1])
-    assert usable
-    assert any("Dark KerasHub models can't be loaded" in message for message in messages)
+def test_without_the_hub_errors_name_the_class_and_where_it_lives(session):
+    error = session["load_model"]
+    assert "Could not locate class 'DarkGemmaBackbone'" in error
+    assert "'module': 'keras_darkformer.hub'" in error
+    for name in ("Backbone", "GemmaBackbone", "CausalLM"):
+        assert "no class registered with Keras for keras_darkformer>DarkGemma" in session[name]
+    assert session["imported with keras_hub"] is False  # nobody imports it unasked
+
+
+@pytest.mark.slow
+def test_a_kerashub_that_does_not_fit_is_named_and_stays_usable(session):
+    error = session["hub with another keras_hub"]
+    assert error.startswith("ImportError: keras_darkformer.hub is made for keras-hub>=")
+    assert "vllm.context" in error
+    assert session["a stock model"] == "loaded GemmaBackbone"
+
+
+@pytest.mark.slow
+def test_with_the_hub_they_are_found(session):
+    assert session["hub"] == "loaded module"
+    assert session["load_model with hub"] == "loaded DarkGemmaBackbone"
+    assert session["Backbone with hub"] == "loaded DarkGemmaBackbone"
+    assert session["CausalLM with hub"] == "loaded DarkGemmaCausalLM"
