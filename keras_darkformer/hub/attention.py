@@ -203,13 +203,26 @@ class MultiHeadAttention(DarkHubAttention):
         key: Tensor = None,
         attention_mask: Tensor = None,
         return_attention_scores: bool = False,
+        query_mask: Tensor = None,
+        value_mask: Tensor = None,
+        key_mask: Tensor = None,
+        use_causal_mask: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Their blocks may hand on a mask `(b, 1, t)`; keys and values are the queries."""
+        """Their blocks may hand on a mask `(b, 1, t)`; keys and values are the queries.
+
+        Keras fills in the masks `(b, t)` that its layers hand on; what comes
+        out for a query that is padding does not matter.
+        """
         if return_attention_scores:
             raise ValueError(
                 '`return_attention_scores=True` needs `attention_mode="exact"`: linear attention '
                 "forms no scores."
+            )
+        if use_causal_mask:
+            raise ValueError(
+                "`use_causal_mask=True` would change what this layer computes: it attends as the "
+                "blocks of its family do."
             )
         if attention_mask is not None and len(attention_mask.shape) == 3:
             if attention_mask.shape[1] != 1:
@@ -218,4 +231,10 @@ class MultiHeadAttention(DarkHubAttention):
                     f"`attention_mask` of shape {tuple(attention_mask.shape)}"
                 )
             attention_mask = ops.squeeze(attention_mask, axis=1)
+        for mask in (value_mask, key_mask):
+            if mask is not None:
+                mask = ops.cast(mask, "int32")
+                if attention_mask is not None:  # which may be of `Code`
+                    mask = mask * ops.cast(attention_mask, "int32")
+                attention_mask = mask
         return self.attend_cached(query, attention_mask, **kwargs)
