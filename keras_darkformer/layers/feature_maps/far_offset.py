@@ -15,11 +15,11 @@ class FarMass:
 
     Args:
         log_scores: `FeatureMap.log_scores` of a map with a sliding window.
-        sliding_window: int.
+        window: int. Its tokens.
     """
 
-    def __init__(self, log_scores: Callable[[Tensor, Tensor], Tensor], sliding_window: int) -> None:
-        self.log_scores, self.sliding_window = log_scores, sliding_window
+    def __init__(self, log_scores: Callable[[Tensor, Tensor], Tensor], window: int) -> None:
+        self.log_scores, self.window = log_scores, window
         self.fit = FarOffset()
 
     def add(
@@ -44,7 +44,7 @@ class FarMass:
             query, key, causal=True, key_mask=key_mask, attention_mask=attention_mask
         )
         index = ops.arange(ops.shape(query)[1])
-        behind = index[:, None] - index[None, :] >= self.sliding_window
+        behind = index[:, None] - index[None, :] >= self.window
         far = ops.logical_and(visible, behind)
         near = ops.logical_and(visible, ops.logical_not(behind))
         counts = ops.logical_and(ops.any(far, axis=-1), ops.any(near, axis=-1))
