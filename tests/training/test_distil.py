@@ -7,7 +7,13 @@ from backends import run, to_numpy
 from hub.models import LENGTH, VOCABULARY, attentions, gemma, gemma2, inputs, outputs, values
 
 from keras_darkformer import distil, teacher_targets
-from keras_darkformer.training import DistillationLoss
+from keras_darkformer.training import (
+    ApproximationLogger,
+    DistillationLoss,
+    LossSpikeCounter,
+    RedrawProjections,
+)
+from keras_darkformer.training.positions import POSITIONS, Parts, over_positions
 
 from .models import dark_gemma, plain, tokens
 
@@ -52,24 +58,32 @@ def pair():
 @pytest.mark.parametrize("top_k", [None, 1, 8, VOCABULARY])
 def test_the_loss_is_what_float64_says(top_k, rng):
     logits = 3 * rng.standard_normal((2, 2, 5, VOCABULARY)).astype("float32")
-    target, ours = log_softmax(logits[0]), log_softmax(logits[1])
-    packed = target
-    if top_k is not None:
-        ids = np.argsort(-target, axis=-1)[..., :top_k]
-        packed = np.concatenate([ids, np.take_along_axis(target, ids, axis=-1)], axis=-1)
-    loss = DistillationLoss(top_k=top_k, reduction=None)
-    found = run(lambda x, y: loss(x, y), packed.astype("float32"), logits[1])
-    expected = divergences(target, ours, top_k)
+    expected = divergences(*map(log_softmax, logits), top_k)
+    loss = DistillationLoss(top_k)
+    found = run(lambda x, y: loss.divergence(loss.targets(x), y), *logits)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     assert (expected > 0).all()
+    mean = run(loss.compute_loss, *logits)
+    np.testing.assert_allclose(mean, expected.mean(), rtol=1e-3)
 
 
 def test_its_config_is_complete():
-    loss = DistillationLoss(top_k=5, reduction="sum", name="mine")
-    config = keras.losses.serialize(loss)
-    twin = keras.losses.deserialize(config)
+    config = keras.saving.serialize_keras_object(DistillationLoss(top_k=5))
+    twin = keras.saving.deserialize_keras_object(config)
     assert type(twin) is DistillationLoss
-    assert (twin.top_k, twin.reduction, twin.name) == (5, "sum", "mine")
+    assert twin.top_k == 5
+
+
+@pytest.mark.slow
+def test_the_distiller_of_keras_takes_it():
+    student, teacher = plain(geometry_scale=0.5), plain(attention_mode="exact")
+    batch = tokens()
+    expected = divergences(*(log_softmax(to_numpy(x(batch))) for x in (teacher, student)))
+    loss = DistillationLoss()
+    distiller = keras.distillation.Distiller(teacher, student, [loss], student_loss_weight=0.0)
+    distiller.compile(optimizer=still(), loss=keras.losses.SparseCategoricalCrossentropy())
+    history = distiller.fit(batch, batch, verbose=0).history
+    np.testing.assert_allclose(history["distillation_loss"], [expected.mean()], rtol=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [None, 8, pytest.param(10 * VOCABULARY, marks=pytest.mark.slow)])
@@ -86,10 +100,15 @@ def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
     assert expected > 0.01
 
 
-def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair):
+@pytest.mark.parametrize("positions", [4, POSITIONS])
+def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair, positions, monkeypatch):
+    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", positions)
     (targets,) = teacher_targets(pair[0], [DATA[0]], top_k=5)
     expected = log_softmax(outputs(pair[0], DATA[0]))
     assert targets.token_ids.shape == targets.log_probs.shape == (3, LENGTH, 5)
+    assert (targets.token_ids.dtype, targets.log_probs.dtype) == ("int32", "float32")
+    likeliest = np.argsort(-expected, axis=-1)[..., :5]
+    np.testing.assert_array_equal(np.sort(targets.token_ids), np.sort(likeliest))
     by_id = np.take_along_axis(expected, targets.token_ids, axis=-1)
     np.testing.assert_allclose(targets.log_probs, by_id, rtol=1e-3, atol=1e-3)
     best = -np.sort(-expected, axis=-1)[..., :5]
