@@ -10,6 +10,7 @@ of the steps after the first; `null` where the machine had too little memory.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -54,7 +55,7 @@ def measure(args, top_k):
     )
     distil(64 if top_k is None else 2 * top_k, 16)  # imports and first calls are done after it
     taken = distil(args.vocabulary, args.length, [watch])
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {"peak": taken, "seconds_per_step": round(statistics.median(seconds), 3)}
 
 

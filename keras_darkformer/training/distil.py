@@ -225,9 +225,12 @@ def _predictions(inputs: Any) -> tuple[tuple[int, ...], np.ndarray | None]:
 def _chosen(model: Model, layers: dict[str, Layer], train: str) -> list[Any]:
     """The variables that are to be trained."""
     chosen = [v for layer in layers.values() for v in layer.feature_map.trainable_variables]
-    every_layer = getattr(model, "backbone", model)._flatten_layers()
+    backbone: Model = getattr(model, "backbone", model)
+    every_layer = backbone._flatten_layers()
     if train == "qkv":
-        chosen += [v for x in layers.values() for dense in x.dense_layers() for v in dense.variables]
+        chosen += [
+            v for x in layers.values() for dense in x.dense_layers() for v in dense.variables
+        ]
     elif train == "all":
         dense_kinds = keras.layers.Dense | keras.layers.EinsumDense
         chosen += [v for x in every_layer if isinstance(x, dense_kinds) for v in x.variables]

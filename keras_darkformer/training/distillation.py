@@ -1,5 +1,6 @@
 """Teacher and student as Keras models, so that a step of both stays on the device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -70,6 +71,7 @@ class Distillation(keras.Model):
         self.student = student
         self.parts = Parts(student)
         self.teacher = None if teacher is None else Teacher(teacher, loss)
+        self.mean = _Mean(dtype="float32")
         self.distillation_loss = loss
         self.built = True  # both models have their variables
 
@@ -77,22 +79,20 @@ class Distillation(keras.Model):
         """The mean divergence, a scalar."""
         teacher, loss = self.teacher, self.distillation_loss
         hidden = self.parts.hidden(inputs["inputs"], training=training)
+        targets: Callable[[Any], dict[str, Tensor]] = _same
         if teacher is None:
             known = inputs["targets"]
         elif loss.top_k is None:
-            known = teacher.hidden(inputs["inputs"])  # and in each slice the targets from it
+            # Those of the whole vocabulary are made in each slice anew.
+            known, targets = teacher.hidden(inputs["inputs"]), teacher.targets
         else:
             known = teacher(inputs["inputs"])
 
         def divergence(hidden: Tensor, known: Any) -> Tensor:
-            targets = known if isinstance(known, dict) else teacher.targets(known)
-            return loss.divergence(targets, self.parts.logits(hidden))
+            return loss.divergence(targets(known), self.parts.logits(hidden))
 
         terms = over_positions(divergence, hidden, known, remat=True)
-        weights, mask = inputs["weights"], getattr(hidden, "_keras_mask", None)
-        if mask is not None:
-            weights = weights * ops.cast(mask, weights.dtype)
-        return ops.sum(terms * weights) / ops.maximum(ops.sum(weights), 1.0)
+        return self.mean(hidden, terms, inputs["weights"])
 
     def compute_loss(
         self,
@@ -112,3 +112,19 @@ class Distillation(keras.Model):
     def save_weights(self, *args: Any, **kwargs: Any) -> Any:
         """Saves the student's weights."""
         return self.student.save_weights(*args, **kwargs)
+
+
+class _Mean(keras.layers.Layer):
+    """A weighted mean, in which what Keras has masked weighs nothing: layers are told the masks."""
+
+    def call(self, hidden: Tensor, terms: Tensor, weights: Tensor, hidden_mask: Any = None) -> Any:
+        if hidden_mask is not None:
+            weights = weights * ops.cast(hidden_mask, weights.dtype)
+        return ops.sum(terms * weights) / ops.maximum(ops.sum(weights), 1.0)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """None: the mean has no positions."""
+
+
+def _same(x: Any) -> Any:
+    return x

@@ -36,7 +36,10 @@ class Parts:
         history = getattr(getattr(model, "output", None), "_keras_history", None)
         if history is None:  # not functional, or with several outputs
             return
-        last, arguments = history.operation, history.operation._inbound_nodes[history.node_index].arguments
+        last, arguments = (
+            history.operation,
+            history.operation._inbound_nodes[history.node_index].arguments,
+        )
         # An embedding in reverse, from hidden states to logits.
         if not isinstance(last, keras.layers.Dense | keras.layers.Embedding):
             return
@@ -50,9 +53,7 @@ class Parts:
         self.logits = lambda hidden: last(hidden, **arguments.kwargs)
 
 
-def over_positions(
-    function: Callable[..., Any], *arguments: Any, remat: bool = False
-) -> Any:
+def over_positions(function: Callable[..., Any], *arguments: Any, remat: bool = False) -> Any:
     """`function(*arguments)`, computed over slices of the second axis.
 
     Args:

@@ -45,7 +45,7 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
     own_rate = {id(v) for v in variables}
     stock: Any = type(optimizer)
 
-    class TwoRates(stock):  # type: ignore[misc]
+    class TwoRates(stock):
         """Its base class with two learning rates."""
 
         # Every optimizer of every backend updates its variables by this one method.
