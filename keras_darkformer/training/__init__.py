@@ -6,7 +6,8 @@ from keras_darkformer.training.callbacks import (
     LossSpikeCounter,
     RedrawProjections,
 )
-from keras_darkformer.training.distil import DistillationLoss, distil, teacher_targets
+from keras_darkformer.training.distil import distil, teacher_targets
+from keras_darkformer.training.distillation_loss import DistillationLoss
 from keras_darkformer.training.report import ApproximationReport, approximation_report
 from keras_darkformer.training.transfer import transfer_attention
 

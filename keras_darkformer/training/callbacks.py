@@ -48,7 +48,7 @@ class RedrawProjections(keras.callbacks.Callback):
             return
         if hasattr(self.model, "jax_state_sync"):  # else JAX trains on from its own copy
             self.model.jax_state_sync()
-        layers = dark_layers(self.model if self.holder is None else self.holder)
+        layers = dark_layers(_trained(self.model) if self.holder is None else self.holder)
         for index, layer in enumerate(layers.values()):
             sequence = np.random.SeedSequence([self.seed, self.steps, index])
             layer.feature_map.redraw(int(sequence.generate_state(1)[0]))
@@ -146,7 +146,7 @@ class ApproximationLogger(keras.callbacks.Callback):
             return
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
-        report = approximation_report(self.model, self.data, **self.options)
+        report = approximation_report(_trained(self.model), self.data, **self.options)
         means = report.summary()
         if logs is not None:
             logs["approximation_error"] = means["relative_error"]["dark"]
@@ -159,3 +159,8 @@ class ApproximationLogger(keras.callbacks.Callback):
                     value = float(np.mean([head[key]["dark"] for head in layer["heads"]]))
                     self._summary.scalar(f"approximation/{key}/{layer['name']}", value)
         self._writer.flush()
+
+
+def _trained(model: Any) -> Any:
+    """The model that is trained where `fit` is called on a `Distillation`."""
+    return getattr(model, "student", model)

@@ -3,11 +3,18 @@
 import keras
 import numpy as np
 import pytest
-from backends import run, to_numpy
+from backends import differentiated, largest_intermediate, run, to_numpy, value_and_gradients
 from hub.models import LENGTH, VOCABULARY, attentions, gemma, gemma2, inputs, outputs, values
 
-from keras_darkformer import distil, teacher_targets
-from keras_darkformer.training import DistillationLoss
+from keras_darkformer import DarkTransformerBlock, distil, teacher_targets
+from keras_darkformer.training import (
+    ApproximationLogger,
+    DistillationLoss,
+    LossSpikeCounter,
+    RedrawProjections,
+)
+from keras_darkformer.training.distillation import Distillation
+from keras_darkformer.training.positions import POSITIONS, Parts, over_positions
 
 from .models import dark_gemma, plain, tokens
 
@@ -52,24 +59,32 @@ def pair():
 @pytest.mark.parametrize("top_k", [None, 1, 8, VOCABULARY])
 def test_the_loss_is_what_float64_says(top_k, rng):
     logits = 3 * rng.standard_normal((2, 2, 5, VOCABULARY)).astype("float32")
-    target, ours = log_softmax(logits[0]), log_softmax(logits[1])
-    packed = target
-    if top_k is not None:
-        ids = np.argsort(-target, axis=-1)[..., :top_k]
-        packed = np.concatenate([ids, np.take_along_axis(target, ids, axis=-1)], axis=-1)
-    loss = DistillationLoss(top_k=top_k, reduction=None)
-    found = run(lambda x, y: loss(x, y), packed.astype("float32"), logits[1])
-    expected = divergences(target, ours, top_k)
+    expected = divergences(*map(log_softmax, logits), top_k)
+    loss = DistillationLoss(top_k)
+    found = run(lambda x, y: loss.divergence(loss.targets(x), y), *logits)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     assert (expected > 0).all()
+    mean = run(loss.compute_loss, *logits)
+    np.testing.assert_allclose(mean, expected.mean(), rtol=1e-3)
 
 
 def test_its_config_is_complete():
-    loss = DistillationLoss(top_k=5, reduction="sum", name="mine")
-    config = keras.losses.serialize(loss)
-    twin = keras.losses.deserialize(config)
+    config = keras.saving.serialize_keras_object(DistillationLoss(top_k=5))
+    twin = keras.saving.deserialize_keras_object(config)
     assert type(twin) is DistillationLoss
-    assert (twin.top_k, twin.reduction, twin.name) == (5, "sum", "mine")
+    assert twin.top_k == 5
+
+
+@pytest.mark.slow
+def test_the_distiller_of_keras_takes_it():
+    student, teacher = plain(geometry_scale=0.5), plain(attention_mode="exact")
+    batch = tokens()
+    expected = divergences(*(log_softmax(to_numpy(x(batch))) for x in (teacher, student)))
+    loss = DistillationLoss()
+    distiller = keras.distillation.Distiller(teacher, student, [loss], student_loss_weight=0.0)
+    distiller.compile(optimizer=still(), loss=keras.losses.SparseCategoricalCrossentropy())
+    history = distiller.fit(batch, batch, verbose=0).history
+    np.testing.assert_allclose(history["distillation_loss"], [expected.mean()], rtol=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [None, 8, pytest.param(10 * VOCABULARY, marks=pytest.mark.slow)])
@@ -86,20 +101,129 @@ def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
     assert expected > 0.01
 
 
-def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair):
+@pytest.mark.parametrize("positions", [4, POSITIONS])
+def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair, positions, monkeypatch):
+    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", positions)
     (targets,) = teacher_targets(pair[0], [DATA[0]], top_k=5)
     expected = log_softmax(outputs(pair[0], DATA[0]))
     assert targets.token_ids.shape == targets.log_probs.shape == (3, LENGTH, 5)
+    assert (targets.token_ids.dtype, targets.log_probs.dtype) == ("int32", "float32")
+    likeliest = np.argsort(-expected, axis=-1)[..., :5]
+    np.testing.assert_array_equal(np.sort(targets.token_ids), np.sort(likeliest))
     by_id = np.take_along_axis(expected, targets.token_ids, axis=-1)
     np.testing.assert_allclose(targets.log_probs, by_id, rtol=1e-3, atol=1e-3)
     best = -np.sort(-expected, axis=-1)[..., :5]
     np.testing.assert_allclose(-np.sort(-targets.log_probs, axis=-1), best, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_no_tensor_of_the_whole_vocabulary_passes_the_host(pair, top_k, monkeypatch):
+    stock, model = pair
+    sizes = []
+    to_numpy, fit = keras.src.backend.convert_to_numpy, Distillation.fit
+
+    def watched(x):
+        array = to_numpy(x)
+        sizes.append(array.size)
+        return array
+
+    def watched_fit(self, examples, **options):
+        def watched_examples():
+            for example in examples:
+                sizes.extend(leaf.size for leaf in keras.tree.flatten(example))
+                yield example
+
+        return fit(self, watched_examples(), **options)
+
+    monkeypatch.setattr(keras.src.backend, "convert_to_numpy", watched)
+    monkeypatch.setattr(Distillation, "fit", watched_fit)
+    batch = inputs(14, 9, 5, 14, 3, 14)
+    tokens_in_it = batch["token_ids"].size
+    distil(model, stock, batch, steps=2, top_k=top_k, optimizer=still(), verbose=0)
+    assert max(sizes) == tokens_in_it
+    if top_k is not None:
+        (noted,) = teacher_targets(stock, batch, top_k=top_k)
+        assert max(sizes[-2:]) <= top_k * tokens_in_it
+        distil(model, [noted], batch, steps=2, optimizer=still(), verbose=0)
+        assert max(sizes) == top_k * tokens_in_it
+
+
+@pytest.mark.parametrize("length", [5, 8, 11])
+def test_slices_give_what_the_whole_gives(length, rng, monkeypatch):
+    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", 4)
+    hidden, known = rng.standard_normal((2, 3, length, 7)).astype("float32")
+    kernel = rng.standard_normal((7, VOCABULARY)).astype("float32")
+    loss = DistillationLoss()
+
+    def divergence(hidden, known):
+        targets = loss.targets(keras.ops.matmul(known, kernel))
+        return loss.divergence(targets, keras.ops.matmul(hidden, kernel))
+
+    def whole(hidden, known):
+        return keras.ops.sum(divergence(hidden, known) ** 2)
+
+    def sliced(hidden, known):
+        return keras.ops.sum(over_positions(divergence, hidden, known, remat=True) ** 2)
+
+    expected, found = (value_and_gradients(f, hidden, known) for f in (whole, sliced))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_slices_keep_logits_of_all_positions_out_of_memory(rng, monkeypatch):
+    """Forward and backward."""
+    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", 4)
+    hidden, known = rng.standard_normal((2, 3, 24, 2)).astype("float32")
+    kernel = rng.standard_normal((2, VOCABULARY)).astype("float32")
+    loss = DistillationLoss()
+
+    def divergence(hidden, known):
+        targets = loss.targets(keras.ops.matmul(known, kernel))
+        return loss.divergence(targets, keras.ops.matmul(hidden, kernel))
+
+    def total(hidden, known):
+        return keras.ops.sum(over_positions(divergence, hidden, known, remat=True))
+
+    whole = 3 * 24 * VOCABULARY
+    assert largest_intermediate(differentiated(divergence_sum(divergence)), hidden, known) >= whole
+    assert largest_intermediate(differentiated(total), hidden, known) <= whole // 6
+
+
+def divergence_sum(divergence):
+    return lambda *arguments: keras.ops.sum(divergence(*arguments))
+
+
+@pytest.mark.parametrize("build", [gemma, gemma2, plain])
+def test_the_parts_of_a_model_are_the_model(build):
+    model = build()
+    batch = tokens() if build is plain else DATA[0]
+    parts = Parts(model)
+    hidden = parts.hidden(batch)
+    assert tuple(hidden.shape) == (3, LENGTH, 16)
+    np.testing.assert_allclose(
+        to_numpy(parts.logits(hidden)), to_numpy(model(batch)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_model_that_can_not_be_taken_apart_is_its_own_first_part():
+    class Halved(keras.Model):
+        def call(self, inputs):
+            return super().call(inputs) / 2
+
+    model = plain()
+    model = Halved(model.inputs, model.outputs)
+    for whole in (model, keras.Sequential([model])):
+        parts = Parts(whole)
+        logits = parts.hidden(tokens())
+        assert logits.shape[-1] == VOCABULARY
+        assert parts.logits(logits) is logits
+
+
 def settings(model):
     config = model._compile_config.config
     return {
-        "optimizer": type(model.optimizer),
+        "optimizer": model.optimizer,
         "rate": float(model.optimizer.learning_rate),
         "loss": config["loss"],
         "weighted_metrics": config["weighted_metrics"],
@@ -147,10 +271,11 @@ MOVED = {
 def test_what_is_asked_for_moves_and_all_settings_come_back(train):
     """Gemma 2: its second layer is dark, its first is not."""
     stock, model = dark_gemma(gemma2)
-    compiled_and_partly_frozen(model)
     if train == "lora":
         model.backbone.enable_lora(2)
-    before, before_flags, before_settings = values(model), flags(model), settings(model)
+    both = [compiled_and_partly_frozen(x) for x in (stock, model)]
+    before, teacher_before = values(model), values(stock)
+    before_flags, before_settings = list(map(flags, both)), list(map(settings, both))
     history = distil(
         model,
         stock,
@@ -166,9 +291,12 @@ def test_what_is_asked_for_moves_and_all_settings_come_back(train):
     maps = {path for path in moved if path.endswith("/feature_map/geometry")}
     assert len(maps) == 1
     assert {_short(path) for path in moved - maps} == MOVED[train]
-    assert flags(model) == before_flags
-    assert settings(model) == before_settings
-    assert not model.optimizer.built or model.optimizer.iterations == 0
+    assert {
+        path for path, value in values(stock).items() if (teacher_before[path] != value).any()
+    } == set()
+    assert list(map(flags, both)) == before_flags
+    assert list(map(settings, both)) == before_settings
+    assert not model.optimizer.built
     if train == "qkv":
         np.testing.assert_allclose(
             history["val_loss"], [expected_loss(stock, model, DATA[0])], rtol=2e-3
@@ -222,6 +350,126 @@ def test_feature_maps_learn_faster_by_the_ratio_of_the_rates():
     assert max(np.abs(x).max() for path, x in one.items() if "/geometry" in path) > 1e-4
 
 
+class Falling(keras.optimizers.schedules.LearningRateSchedule):
+    """One that Keras can not write down."""
+
+    def __call__(self, step):
+        return 0.05 / (1.0 + keras.ops.cast(step, "float32"))
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.05, momentum=0.5, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.01, beta_1=0.8, global_clipnorm=0.5),
+    "schedule": lambda: keras.optimizers.RMSprop(Falling(), rho=0.7),
+    "muon": lambda: keras.optimizers.Muon(0.01),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05), 4.0),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x == "muon" else x for x in OPTIMIZERS]
+)
+def test_the_optimizer_stays_as_it_was_and_another_like_it_is_used(name, pair):
+    stock, model = pair
+    optimizer = OPTIMIZERS[name]()
+    before = dict(vars(optimizer))
+    variables = [(v, to_numpy(v.value)) for v in optimizer.variables]
+    used = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_end=lambda logs: used.append(watch.model.optimizer)
+    )
+    distil(
+        model,
+        stock,
+        DATA,
+        steps=2,
+        optimizer=optimizer,
+        learning_rate=0.01,
+        callbacks=[watch],
+        verbose=0,
+    )
+    assert vars(optimizer) == before
+    assert not optimizer.built
+    assert [v for v, _ in variables] == optimizer.variables
+    for variable, value in variables:
+        np.testing.assert_array_equal(to_numpy(variable.value), value)
+    (ours,) = used
+    assert ours is not optimizer
+    assert isinstance(ours, type(optimizer))
+    assert int(ours.iterations) == 2
+    if name == "schedule":
+        assert ours._learning_rate is optimizer._learning_rate
+    elif name != "scaled":
+        assert ours.get_config() == optimizer.get_config()
+
+
+def test_an_optimizer_of_several_is_refused(pair):
+    several = keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(default_optimizer=keras.optimizers.SGD())
+    )
+    with pytest.raises(ValueError, match="must have one learning rate"):
+        distil(pair[1], pair[0], DATA, optimizer=several)
+
+
+def test_callbacks_find_the_student(tmp_path):
+    stock, model = dark_gemma(lambda: gemma(num_layers=1))
+    feature_map = attentions(model)[0].feature_map
+    before = {w.path: to_numpy(w.value) for w in feature_map.weights}
+    spikes = LossSpikeCounter()
+    path = str(tmp_path / "student.weights.h5")
+    history = distil(
+        model,
+        stock,
+        DATA,
+        steps=2,
+        callbacks=[
+            spikes,
+            RedrawProjections(every=1),
+            ApproximationLogger(DATA[:1]),
+            keras.callbacks.ModelCheckpoint(path, save_weights_only=True),
+        ],
+        verbose=0,
+    )
+    assert history.model is model
+    assert set(history.history) == {
+        "loss",
+        "loss_spikes",
+        "approximation_error",
+        "approximation_kl",
+    }
+    after = {w.path: to_numpy(w.value) for w in feature_map.weights}
+    assert all((after[path] != value).any() for path, value in before.items())
+    trained = outputs(model, DATA[0])
+    for weight in model.weights:
+        weight.assign(to_numpy(weight.value) + 1)
+    model.load_weights(path)
+    np.testing.assert_allclose(outputs(model, DATA[0]), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_the_teacher_drops_nothing_out(pair):
+    stock, model = pair
+    teacher = gemma(num_layers=1, dropout=0.5)
+    teacher.set_weights(stock.get_weights())
+    history = distil(model, teacher, DATA[:1], steps=1, optimizer=still(), verbose=0)
+    expected = expected_loss(stock, model, DATA[0])
+    np.testing.assert_allclose(history.history["loss"], [expected], rtol=1e-3)
+
+
+def test_what_keras_masks_weighs_nothing():
+    def build(mode):
+        token_ids = keras.Input((None,), dtype="int32")
+        x = keras.layers.Embedding(VOCABULARY, 16, mask_zero=True)(token_ids)
+        x = DarkTransformerBlock(16, 4, num_features=16, attention_mode=mode, seed=0)(x)
+        return keras.Model(token_ids, keras.layers.Dense(VOCABULARY)(x))
+
+    batch = DATA[0]["token_ids"]
+    teacher, model = build("exact"), build("linear")
+    history = distil(model, teacher, batch, steps=1, optimizer=still(), verbose=0)
+    target, ours = (log_softmax(to_numpy(x(batch))) for x in (teacher, model))
+    expected = divergences(target, ours)[batch > 0].mean()
+    np.testing.assert_allclose(history.history["loss"], [expected], rtol=1e-3)
+
+
 class Stumbling(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         raise RuntimeError("stumbled")
@@ -237,13 +485,17 @@ class Stumbling(keras.callbacks.Callback):
     ids=["fit", "validation", "choice"],
 )
 def test_settings_come_back_after_an_error(options, error):
-    stock, model = dark_gemma(lambda: gemma(num_layers=1))
-    compiled_and_partly_frozen(model)
-    before, before_settings = flags(model), settings(model)
+    both = [compiled_and_partly_frozen(x) for x in dark_gemma(lambda: gemma(num_layers=1))]
+    stock, model = both
+    before, before_settings = list(map(flags, both)), list(map(settings, both))
+    teacher_before = values(stock)
     with pytest.raises(error):
         distil(model, stock, DATA, steps=2, verbose=0, **options)
-    assert flags(model) == before
-    assert settings(model) == before_settings
+    assert list(map(flags, both)) == before
+    assert list(map(settings, both)) == before_settings
+    for path, value in values(stock).items():
+        np.testing.assert_array_equal(value, teacher_before[path], err_msg=path)
+    assert all(np.isfinite(value).all() for value in values(model).values())
 
 
 def test_targets_that_do_not_fit_are_refused(pair):
@@ -305,8 +557,9 @@ def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
 
 
 @pytest.mark.slow
-def test_half_precision_is_distilled_in_half_precision():
-    stock, model = dark_gemma(lambda: gemma(num_layers=1, dtype="mixed_bfloat16"))
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_is_distilled_in_half_precision(dtype):
+    stock, model = dark_gemma(lambda: gemma(num_layers=1, dtype=dtype))
     history = distil(model, stock, DATA, steps=2, verbose=0).history
     assert np.isfinite(history["loss"]).all()
     assert {w.dtype for w in attentions(model)[0].feature_map.weights} == {"float32"}

@@ -1,0 +1,79 @@
+"""An optimizer with a second learning rate for some of the variables."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from keras_darkformer.types import Config, Tensor
+
+# Keras ships no type information.
+Optimizer = Any
+
+
+def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> Optimizer:
+    """A new optimizer like another one, with `ratio` times its learning rate for some variables.
+
+    It has the settings of the other one and nothing of what that one has
+    accumulated. The other one is not changed.
+
+    `keras.optimizers.MultiOptimizer` would do it with two optimizers. But it has
+    no learning rate that a callback could change, and it clips the gradients of
+    each of the two by a norm of their own.
+
+    Args:
+        optimizer: a `keras.optimizers.Optimizer`.
+        variables: those whose learning rate is multiplied.
+        ratio: float.
+
+    Raises:
+        ValueError: for a `MultiOptimizer`, whose variables have rates of their
+            own already.
+    """
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "`optimizer` must have one learning rate. Received: a MultiOptimizer, in which every "
+            "optimizer has its own"
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return keras.optimizers.LossScaleOptimizer(
+            two_rates(optimizer.inner_optimizer, variables, ratio),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+    own_rate = {id(v) for v in variables}
+    stock: Any = type(optimizer)
+
+    class TwoRates(stock):
+        """Its base class with two learning rates."""
+
+        # Every optimizer of every backend updates its variables by this one method.
+        def _backend_update_step(
+            self, grads: list[Tensor], trainable_variables: list[Any], learning_rate: Tensor
+        ) -> None:
+            pairs = list(zip(grads, trainable_variables, strict=True))
+            for factor, some in (
+                (1.0, [pair for pair in pairs if id(pair[1]) not in own_rate]),
+                (ratio, [pair for pair in pairs if id(pair[1]) in own_rate]),
+            ):
+                if some:
+                    gradients, updated = map(list, zip(*some, strict=True))
+                    super()._backend_update_step(gradients, updated, factor * learning_rate)
+
+    return TwoRates.from_config(_config(optimizer))
+
+
+def _config(optimizer: Optimizer) -> Config:
+    """An optimizer's config, with a learning-rate schedule in it as it is.
+
+    A schedule of the caller's own may be one that Keras can not rebuild from a
+    config, or that has none. So the config is taken of a stand-in which has all
+    attributes of the optimizer but the schedule.
+    """
+    stand_in = object.__new__(type(optimizer))
+    rate = optimizer._learning_rate
+    is_variable = isinstance(rate, keras.Variable)
+    vars(stand_in).update(vars(optimizer) | {"_learning_rate": rate if is_variable else 0.0})
+    config = stand_in.get_config()
+    return config if is_variable else {**config, "learning_rate": rate}
