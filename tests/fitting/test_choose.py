@@ -6,7 +6,9 @@ import pytest
 from keras_darkformer.fitting import (
     METHODS,
     CalibrationOptions,
+    LayerStatistics,
     check_calibration,
+    fit_features,
     needs_sample,
 )
 from keras_darkformer.fitting.held_out import output_errors
@@ -25,6 +27,7 @@ from .fits import (
     data,
     fitted,
     folded_head,
+    output_error,
 )
 
 
@@ -62,6 +65,18 @@ def test_auto_takes_the_method_of_least_error_where_it_was_not_fitted():
     assert len(kinds) == 2
 
 
+def test_auto_does_not_fall_for_features_that_remember_positions():
+    rng = np.random.default_rng(2)
+    same_in_every_sequence = rng.standard_normal((2, 1, 40, HEADS, HEAD_DIM))
+    noise = 0.05 * rng.standard_normal((2, 6, 40, HEADS, HEAD_DIM))
+    query, key = same_in_every_sequence + noise
+    how = {"causal": True}
+    clusters, spectral = (fitted(query, key, method=x, how=how) for x in ("clusters", "spectral"))
+    seen = [output_error(query, key, fit, causal=True) for fit in (clusters, spectral)]
+    assert seen[0] < seen[1]
+    assert fitted(query, key, method="auto", how=how).kind == "dark"
+
+
 def test_auto_has_no_clusters_beside_a_window():
     options = {"method": "auto", "how": {"causal": True}}
     query, key = np.random.default_rng(2).standard_normal((2, 6, 40, HEADS, HEAD_DIM)) / 2
@@ -73,6 +88,14 @@ def test_auto_has_no_clusters_beside_a_window():
 @pytest.mark.parametrize("place", ["before", "planes"])
 def test_auto_is_spectral_where_the_sample_is_not_what_features_see(place):
     assert_same(fitted(*data(), place, method="auto"), fitted(*data(), place), rtol=0)
+    seen = LayerStatistics(
+        HEADS, HEAD_DIM, needs_sample=True, needs_unrotated=True, max_tokens=100, seed=0
+    )
+    seen.update(*data(), causal=True)  # there is a sample all the same
+    seen.update_unrotated(*data())
+    calibration, features = CalibrationOptions(method="auto"), FeatureOptions(num_features=FEATURES)
+    expected = fit_features(seen, features, calibration.of_method("spectral"), FITTERS[place])
+    assert_same(fit_features(seen, features, calibration, FITTERS[place]), expected, rtol=0)
 
 
 def test_auto_is_spectral_where_queries_and_keys_are_of_other_tokens():
