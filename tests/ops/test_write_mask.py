@@ -14,14 +14,18 @@ from .states import assert_equal_states, assert_same_state, assert_state_is_of
 FITTED = {"rank": 5, "value_dim": 6, "untied": True, "shifted": True, "weighted": True}
 LENGTH = 24
 INDEX = np.arange(LENGTH)
-# Rows, padded in front, behind, in between, not at all, and with all that they have.
-KEY_MASK = np.stack(
-    [INDEX >= 5, INDEX < 17, INDEX % 5 != 2, INDEX >= 0, INDEX >= 0, INDEX < 0, INDEX >= 9]
-)
-# What is written ends inside, is all, nothing, has gaps, or reaches into what is masked.
-WRITE_MASK = np.stack(
-    [INDEX < 13, INDEX < 20, INDEX < 17, INDEX < 0, INDEX % 7 < 4, INDEX < 9, INDEX < 9]
-)
+ALL, NONE = INDEX >= 0, INDEX < 0
+# One row each: what is masked, and what is written.
+MASKS = {
+    "padding in front": (INDEX >= 5, INDEX < 13),
+    "padding behind, and masked tokens written": (INDEX < 17, INDEX < 20),
+    "holes": (INDEX % 5 != 2, INDEX < 17),
+    "nothing written": (ALL, NONE),
+    "gaps in what is written": (ALL, INDEX % 7 < 4),
+    "nothing to attend to": (NONE, INDEX < 9),
+    "padding written alone": (INDEX >= 9, INDEX < 9),
+}
+KEY_MASK, WRITE_MASK = (np.stack(rows) for rows in zip(*MASKS.values(), strict=True))
 
 windows = pytest.mark.parametrize("window", [None, 5, 30])
 
