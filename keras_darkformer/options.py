@@ -108,17 +108,29 @@ class FeatureOptions:
         return dark, {name: value for name, value in arguments.items() if name not in names}
 
     @classmethod
-    def take(cls, owner: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Self, Config]:
-        """The options among a layer's keyword arguments, and what is left for Keras.
+    def take(
+        cls,
+        owner: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        besides: Sequence[str] = KERAS_ARGUMENTS,
+    ) -> tuple[Self, Config]:
+        """The options among keyword arguments of `owner`, and the others.
+
+        Args:
+            owner: class or function whose signature shows the options.
+            arguments: its keyword arguments.
+            besides: what else it takes.
 
         Raises:
-            TypeError: for a name that neither knows.
+            TypeError: for an argument that is neither; it names the nearest known one.
         """
         dark, others = cls.split(arguments)
-        known = [*inspect.signature(owner).parameters, *KERAS_ARGUMENTS]
+        known = [*inspect.signature(owner).parameters, *besides]
         for name in others:
             if name not in known:
-                raise unknown_argument(owner, name, known)
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise TypeError(f"`{owner.__name__}` has no argument `{name}`.{hint}")
         return cls(**dark), others
 
     def of(self, kind: type["FeatureOptions"], **changes: Any) -> Any:
@@ -267,13 +279,6 @@ def shows_options(options: type, but: Sequence[str] = ()) -> Callable[[Function]
         return function
 
     return show
-
-
-def unknown_argument(owner: Callable[..., Any], name: str, known: Iterable[str]) -> TypeError:
-    """An error that names the argument, and the known one nearest to it."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
-    return TypeError(f"`{owner.__name__}` has no argument `{name}`.{hint}")
 
 
 def default_geometry_scale(head_dim: int, num_features: int) -> float:

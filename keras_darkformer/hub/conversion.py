@@ -6,7 +6,7 @@ from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.backbone import DarkBackbone, warn_of_dropped
 from keras_darkformer.hub.families import FAMILIES, INEXPRESSIBLE
 from keras_darkformer.hub.tasks import DarkTask, dark_classes
-from keras_darkformer.options import ConversionOptions, shows_options, unknown_argument
+from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Model
 
 _OF_FAMILIES = [dark_classes(family) for family in FAMILIES]
@@ -25,7 +25,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     not know.
     Pass `copy=True` to leave it as it is and get a converted copy. All
     weights of the stock model stay, under their paths; each converted layer
-    gains `feature_map/geometry` and `feature_map/projection`, in float32.
+    gains those of a feature map, under `feature_map/`, in float32.
 
     A freshly converted model estimates a different kernel and is worse than
     the one it came from: `calibrate` it, then `transfer_attention` or `distil`.
@@ -69,11 +69,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    dark, others = ConversionOptions.split(kwargs)
-    for name in others:
-        known = ["copy", *ConversionOptions.names()]
-        raise unknown_argument(convert_to_dark, name, known)
-    options = ConversionOptions(**dark)
+    options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
     dark_cls = _dark_class(model)
     model = dark_cls.take_over(_copy(model) if copy else model, options)
     warn_of_dropped(model)
