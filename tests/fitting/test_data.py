@@ -130,6 +130,18 @@ def test_sequences_of_different_lengths_are_padded_and_long_ones_cut():
     assert none.of_head(0).sample is None
 
 
+def test_every_sequence_may_be_the_one_that_stays():
+    query, key = data()
+    kept = set()
+    for seed in range(30):
+        seen = LayerStatistics(HEADS, HEAD_DIM, needs_sample=True, max_tokens=LENGTH, seed=seed)
+        for row in range(4):
+            seen.update(query[row : row + 1], key[row : row + 1])
+        (one,) = seen.of_head(0).sample.key
+        kept.add(next(row for row in range(4) if (key[row, :, 0] == one).all()))
+    assert kept == {0, 1, 2, 3}
+
+
 def test_only_so_many_tokens_are_refined_on():
     few, all_ = (fitted(*data(), how={"max_tokens": n}) for n in (24, 10**6))
     assert (few.weights["geometry"] != all_.weights["geometry"]).any()
