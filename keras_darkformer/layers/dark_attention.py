@@ -26,10 +26,9 @@ from keras_darkformer.types import Config, Layer, Shape, Tensor
 class DarkAttention(FeatureAttention, keras.layers.Layer):
     """Grouped-query attention with the dark kernel, linear in the length.
 
-    Takes the place of `keras.layers.GroupQueryAttention`: the same call and
-    masks and, but for `sliding_window`, `flash_attention` and `use_gate`, the
-    same arguments, with `exp(q . k / sqrt(h))` replaced by the learned kernel
-    `exp(q^' Sigma k^)` and that by random features (see `DarkFeatureMap`):
+    Takes the place of `keras.layers.GroupQueryAttention`: the same call and masks and, but for
+    `sliding_window`, `flash_attention` and `use_gate`, the same arguments. Softmax's kernel is
+    replaced by the learned `exp(q^' Sigma k^)`, and that by random features (see `DarkFeatureMap`):
 
         query = x W_q,  key = x W_k,  value = x W_v
         output = (phi(query) . sum phi(key) value' / phi(query) . sum phi(key)) W_o
@@ -37,49 +36,43 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
     Args:
         head_dim: int. Size of a head.
         num_query_heads: int. Heads of the queries.
-        num_key_value_heads: int. Heads of keys and values, a divisor of
-            `num_query_heads`; `None` for as many.
-        dropout: float. Drops whole tokens from the values, the same ones for
-            every query: the part of attention dropout that linear attention
-            can express. Both modes do this.
-        rope_max_wavelength: float or `None`. Rotates queries and keys by their
-            positions (RoPE) with this wavelength, 10_000 in most models.
-            Masked tokens have no position of their own: padding moves nothing.
-        **kwargs: the options of `AttentionOptions`: `num_features`,
-            `attention_mode`, `sliding_window`, `seed` (of the projection and of
-            dropout) and others; of the four projections `use_bias`,
-            `kernel_initializer` and the others of
+        num_key_value_heads: int. Heads of keys and values, a divisor of `num_query_heads`; `None`
+            for as many.
+        dropout: float. Drops whole tokens from the values, the same ones for every query: the part
+            of attention dropout that linear attention can express. Both modes do this.
+        rope_max_wavelength: float or `None`. Rotates queries and keys by their positions (RoPE)
+            with this wavelength, 10_000 in most models. Masked tokens have no position of their
+            own: padding moves nothing.
+        **kwargs: the options of `AttentionOptions`: `num_features`, `attention_mode`,
+            `sliding_window`, `seed` (of the projection and of dropout) and others; of the four
+            projections `use_bias`, `kernel_initializer` and the others of
             `keras.layers.GroupQueryAttention`; and as for `keras.layers.Layer`.
 
     Call arguments:
         query: `(b, t, d)`.
         value: `(b, s, d')`.
         key: `(b, s, d'')`; `None` for `value`.
-        query_mask, value_mask, key_mask: bool, of shapes `(b, t)`, `(b, s)`
-            and `(b, s)`; Keras fills them in from the inputs' masks. Masked
-            queries give the output of attending to nothing.
-        attention_mask: bool. In linear mode only what is causal or padding
-            (see Raises); in exact mode anything that broadcasts to
-            `(b, t, s)` or `(b, n, t, s)`.
+        query_mask, value_mask, key_mask: bool, of shapes `(b, t)`, `(b, s)` and `(b, s)`; Keras
+            fills them in from the inputs' masks. Masked queries give the output of attending to
+            nothing.
+        attention_mask: bool. In linear mode only what is causal or padding (see Raises); in exact
+            mode anything that broadcasts to `(b, t, s)` or `(b, n, t, s)`.
         return_attention_scores: bool. Exact mode only.
         training: bool. Turns dropout on.
         use_causal_mask: bool. Query t attends to keys up to t.
         initial_state: state returned by an earlier call. Linear mode only.
-        return_state: bool. Also return the state after these keys, to go on
-            from. Linear mode only.
+        return_state: bool. Also return the state after these keys, to go on from. Linear mode only.
 
     Returns:
-        The output, of shape `(b, t, d)`; with `return_attention_scores`
-        `(output, scores)`, scores `(b, n, t, s)`; with `return_state`
-        `(output, state)`: named tuples of float32 tensors of constant shape,
-        batch first, see `get_initial_state`.
+        The output, of shape `(b, t, d)`; with `return_attention_scores` `(output, scores)`, scores
+        `(b, n, t, s)`; with `return_state` `(output, state)`: named tuples of float32 tensors of
+        constant shape, batch first, see `get_initial_state`.
 
     Raises:
         TypeError: for an argument that is unknown.
-        ValueError: for an `attention_mask` that linear attention can't
-            express, for scores asked of linear mode or a state of exact mode,
-            for a sliding window without a causal mask, and for sizes that do
-            not fit.
+        ValueError: for an `attention_mask` that linear attention can't express, for scores asked of
+            linear mode or a state of exact mode, for a sliding window without a causal mask, and
+            for sizes that do not fit.
 
     Example:
 
@@ -114,11 +107,11 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         options, kwargs = AttentionOptions.take(type(self), kwargs)
-        # Under Keras' own name the activity regularizer would apply to this
-        # layer's output and state, not to the projections.
+        # Under Keras' own name the activity regularizer would apply to this layer's output and
+        # state, not to the projections.
         dense_options, kwargs = DenseOptions.split(kwargs)
-        # Without autocast, or a state would arrive in half precision. The
-        # projections cast what they are given.
+        # Without autocast, or a state would arrive in half precision. The projections cast what
+        # they are given.
         super().__init__(autocast=False, **kwargs)
         if num_key_value_heads is None:
             num_key_value_heads = num_query_heads
@@ -200,14 +193,14 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return_state: bool = False,
     ) -> Tensor:
         """See the class."""
-        self._check_mode(return_attention_scores, initial_state, return_state)
         check_attention_mask(attention_mask, query.shape[1], value.shape[1])
         key_mask = merge_masks(value_mask, key_mask)
         if self.is_linear and attention_mask is not None:
             causal, padding = split_attention_mask(attention_mask)
             use_causal_mask = use_causal_mask or causal
             key_mask, attention_mask = merge_masks(key_mask, padding), None
-        self._check_causal(use_causal_mask)
+        with_state = return_state or initial_state is not None
+        self._check_call(use_causal_mask, return_attention_scores, with_state)
         is_self_attention = use_causal_mask or query is value
         key = value if key is None else key
 
@@ -244,21 +237,17 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         state = self._state_shapes.check(state, query.shape[0])
         return state if self.is_rotary else (state, None)
 
-    def _check_mode(
-        self, return_attention_scores: bool, initial_state: Tensor, return_state: bool
-    ) -> None:
-        if self.is_linear and return_attention_scores:
+    def _check_call(self, causal: bool, scores: bool, with_state: bool) -> None:
+        if self.is_linear and scores:
             raise ValueError(
                 '`return_attention_scores=True` needs `attention_mode="exact"`: linear '
                 "attention never forms the scores."
             )
-        if not self.is_linear and (return_state or initial_state is not None):
+        if not self.is_linear and with_state:
             raise ValueError(
                 '`initial_state` and `return_state` need `attention_mode="linear"`: exact '
                 "attention has no state of constant size."
             )
-
-    def _check_causal(self, causal: bool) -> None:
         if self.is_linear and self.options.sliding_window is not None and not causal:
             raise ValueError(
                 "`sliding_window` needs `use_causal_mask=True`: it holds the last tokens before a "
@@ -302,9 +291,9 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             batch_size: int, or scalar int tensor.
 
         Returns:
-            An `ops.State`, with a sliding window an `ops.WindowedState`; with
-            RoPE an `ops.PositionedState` of that and the tokens seen, `(b,)`.
-            See `ops.initial_state` for the shapes.
+            An `ops.State`, with a sliding window an `ops.WindowedState`; with RoPE an
+            `ops.PositionedState` of that and the tokens seen, `(b,)`. See `ops.initial_state` for
+            the shapes.
         """
         return self._state_shapes.zeros(batch_size)
 
@@ -330,10 +319,10 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return_state: bool = False,
     ) -> Tensor:
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
-        self._check_mode(return_attention_scores, initial_state, return_state)
         if self.is_linear and attention_mask is not None:
             use_causal_mask = split_attention_mask(attention_mask)[0] or use_causal_mask
-        self._check_causal(use_causal_mask)
+        with_state = return_state or initial_state is not None
+        self._check_call(use_causal_mask, return_attention_scores, with_state)
         batch_size, length = query.shape[:2]
         output = keras.KerasTensor(query.shape, dtype=self.compute_dtype)
         if return_attention_scores:
