@@ -137,8 +137,8 @@ def sequence_parallel_dark_attention(
         _check_window(sliding_window, key, initial_state, return_state)
         before = _window_before(axis, key, value, features, zeros, sliding_window, call)
     else:
-        own = absorb(key, value, features, zeros, call)
         others = () if initial_state is None else (shapes.check(initial_state, key.shape[0]),)
+        own = absorb(key, value, features, zeros, call)
         if causal:
             before = _added(_before(axis, own, axis.index), *others)
         if return_state or not causal:

@@ -10,6 +10,7 @@ from keras_darkformer.ops import dark_attention
 from keras_darkformer.ops.reference import dark_attention_reference
 
 from .cases import Case, assert_close, attend, attend_with_gradients, reference
+from .states import assert_state_is_of
 
 DTYPES = ["float32", "bfloat16", "float16"]
 ODD = {"rank": 5, "value_dim": 6, "masked": True, "weighted": True}
@@ -168,15 +169,24 @@ def test_tensorflow_sizes_may_be_unknown_until_the_run(causal, jit):
         for length, batch in ((63, 1), (130, 2), (4, 3))
     ]
 
-    def step(query, key, value, geometry, projection, key_mask, upstream):
+    def step(query, key, value, geometry, projection, key_mask, write_mask, upstream):
+        options = {"causal": causal, "key_mask": key_mask, "return_state": True}
+        if causal:
+            options["write_mask"] = write_mask
+
         def scalar(*tensors):
-            output = dark_attention(*tensors, projection, causal=causal, key_mask=key_mask)
-            return ops.sum(output * upstream), output
+            output, state = dark_attention(*tensors, projection, **options)
+            return ops.sum(output * upstream), (output, state)
 
         return differentiated(scalar, has_aux=True)(query, key, value, geometry)
 
+    def write_mask(case):
+        half = np.arange(case.length) < case.length // 2 + np.arange(case.batch)[:, None]
+        return half if causal else np.ones_like(half)
+
     def inputs(case):  # those of three dimensions have neither batch nor length
-        return *case.arrays, case.options["projection"], case.key_mask, case.upstream
+        masks = case.key_mask, write_mask(case)
+        return *case.arrays, case.options["projection"], *masks, case.upstream
 
     def spec(array):
         batch_and_length = [None, None] if array.ndim != 3 else array.shape[:2]
@@ -185,7 +195,8 @@ def test_tensorflow_sizes_may_be_unknown_until_the_run(causal, jit):
     signature = [spec(array) for array in inputs(cases[0])]
     function = tf.function(step, input_signature=signature, jit_compile=jit or None)
     for case in cases:
-        (_, output), gradients = to_numpy(function(*inputs(case)))
+        (_, (output, state)), gradients = to_numpy(function(*inputs(case)))
+        assert_state_is_of(state, case, written=case.key_mask & write_mask(case))
         expected, expected_gradients = reference(case)
         assert_close(output, expected)
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):

@@ -1,5 +1,7 @@
 """`write_mask`: which keys enter the state, while queries see all that `key_mask` lets them."""
 
+import functools
+
 import numpy as np
 import pytest
 from backends import value_and_gradients
@@ -28,6 +30,7 @@ MASKS = {
 KEY_MASK, WRITE_MASK = (np.stack(rows) for rows in zip(*MASKS.values(), strict=True))
 
 windows = pytest.mark.parametrize("window", [None, 5, 30])
+some_windows = pytest.mark.parametrize("window", [None, 5])
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ def test_state_holds_what_is_written_and_queries_see_all(window, chunk_size):
     assert_writes(case, *call(case, chunk_size=chunk_size, **masks))
 
 
-@windows
+@some_windows
 def test_without_a_key_mask_all_is_seen(window):
     case = case_of(window)
     output, state = call(case, write_mask=WRITE_MASK)
@@ -76,7 +79,7 @@ def test_without_a_key_mask_all_is_seen(window):
     assert_close(output_alone, output, 1e-6)
 
 
-@windows
+@some_windows
 def test_one_row_of_either_mask_is_for_all_rows(window):
     case = case_of(window)
     for rows, write_rows in ((slice(2, 3), slice(None)), (slice(None), slice(4, 5))):
@@ -91,7 +94,7 @@ def started(window):
     return call(case_of(window, length=8))[1]
 
 
-@windows
+@some_windows
 def test_state_is_that_of_a_call_on_what_is_written_alone(window):
     # A prompt behind its padding, and the same without what comes after.
     case, prompt = case_of(window), case_of(window, length=13)
@@ -150,11 +153,10 @@ def test_state_that_nothing_is_written_to_stays_as_it_was(window, length, start)
         assert_same_state(after, before, 1e-6)
 
 
-@pytest.mark.parametrize("remat", [True, False], ids=["remat", "kept"])
-@pytest.mark.parametrize("window", [None, 5])
-def test_gradients_through_what_is_written_are_those_through_a_call_on_it(window, remat):
+@some_windows
+def test_gradients_through_what_is_written_are_those_through_a_call_on_it(window):
     case, size = case_of(window, batch=2), 13
-    options = case.options | {"chunk_size": 7, "remat": remat}
+    options = case.options | {"chunk_size": 7}
     write_mask = (size > INDEX)[None]
 
     def loss(output, state):
@@ -164,8 +166,8 @@ def test_gradients_through_what_is_written_are_those_through_a_call_on_it(window
             ops.sum(x * x) for x in leaves
         )
 
-    def together(*arrays):
-        more = {"write_mask": write_mask, "return_state": True}
+    def together(*arrays, remat):
+        more = {"write_mask": write_mask, "return_state": True, "remat": remat}
         return loss(*dark_attention(*arrays, **options | more))
 
     def apart(*arrays):
@@ -173,15 +175,16 @@ def test_gradients_through_what_is_written_are_those_through_a_call_on_it(window
         _, state = dark_attention(*tokens, arrays[3], **options, return_state=True)
         return loss(dark_attention(*arrays, **options), state)
 
-    (value, gradients), (expected, expected_gradients) = (
-        value_and_gradients(function, *case.arrays) for function in (together, apart)
-    )
-    assert_close(value, expected, 1e-5)
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        assert_close(gradient, expected_gradient)
+    expected, expected_gradients = value_and_gradients(apart, *case.arrays)
+    for remat in (True, False):
+        function = functools.partial(together, remat=remat)
+        value, gradients = value_and_gradients(function, *case.arrays)
+        assert_close(value, expected, 1e-5)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert_close(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@some_windows
 def test_features_of_a_key_are_computed_once(window, monkeypatch):
     computed = []
     original = sums.log_key_features
