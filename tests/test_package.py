@@ -1,4 +1,5 @@
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -53,6 +54,7 @@ def imports(source, package=("keras_darkformer",)):
             yield from (x.value for x in node.args if isinstance(x, ast.Constant))
 
 
+@functools.cache
 def imports_of(path):
     package = ("keras_darkformer", *path.relative_to(PACKAGE).parent.parts)
     return set(imports(path.read_text(encoding="utf-8"), package))
