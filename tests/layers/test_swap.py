@@ -169,6 +169,7 @@ def test_weights_and_config_of_a_calibrated_model_restore_it(tmp_path):
     assert_close(twin.predict(X, verbose=0), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_anew_and_says_so(capsys):
     model = model_of()
     model.compile(keras.optimizers.Adam(0.02), "mse")
