@@ -38,6 +38,15 @@ def compiled(fn):
     return fn
 
 
+def graph(fn):
+    """`fn` traced once for each shape, where the backend can: quicker to call again and again."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(fn)
+    return compiled(fn)
+
+
 def run(fn, *arrays, jit=DEFAULT_JIT):
     """`fn` of backend tensors, called with and answering NumPy arrays."""
     tensors = [ops.convert_to_tensor(x) for x in arrays]

@@ -2,7 +2,8 @@
 
 import keras_hub
 import numpy as np
-from backends import to_numpy
+from backends import graph, to_numpy
+from keras import ops
 from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
 
 from keras_darkformer import convert_to_dark
@@ -85,6 +86,19 @@ def row(name, num_layers=3, **options):
     return _randomized(backbone)
 
 
+def task_of(name, num_layers=2, **options):
+    """A causal LM of a family, or an encoder with a classifier around it."""
+    if name in ("Gemma", "Gemma3"):
+        return {"Gemma": gemma, "Gemma3": gemma3}[name](
+            num_layers, use_sliding_window_attention=False, **options
+        )
+    model = row(name, num_layers, **options)
+    if name in CAUSAL:
+        return model
+    classifier = getattr(keras_hub.models, f"{name}TextClassifier")
+    return _randomized(classifier(backbone=model, num_classes=VOCABULARY, preprocessor=None))
+
+
 def _randomized(model, seed=1):
     """The model with weights under which attention is sharp and the next token hangs on it."""
     rng = np.random.default_rng(seed)
@@ -119,6 +133,17 @@ def scramble_geometries(model, seed=1):
     return model
 
 
+# The weights of a dark feature map of queries and keys that share a geometry.
+DARK_WEIGHTS = (
+    "geometry",
+    "projection",
+    "proposal",
+    "log_weight",
+    "query_shift",
+    "key_shift",
+)
+
+
 def blocks(model):
     return getattr(model, "backbone", model).transformer_layers
 
@@ -150,10 +175,21 @@ def inputs(*lengths, total=LENGTH, vocabulary=VOCABULARY, model=None):
 
 def outputs(model, batch):
     """The model called as it is now, past anything compiled earlier."""
-    result = model(batch)
+    return _of_tokens(model(batch))
+
+
+def _of_tokens(result):
     if isinstance(result, dict):  # of Bert's backbone
         result = result["sequence_output"]
     return to_numpy(result).astype("float32")
+
+
+def forward(model):
+    """As `outputs`, for many batches of one shape: compiled now where the backend compiles."""
+    call = graph(lambda batch: model(batch))
+    return lambda batch: _of_tokens(
+        call({name: ops.convert_to_tensor(array) for name, array in batch.items()})
+    )
 
 
 def values(model):

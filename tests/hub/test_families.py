@@ -1,29 +1,26 @@
-"""Families other than Gemma: the same call, the same promises."""
+"""Every family KerasHub has, asked the same, and what is peculiar to some.
 
-import json
-import re
+What all are asked is in family_checks.py, which benchmarks/compatibility.py goes
+through too, on three backends and for more than what is tried here.
+"""
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, compiled, to_numpy
-from fresh_process import run_python
-from keras import ops
+from backends import BACKEND, DEFAULT_JIT, to_numpy
 
 from keras_darkformer import (
-    approximation_report,
     calibrate,
     conversion_report,
     convert_to_dark,
     distil,
     hub,
-    transfer_attention,
 )
-from keras_darkformer.ops.reference import dark_attention_reference
 
+from . import family_checks
+from .family_checks import BY_NAME, CHECKS, GENERATES, Case, close
 from .models import (
-    CAUSAL,
     ENCODERS,
     LENGTH,
     ROWS,
@@ -38,214 +35,81 @@ from .models import (
     row,
     values,
 )
-from .searches import greedy_search
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 
-EXACT = {"attention_mode": "exact", "geometry_scale": 1.0, "layers": "all"}
-# One layer stays exact, with a key/value cache.
-MIXED = {"layers": [0, 2]}
-# Where a test compiles much and families differ little: one of each kind. What all of them do is
-# tried by benchmarks/compatibility.py too.
-KINDS = ("Llama", "Mixtral", "Qwen3", "Phi3", "GPT2", "Bert")
+# Families differ in how they are wired, which is the same on all backends: all of them are asked
+# where nothing has to be compiled, and elsewhere one of each kind. Gemma has all the other files.
+KINDS = ("Llama", "GPT2", "Bert")
+ASKED = tuple(BY_NAME) if BACKEND == "torch" else KINDS
+# What is asked of all of them; the others differ little between families.
+OF_ALL = (
+    "exact mode = source",
+    "kernel = reference",
+    "paths and report",
+    "mixed layers",
+    "preset",
+    "stock preset",
+)
+# What is asked of one of each kind, of more kinds where nothing has to be compiled.
+OF_KINDS = ("recurrent = parallel", "fit", "LoRA", "window")
+MORE_KINDS = ("Llama", "Mixtral", "Qwen3", "Phi3", "GPT2", "Bert") if BACKEND == "torch" else KINDS
+QUESTIONS = [
+    (family, check)
+    for family in ASKED
+    for check in (*OF_ALL, *(OF_KINDS if family in MORE_KINDS else ()))
+    if BY_NAME[family].causal or check not in GENERATES
+]
+if BACKEND == "torch":
+    QUESTIONS.insert(0, ("QwenMoe", "fit"))  # its experts ask for a mask while they are trained
 TASKS = [(name, task) for name in ENCODERS for task in ("MaskedLM", "TextClassifier")]
-
-
-def assert_close(actual, expected, tolerance=1e-4):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * scale)
-
-
-@pytest.fixture(scope="module", params=ROWS)
-def family(request):
-    return request.param
+if BACKEND != "torch":
+    TASKS = TASKS[:2]
 
 
 @pytest.fixture(scope="module")
-def stock(family):
-    return row(family)
+def case(request):
+    return Case(BY_NAME[request.param])
 
 
-@pytest.fixture(scope="module")
-def mixed(stock):
-    """A model of two dark layers and an exact one between them."""
-    return dark(stock, copy=True, **MIXED)
-
-
-@pytest.mark.parametrize("lengths", [(LENGTH,) * 3, (LENGTH, 5, 9)], ids=["full", "ragged"])
-def test_exact_mode_at_scale_one_is_the_source(stock, lengths):
-    batch = inputs(*lengths, model=stock)
-    converted = convert_to_dark(stock, copy=True, **EXACT)
-    expected = outputs(stock, batch)
-    assert_close(outputs(converted, batch), expected, tolerance=1e-5)
-    flatter = convert_to_dark(stock, copy=True, **EXACT | {"geometry_scale": 0.5})
-    assert np.abs(outputs(flatter, batch) - expected).max() > 0.01 * np.abs(expected).max()
-
-
-def named(layer, name):
-    return getattr(layer, name, None) or getattr(layer, f"_{name}")
-
-
-def projected(attention, x):
-    """Query, key and value as the stock layer makes them."""
-    query, key, value = (named(attention, f"{y}_dense")(x) for y in ("query", "key", "value"))
-    if hasattr(attention, "_query_dense_layer_norm"):
-        query = attention._query_dense_layer_norm(query)
-        key = attention._key_dense_layer_norm(key)
-    if hasattr(attention, "rotary_embedding_layer"):
-        query, key = map(attention.rotary_embedding_layer, (query, key))
-    return query, key, value
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_converted_layer_is_the_reference_between_its_own_projections(family, mixed, padded, rng):
-    attention = attentions(mixed)[-1]
-    x = ops.convert_to_tensor(rng.standard_normal((3, LENGTH, 32)), "float32")
-    mask = real(LENGTH, 9, 5) if padded else None
-    expected, _ = dark_attention_reference(
-        *to_numpy(projected(attention, x)),
-        to_numpy(attention.feature_map.geometry.value),
-        to_numpy(attention.feature_map.projection.value),
-        causal=family in CAUSAL,
-        key_mask=mask,
-    )
-    dense = named(attention, "output_dense")
-    expected = np.einsum("btnh,nhd->btd", expected, to_numpy(dense.kernel))
-    if dense.bias is not None:
-        expected += to_numpy(dense.bias)
-    given = None if mask is None else ops.cast(mask, "int32")
-    takes_two = isinstance(attention, keras.layers.MultiHeadAttention)
-    actual = attention(*[x, x] if takes_two else [x], attention_mask=given)
-    assert_close(to_numpy(actual), expected)
-
-
-@pytest.mark.parametrize("family", [x for x in KINDS if x in CAUSAL], scope="module")
-def test_recurrent_logits_equal_those_of_the_full_forward(family, mixed):
-    batch = inputs(LENGTH, LENGTH, LENGTH)
-    step = compiled(mixed.call_with_cache) if DEFAULT_JIT else mixed.call_with_cache
-    cache, logits = mixed.get_initial_cache(3, LENGTH), []
-    for start in range(LENGTH):
-        token_ids = ops.convert_to_tensor(batch["token_ids"][:, start : start + 1])
-        part, _, cache = step(token_ids, cache, start)
-        logits.append(to_numpy(part))
-    assert_close(np.concatenate(logits, axis=1), outputs(mixed, batch), tolerance=1e-3)
-
-
-@pytest.mark.parametrize("family", CAUSAL, scope="module")
-def test_greedy_generation_of_a_ragged_batch_equals_an_argmax_loop(family, mixed):
-    prompt = inputs(8, 2, 5)
-    expected = greedy_search(mixed, prompt)
-    assert len(set(expected[1, 2:])) > 2  # not one token over and over
-    mixed.compile(sampler="greedy")
-    found = mixed.generate(dict(prompt), stop_token_ids=None)["token_ids"]
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_stock_weights_stay_under_their_paths_and_only_feature_maps_are_new(stock, mixed):
-    # Some blocks of experts have a name from a counter.
-    before, after = (
-        {re.sub(r"moe_block_\d+", "moe_block", path): value for path, value in values(x).items()}
-        for x in (stock, mixed)
-    )
-    assert before.keys() <= after.keys()
-    new = {path.rsplit("/", 2)[1] for path in after.keys() - before.keys()}
-    assert new == {"feature_map"}
-    for path, value in before.items():
-        np.testing.assert_array_equal(after[path], value, err_msg=path)
-
-
-def test_a_report_names_the_layers(family, mixed):
-    report = conversion_report(mixed)
-    assert (report["converted"], report["left"]) == ([0, 2], [1])
-    kind = "local" if family == "Mistral" else "global"
-    assert {layer["kind"] for layer in report["layers"]} == {kind}
-
-
-@pytest.mark.parametrize("family", KINDS, scope="module")
-def test_calibration_transfer_and_report(family, stock):
-    options = {"sliding_window": WINDOW - 1 if family in CAUSAL else None, "tie_geometry": False}
-    model = convert_to_dark(stock, num_features=16, copy=True, layers="all", **options)
-    batch = inputs(LENGTH, 5, 9, model=stock)
-    calibrate(model, batch, refine=False, verbose=False)
-    assert {feature_map.form for feature_map in feature_maps(model)} == {"centered"}
-    history = transfer_attention(
-        model, batch, steps=6, validate_every=1, learning_rate=3e-2, verbose=0
-    )
-    losses = history.history["loss"]
-    assert losses[-1] < 0.9 * losses[0]
-    report = approximation_report(model, batch).summary()
-    assert np.isfinite(list(report["relative_error"].values())).all()
-    # Summed over the layers, and from before the last step.
-    np.testing.assert_allclose(3 * report["kl"]["dark"], losses[-1], rtol=0.5)
-
-
-SAVE_AND_LOAD = """
-    import json, sys
-    import keras, numpy as np
-    import keras_darkformer
-
-    folder, names = sys.argv[1], json.loads(sys.argv[2])
-    results = {}
-    for name in names:
-        model = keras.saving.load_model(f"{folder}/{name}.keras")
-        batch = dict(np.load(f"{folder}/{name}_batch.npz"))
-        output = model(batch)
-        if isinstance(output, dict):
-            output = output["sequence_output"]
-        np.save(f"{folder}/{name}_loaded.npy", keras.ops.convert_to_numpy(output))
-        results[name] = type(model).__name__
-    print(json.dumps(results))
-"""
-
-
-@pytest.mark.slow
-def test_a_saved_model_of_any_family_is_the_same_in_a_fresh_process(tmp_path):
-    expected = {}
-    for name in ROWS:
-        model = dark(row(name), **MIXED)
-        batch = inputs(LENGTH, 5, 9, model=model)
-        model.save(tmp_path / f"{name}.keras")
-        np.savez(tmp_path / f"{name}_batch.npz", **batch)
-        expected[name] = type(model).__name__, outputs(model, batch)
-    classes = json.loads(run_python(SAVE_AND_LOAD, tmp_path, json.dumps(list(ROWS))))
-    for name, (class_name, output) in expected.items():
-        assert classes[name] == class_name
-        assert_close(np.load(tmp_path / f"{name}_loaded.npy"), output, tolerance=1e-5)
-
-
-def test_presets_load_through_the_stock_backbone_class(family, mixed, tmp_path):
-    backbone = getattr(mixed, "backbone", mixed)
-    backbone.save_to_preset(tmp_path)
-    loaded = getattr(keras_hub.models, f"{family}Backbone").from_preset(str(tmp_path))
-    assert type(loaded) is type(backbone) is getattr(hub, f"Dark{family}Backbone")
-    batch = inputs(LENGTH, 5, 9, model=backbone)
-    np.testing.assert_array_equal(outputs(loaded, batch), outputs(backbone, batch))
-
-
-def test_stock_presets_load_as_dark_models(family, stock, tmp_path):
-    backbone = getattr(stock, "backbone", stock)
-    backbone.save_to_preset(tmp_path)
-    loaded = getattr(hub, f"Dark{family}Backbone").from_preset(str(tmp_path), num_features=12)
-    assert conversion_report(loaded)["num_features"] == 12
-
-
-@pytest.mark.parametrize("family", KINDS, scope="module")
-def test_fit_moves_every_geometry_and_no_projection(family, stock):
-    model = dark(stock, copy=True, **MIXED)
-    batch = inputs(LENGTH, 5, 9, model=stock)
-    before = values(model)
-    if family in CAUSAL:
-        target, loss = batch["token_ids"], keras.losses.SparseCategoricalCrossentropy(True)
+@pytest.mark.parametrize(("case", "check"), QUESTIONS, indirect=["case"], ids=str)
+def test_a_family_does(case, check):
+    if check == "window" and not case.family.causal:  # whose attention has no window
+        with pytest.raises(ValueError, match="`sliding_window` needs causal attention"):
+            CHECKS[check](case)
+        CHECKS["calibrate, transfer, report"](case)
     else:
-        target = model(batch)
-        target = keras.tree.map_structure(lambda x: 0 * to_numpy(x) + 1, target)
-        loss = "mse"
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss=loss, jit_compile=False)
-    keras.Model.fit(model, batch, target, batch_size=3, verbose=0)
-    after = values(model)
-    still = {path for path in after if np.array_equal(before[path], after[path])}
-    assert {path for path in after if path.endswith("projection")} <= still
-    assert not {path for path in after if path.endswith("geometry")} & still
+        CHECKS[check](case)
+
+
+def test_what_comes_of_a_check_is_told_apart(monkeypatch):
+    """For the table of what works with which family."""
+
+    def refuse(case):
+        calibrate(case.dark, [], verbose=False)
+
+    def fail_if_dark(case):
+        if case.is_dark:
+            raise RuntimeError("it is dark")
+
+    def fail(case):
+        raise RuntimeError("by\nitself")
+
+    checks = {"refuse": refuse, "fail if dark": fail_if_dark, "fail": fail, "beam": fail}
+    checks["pass"] = lambda case: None
+    monkeypatch.setattr(family_checks, "CHECKS", checks)
+    case = Case(BY_NAME["Llama"])
+    found = {name: family_checks.outcome(case, name) for name in checks}
+    assert found == {
+        "refuse": ("refused", "ValueError: `data` has no batches."),
+        "fail if dark": ("failed", "RuntimeError: it is dark"),
+        "fail": ("stock fails", "RuntimeError: by itself"),
+        "beam": ("stock fails", "RuntimeError: by itself"),
+        "pass": ("passed", ""),
+    }
+    assert family_checks.outcome(Case(BY_NAME["Bert"]), "beam") == ("-", "an encoder")
+    monkeypatch.setattr(family_checks, "OURS", {"fail"})
+    assert family_checks.outcome(case, "fail") == ("failed", "RuntimeError: by itself")
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)
@@ -266,6 +130,7 @@ def test_encoder_tasks_are_converted_trained_and_saved_as_presets(name, task, tm
     model.compile(
         optimizer=keras.optimizers.Adam(1e-2),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=DEFAULT_JIT,
     )
     keras.Model.fit(model, batch, labels, batch_size=3, verbose=0)
     geometry = next(path for path in before if path.endswith("geometry"))
@@ -313,17 +178,6 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
     np.testing.assert_array_equal(outputs(loaded, batch), outputs(model.backbone, batch))
 
 
-@pytest.mark.parametrize("family", KINDS, scope="module")
-def test_lora_leaves_geometries_trainable(family):
-    def trainable(model):
-        backbone = getattr(model, "backbone", model)
-        backbone.enable_lora(2)
-        return {weight.path.rsplit("/", 1)[1] for weight in model.trainable_weights}
-
-    expected = trainable(row(family, num_layers=1)) | {"geometry"}
-    assert trainable(convert_to_dark(row(family, num_layers=1), num_features=16)) == expected
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -348,6 +202,19 @@ def test_attention_scores_and_masks_of_pairs_are_refused():
         attention(x, x, return_attention_scores=True)
     with pytest.raises(ValueError, match="padding mask, not one of pairs"):
         attention(x, x, attention_mask=np.ones((2, 5, 5), "bool"))
+    with pytest.raises(ValueError, match="would change what this layer computes"):
+        attention(x, x, use_causal_mask=True)
+
+
+def test_masks_that_keras_hands_on_are_padding_masks(rng):
+    (attention,) = attentions(convert_to_dark(row("Bert", num_layers=1), num_features=16))
+    x, mask = rng.standard_normal((2, 5, 32)).astype("float32"), real(5, 3, total=5)
+    expected = to_numpy(attention(x, x, attention_mask=mask))
+    for masks in ({"value_mask": mask}, {"key_mask": mask}, {"value_mask": mask, "key_mask": mask}):
+        np.testing.assert_allclose(to_numpy(attention(x, x, **masks)), expected, rtol=1e-6)
+    others = {"attention_mask": real(5, 4, total=5), "value_mask": mask}
+    np.testing.assert_allclose(to_numpy(attention(x, x, **others)), expected, rtol=1e-6)
+    assert np.abs(to_numpy(attention(x, x)) - expected).max() > 1e-3
 
 
 def test_position_offsets_are_refused_without_rotary_positions():
@@ -364,7 +231,7 @@ def test_exact_mode_has_a_geometry_before_the_rotation_too(name, geometry):
     batch = inputs(LENGTH, 5, 9)
     before = convert_to_dark(source, rope_geometry=geometry, geometry_scale=0.5, **options)
     after = convert_to_dark(source, geometry_scale=0.5, **options)
-    assert_close(outputs(before, batch), outputs(after, batch))
+    close(outputs(before, batch), outputs(after, batch))
     for feature_map in feature_maps(before):
         scale = np.linspace(0.5, 1.5, feature_map.geometry.shape[-1])
         feature_map.geometry.assign(to_numpy(feature_map.geometry.value) * scale)
