@@ -7,6 +7,7 @@ from backends import BACKEND
 from keras_hub.models import GemmaCausalLMPreprocessor, GemmaTokenizer
 
 from .models import VOCABULARY
+from .saved import Saved
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -65,6 +66,11 @@ def sentencepiece_proto(texts):
         minloglevel=2,
     )
     return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def saved(sentencepiece_proto, tmp_path_factory):
+    return Saved(tmp_path_factory.mktemp("saved"), sentencepiece_proto)
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """A stream is the model reading everything at once, whatever it was read in and wherever."""
 
-import json
-
 import numpy as np
 import pytest
 from backends import to_numpy
-from fresh_process import run_python
 from keras_hub.samplers import RandomSampler
 
 from keras_darkformer.hub import Stream
@@ -72,33 +69,6 @@ def test_a_loaded_stream_goes_on_exactly(model, tmp_path):
     assert (loaded.position, loaded.max_length) == (9, stream.max_length)
     np.testing.assert_array_equal(to_numpy(loaded.read(TOKENS[:, 9:])), expected[0])
     np.testing.assert_array_equal(loaded.write(5), expected[1])
-
-
-GO_ON = """
-    import json, sys
-    import keras, keras_hub, numpy as np
-    from keras_darkformer.hub import Stream
-
-    folder = sys.argv[1]
-    # KerasHub loads presets as float32 unless told.
-    options = {"preprocessor": None, "dtype": "bfloat16"}
-    model = keras_hub.models.CausalLM.from_preset(folder + "/preset", **options)
-    model.compile(sampler="greedy")
-    stream = Stream.load(folder + "/text.npz", model)
-    print(json.dumps(stream.write(6).tolist()))
-"""
-
-
-@pytest.mark.slow
-def test_a_stream_goes_on_in_a_fresh_process(tmp_path):
-    model = dark(gemma2(dtype="bfloat16"))
-    model.compile(sampler="greedy")
-    stream = stream_of(model)
-    stream.read(TOKENS)
-    stream.save(tmp_path / "text.npz")
-    model.save_to_preset(tmp_path / "preset")
-    written = json.loads(run_python(GO_ON, tmp_path).splitlines()[-1])
-    np.testing.assert_array_equal(written, stream.write(6))
 
 
 def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
