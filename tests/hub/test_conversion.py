@@ -9,7 +9,18 @@ from keras_hub.samplers import TopKSampler
 
 from keras_darkformer import conversion_report, convert_to_dark
 
-from .models import FAMILIES, LENGTH, WINDOW, gemma, gemma2, gemma3, inputs, outputs, values
+from .models import (
+    DARK_WEIGHTS,
+    FAMILIES,
+    LENGTH,
+    WINDOW,
+    gemma,
+    gemma2,
+    gemma3,
+    inputs,
+    outputs,
+    values,
+)
 
 EXACT = {"attention_mode": "exact", "geometry_scale": 1.0}
 FULL, RAGGED = inputs(LENGTH, LENGTH, LENGTH), inputs(LENGTH, 5, 9)
@@ -90,7 +101,7 @@ def test_stock_weights_stay_under_their_paths_and_only_feature_maps_are_new(stoc
     new = {
         f"decoder_block_{index}/attention/feature_map/{name}"
         for index in conversion_report(converted)["converted"]
-        for name in ("geometry", "projection")
+        for name in DARK_WEIGHTS
     }
     assert after.keys() == before.keys() | new
     for path, value in before.items():

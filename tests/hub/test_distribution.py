@@ -16,10 +16,10 @@ from . import models
 
 MAP, HEADS = "get_layout_map", "num_key_value_heads"
 SHARDED = ("Gemma", "Llama", "Llama3", "Qwen", "QwenMoe", "Qwen3Moe")
-FORMS = {
-    "random": {"tie_geometry": False, "sliding_window": 3},
-    "centered": {"sliding_window": 3},
-    "free": {},
+MAPS = {
+    "two geometries": {"tie_geometry": False, "sliding_window": 3},
+    "window": {"sliding_window": 3},
+    "exponential": {"feature_map": "exponential"},
     "planes": {"rope_geometry": "planes"},
 }
 
@@ -56,13 +56,11 @@ def test_stock_weights_keep_their_layouts_and_feature_maps_are_split_by_heads(na
     assert ours == stock
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_weight_of_every_form_matches_one_pattern(form):
-    dark = models.dark(models.gemma(), **FORMS[form])
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
+def test_every_weight_of_every_feature_map_matches_one_pattern(options):
+    dark = models.convert_to_dark(models.gemma(), num_features=16, **options)
     layout_map = type(dark.backbone).get_layout_map(mesh(2, 2))
     for feature_map in models.feature_maps(dark):
-        if form in ("centered", "free"):
-            feature_map.set_form(form)
         assert len(feature_map.weights) >= 2
         for weight in feature_map.weights:
             assert tuple(layout_map[weight.path].axes) == ("model",)
@@ -82,7 +80,8 @@ def test_heads_that_cannot_be_split_are_kept_whole(name):
     for path in changed:  # nothing is asked of an axis of size 1
         for size, axis in zip(weights[path].shape, whole[path], strict=False):
             assert size != 1 or axis is None
-    assert len(changed) == len(models.feature_maps(dark)) * 4
+    weights_of_maps = sum(len(x.weights) for x in models.feature_maps(dark))
+    assert len(changed) == weights_of_maps + 2 * len(models.feature_maps(dark))
 
 
 def test_heads_that_can_be_split_are():
@@ -113,7 +112,6 @@ CODE = """
             if heads == 2:  # as many layers; to have it quick, one of them is not calibrated
                 calibrate(model, batch, method="spectral", refine=False, verbose=0)
             feature_map = models.feature_maps(model)[0]
-            feature_map.set_form("centered")
             feature_map.redraw(3)
             placed = {}  # the size of a shard by heads, and how many devices hold one
             for weight in feature_map.weights:

@@ -6,23 +6,30 @@ from backends import DEFAULT_JIT, MODES, compiled, largest_intermediate, to_nump
 from keras import ops
 from keras_hub.samplers import BeamSampler
 
-from keras_darkformer.hub.attention import PAD, WRITE
+from keras_darkformer.hub.attention import Code
 from keras_darkformer.hub.causal_lm import DarkCausalLM
 
-from .models import FAMILIES, LENGTH, dark, gemma, inputs, outputs
+from .models import LENGTH, dark, gemma, gemma2, gemma3, inputs, outputs
 from .searches import beam_search, greedy_search
 
 RAGGED = inputs(8, 2, 5)
 
 
+# Gemma 2 and 3 have a layer left exact, with a window and a key/value cache, and a dark one.
+BUILDERS = {
+    "gemma": lambda: dark(gemma()),
+    "gemma2": lambda: dark(gemma2()),
+    "gemma3": lambda: dark(gemma3(num_layers=2), layers=[1]),
+}
+
+
 def _family(name):
-    # Gemma 2 has a dark layer and one left exact.
     return pytest.param(name, marks=() if name == "gemma2" else pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=map(_family, FAMILIES))
+@pytest.fixture(scope="module", params=map(_family, BUILDERS))
 def model(request):
-    return dark(FAMILIES[request.param]())
+    return BUILDERS[request.param]()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +112,7 @@ def test_pieces_bound_the_memory_of_a_prefill():
 
 def test_the_whole_prompt_in_the_prefilled_state_would_be_wrong(model, by_argmax, monkeypatch):
     def whole(self, padding_mask, start):
-        return ops.where(ops.cast(padding_mask, "bool"), WRITE, PAD)
+        return ops.where(ops.cast(padding_mask, "bool"), Code.WRITE.value, Code.PAD.value)
 
     monkeypatch.setattr(DarkCausalLM, "_prefill_mask", whole)
     model.compile(sampler="greedy")

@@ -20,8 +20,11 @@ def projected(attention, x):
     query, key = attention.query_dense(x), attention.key_dense(x)
     if getattr(attention, "use_query_key_norm", False):
         query, key = attention.query_norm(query), attention.key_norm(key)
-    rotate = attention.stock_cls._apply_rope
-    return rotate(attention, query, 0), rotate(attention, key, 0), attention.value_dense(x)
+    return (
+        attention._apply_rope(query, 0),
+        attention._apply_rope(key, 0),
+        attention.value_dense(x),
+    )
 
 
 def assert_attends(actual, expected, attention):

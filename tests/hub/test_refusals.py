@@ -69,6 +69,35 @@ def test_a_bad_argument_is_named_and_the_model_stays(stock, name, value):
     refused(stock, ValueError, name, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("num_feature", "num_features"), ("window", "sliding_window"), ("copies", "copy")],
+)
+def test_an_unknown_argument_is_named_with_the_nearest_known_one(stock, name, nearest):
+    message = f"`convert_to_dark` has no argument `{name}`. Did you mean `{nearest}`"
+    refused(stock, TypeError, re.escape(message), **{name: 1})
+
+
+def test_an_argument_like_no_other_is_named_alone(stock):
+    refused(stock, TypeError, "no argument `xyzzy`.$", xyzzy=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_features": [16, 16, 16]}, "one for each of the 2 converted layers"),
+        ({"feature_map": ["dark"]}, "one for each of the 2 converted layers"),
+        ({"feature_map": "hedgehog"}, "feature_map"),
+        ({"num_features": [16, 0]}, "num_features"),
+        ({"feature_map": "exponential", "sliding_window": 4}, "sliding_window"),
+        ({"rope_geometry": "before", "rank": 4}, "rank"),
+    ],
+    ids=str,
+)
+def test_what_layers_can_not_be_is_refused(stock, options, message):
+    refused(stock, ValueError, message, layers="all", **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"copy": True}], ids=["in_place", "copy"])
 def test_a_backbone_stays_too(stock, options):
     refused(stock.backbone, ValueError, "layers", layers=[2], **options)

@@ -25,6 +25,8 @@ KEYS = {
 }
 # Two key/value heads, heads of 8.
 GEOMETRY, PROJECTION = 2 * 8 * 8, 2 * 16 * 8
+# What calibration sets beside them: proposal and two shifts, and a weight for each feature.
+CALIBRATED = 2 * 3 * 8 + 2 * 16
 
 
 @pytest.fixture(scope="module", params=["model", "backbone"])
@@ -71,7 +73,7 @@ def test_it_says_what_was_dropped_and_why(report):
 def test_its_counts_add_up(report, counted):
     before, converted = counted
     new = report["new_parameters"]
-    assert new == {"trainable": 2 * GEOMETRY, "non_trainable": 2 * PROJECTION}
+    assert new == {"trainable": 2 * GEOMETRY, "non_trainable": 2 * (PROJECTION + CALIBRATED)}
     assert sum(layer["new_parameters"] for layer in report["layers"]) == sum(new.values())
     assert report["parameters"] == before + sum(new.values()) == converted.count_params()
 
@@ -79,7 +81,7 @@ def test_its_counts_add_up(report, counted):
 def test_trained_projections_count_as_trainable():
     options = {"num_features": 16, "train_geometry": False, "train_projection": True}
     new = conversion_report(convert_to_dark(gemma3(), **options))["new_parameters"]
-    assert new == {"trainable": PROJECTION, "non_trainable": GEOMETRY}
+    assert new == {"trainable": PROJECTION, "non_trainable": GEOMETRY + CALIBRATED}
 
 
 def test_it_prints_as_a_table(report):
@@ -88,4 +90,4 @@ def test_it_prints_as_a_table(report):
         assert part in " ".join(text.split())
     rows = [line for line in text.splitlines() if " dark (linear) " in line]
     assert len(rows) == 2
-    assert f"{GEOMETRY + PROJECTION:,}" in rows[0]
+    assert f"{GEOMETRY + PROJECTION + CALIBRATED:,}" in rows[0]

@@ -63,7 +63,7 @@ def test_fit_on_strings_moves_every_geometry_and_no_projection(preprocessor, tex
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Converting")
 def test_fit_moves_every_weight_of_gemma3():
-    model = convert_to_dark(gemma3(), layers=[4, 5], num_features=16)
+    model = convert_to_dark(gemma3(num_layers=3), layers=[1, 2], num_features=16)
     _, moved = fitted(model, ids_and_labels())
     assert moved == trainable(model)
     assert len(feature_map_paths(model, "geometry") & moved) == 2

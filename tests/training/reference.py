@@ -35,7 +35,7 @@ def feature_scores(feature_map, query, key):
         for name, value in w.items()
     }
     key = _per_query(key, query)
-    if feature_map.form == "free":
+    if "query_kernel" in w:
         log_query = np.einsum("btnh,nhm->bntm", query, each["query_kernel"])
         log_key = np.einsum("bsnh,nhm->bnsm", key, each["key_kernel"])
         return _log_products(log_query, log_key + each["key_bias"][:, None])

@@ -42,7 +42,8 @@ def stock_heads(model, batch, offset=0):
 def positions(model):
     """A list that fills with the first positions that a model's layers rotate by."""
     seen = []
-    stock_cls = attentions(model)[0].stock_cls
+    mro = type(attentions(model)[0]).__mro__
+    stock_cls = next(cls for cls in mro if "_apply_rope" in vars(cls))
     rotation = stock_cls._apply_rope
 
     def apply_rope(self, x, start, **kwargs):

@@ -37,8 +37,7 @@ def quietly(model, data, **options):
 
 def refitted(feature_map, heads, number, seed=0, **options):
     """A map of the same config, fitted to arrays by its own `calibrate`."""
-    config = feature_map.get_config() | {"form": "random", "sliding_window": None}
-    fresh = DarkFeatureMap.from_config(config | {"window_only": False})
+    fresh = type(feature_map).from_config(feature_map.get_config() | {"sliding_window": None})
     of_layer = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     masks = {"query_mask": heads.mask, "key_mask": heads.mask}
     fresh.calibrate(
@@ -102,7 +101,7 @@ def test_a_plain_model_is_fitted_to_what_its_weights_say_in_float64():
         return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
     attention = next(x for x in block._flatten_layers() if hasattr(x, "feature_map"))
-    fresh = DarkFeatureMap.from_config(attention.feature_map.get_config() | {"form": "random"})
+    fresh = DarkFeatureMap.from_config(attention.feature_map.get_config())
     seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
     query, key = rotated(attention.query_dense), rotated(attention.key_dense)
     fresh.calibrate(query, key, causal=True, max_tokens=4096, seed=seed)
@@ -286,17 +285,18 @@ def test_an_error_in_one_layer_leaves_all_layers_as_they_were(break_it, options,
     assert after.keys() == before.keys()
     for path, value in before.items():
         np.testing.assert_array_equal(after[path], value, err_msg=path)
-    assert all(x.form == "random" for x in feature_maps(model))
+    assert all(x.kind == "dark" for x in feature_maps(model))
     assert all(x.observer is None and x.position_offset is None for x in attentions(model))
 
 
-def test_a_compiled_model_is_compiled_again_when_forms_change():
-    model, prompt = dark_gemma()[1], inputs(8, 2, 5)
+def test_a_compiled_model_is_compiled_again_when_feature_maps_change(capsys):
+    model, prompt = dark_gemma(lambda: gemma(num_layers=1))[1], inputs(8, 2, 5)
     model.compile(optimizer=keras.optimizers.SGD(0.25), sampler="greedy")
     model.generate(dict(prompt), stop_token_ids=None)
     model.optimizer.build(model.trainable_variables)
     first = model.optimizer
-    quietly(model, BATCHES, method="clusters", refine=False)
+    calibrate(model, BATCHES, method="clusters", refine=False)
+    assert "1 of 1 feature maps are of another class" in " ".join(capsys.readouterr().out.split())
     assert model.optimizer is not first
     assert float(model.optimizer.learning_rate) == 0.25
     found = model.generate(dict(prompt), stop_token_ids=None)["token_ids"]
@@ -304,8 +304,12 @@ def test_a_compiled_model_is_compiled_again_when_forms_change():
     labels = np.zeros((3, LENGTH), "int32")
     model.fit(prompt, labels, batch_size=3, verbose=0)  # new weights are the optimizer's, too
     second = model.optimizer
-    quietly(model, BATCHES, method="clusters", refine=False)
-    assert model.optimizer is second  # the form is the same
+    calibrate(model, BATCHES, method="clusters", refine=False)
+    assert "compiled anew" not in capsys.readouterr().out
+    assert model.optimizer is second  # the class is the same
+    quietly(model, BATCHES)  # and back again
+    assert model.optimizer is not second
+    assert [x.kind for x in feature_maps(model)] == ["dark"]
 
 
 @pytest.mark.slow
@@ -402,21 +406,20 @@ def test_short_sequences_beside_long_ones_do_no_harm():
 
 @pytest.mark.slow
 def test_auto_takes_clusters_only_where_they_can_be_had():
-    _, model = dark_gemma()
-    quietly(model, BATCHES, method="auto")
-    assert {x.form for x in feature_maps(model)} <= {"free", "centered", "random"}
     _, model = dark_gemma(sliding_window=4)
     quietly(model, BATCHES, method="auto")
-    assert "free" not in {x.form for x in feature_maps(model)}
+    assert {x.kind for x in feature_maps(model)} == {"dark"}
     with pytest.raises(ValueError, match="does not go with a `sliding_window`"):
         quietly(model, BATCHES, method="clusters")
 
 
 def test_calibration_shows_in_the_config():
     model = dark_gemma()[1]
+    assert model.backbone.get_config()["feature_map"] == "dark"
     quietly(model, BATCHES, method="clusters", refine=False)
     config = json.loads(json.dumps(model.backbone.get_config()))
-    assert config["feature_forms"] == ["free", "free"]
+    assert config["feature_map"] == "exponential"
+    assert {x.kind for x in feature_maps(model)} == {"exponential"}
     twin = type(model.backbone).from_config(config)
     twin.set_weights(model.backbone.get_weights())
     np.testing.assert_allclose(

@@ -30,7 +30,7 @@ BATCH = inputs(14, 9, 5)
 class Performer:
     """As much of a feature map as `feature_scores` reads."""
 
-    form, sliding_window = "random", None
+    sliding_window = None
 
     def __init__(self, num_heads, head_dim, num_features, seed):
         self.num_features = num_features

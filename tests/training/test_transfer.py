@@ -9,8 +9,9 @@ from backends import run, to_numpy
 from hub.models import LENGTH, attentions, feature_maps, gemma, inputs, values
 from keras import ops
 
-from keras_darkformer import DarkFeatureMap, calibrate, transfer_attention
-from keras_darkformer.layers.observation import Observation
+from keras_darkformer import calibrate, transfer_attention
+from keras_darkformer.layers.feature_maps import BY_KIND
+from keras_darkformer.layers.heads import Heads
 from keras_darkformer.training.transfer import OBJECTIVES, transfer_loss
 
 from .models import dark_gemma, plain, tokens
@@ -55,11 +56,10 @@ def held_out_loss(stock, model):
 
 
 MAPS = {
-    "random": {},
+    "dark": {},
     "two geometries": {"tie_geometry": False},
-    "centered": {"form": "centered"},
-    "free": {"form": "free"},
-    "window": {"form": "centered", "sliding_window": 3, "num_query_heads": 4},
+    "exponential": {"feature_map": "exponential"},
+    "window": {"sliding_window": 3, "num_query_heads": 4},
 }
 
 
@@ -67,7 +67,8 @@ MAPS = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
 def test_the_loss_is_what_float64_says_for_grouped_heads(options, objective, masked, rng):
-    feature_map = DarkFeatureMap(2, 4, 8, seed=0, **options)
+    of_kind = BY_KIND[options.get("feature_map", "dark")]
+    feature_map = of_kind(2, 4, num_features=8, seed=0, **options)
     feature_map.build()
     for weight in feature_map.weights:
         value = to_numpy(weight.value)
@@ -76,16 +77,9 @@ def test_the_loss_is_what_float64_says_for_grouped_heads(options, objective, mas
     mask = np.arange(7) < np.array([[4], [7]]) if masked else None
 
     def loss(query, key, value):
-        observation = Observation(
-            query,
-            key,
-            value,
-            lambda x: x,
-            lambda x: x,
-            causal=True,
-            key_mask=None if mask is None else ops.convert_to_tensor(mask),
-        )
-        return transfer_loss(feature_map, observation, objective)
+        key_mask = None if mask is None else ops.convert_to_tensor(mask)
+        heads = Heads(query, key, value, causal=True, key_mask=key_mask)
+        return transfer_loss(feature_map, heads, objective)
 
     expected = expected_loss(feature_map, (*arrays, mask), objective)
     assert expected > 0.01
