@@ -13,9 +13,17 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 
-from common import backend, environment, in_process, peak, print_table, reset_peak, write
+from common import (
+    backend,
+    default_clock,
+    environment,
+    in_process,
+    peak,
+    print_table,
+    reset_peak,
+    write,
+)
 
 SIZES = {
     "num_layers": 1,
@@ -49,9 +57,9 @@ def measure(args, top_k):
         )
         return peak() - before
 
-    ends = []
+    ends, clock = [], default_clock()
     watch = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs=None: ends.append(time.perf_counter())
+        on_train_batch_end=lambda batch, logs=None: ends.append(clock())
     )
     distil(64 if top_k is None else 2 * top_k, 16)  # imports and first calls are done after it
     taken = distil(args.vocabulary, args.length, [watch])

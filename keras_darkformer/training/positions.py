@@ -36,10 +36,8 @@ class Parts:
         history = getattr(getattr(model, "output", None), "_keras_history", None)
         if history is None:  # not functional, or with several outputs
             return
-        last, arguments = (
-            history.operation,
-            history.operation._inbound_nodes[history.node_index].arguments,
-        )
+        last = history.operation
+        arguments = last._inbound_nodes[history.node_index].arguments
         # An embedding in reverse, from hidden states to logits.
         if not isinstance(last, keras.layers.Dense | keras.layers.Embedding):
             return

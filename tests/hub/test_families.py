@@ -157,7 +157,7 @@ def test_a_classifier_is_not_distilled():
     teacher = build(backbone=row("Bert", num_layers=1), num_classes=2, preprocessor=None)
     student = convert_to_dark(teacher, num_features=16, copy=True)
     batch = inputs(LENGTH, 5, 9, model=teacher.backbone)
-    with pytest.raises(ValueError, match=r"logits of tokens.*shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"logits of tokens.*shape \((3|None), 2\)"):
         distil(student, teacher, batch, steps=1, verbose=0)
 
 
