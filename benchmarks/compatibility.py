@@ -1,12 +1,12 @@
-"""What works with which KerasHub family on which backend: tries it, and fills the table.
+"""What works with which KerasHub family on which backend: tries it.
 
     KERAS_BACKEND=torch python benchmarks/compatibility.py
     KERAS_BACKEND=torch python benchmarks/compatibility.py --families Llama --checks beam export
 
 Runs the checks of tests/hub/family_checks.py, of which the tests run a part, on
 tiny models of random weights of every family. Writes
-results/compatibility_BACKEND.json, and the table in docs/compatibility.md from
-those of all backends.
+results/compatibility_BACKEND.json; `tables.py` fills the table in
+docs/compatibility.md from those of all backends.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import time
 
 import keras
 from common import BENCHMARKS, RESULTS, backend, environment, write
-from compatibility_table import fill
 
 sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
 from hub.family_checks import BY_NAME, CHECKS, Case, outcome
@@ -52,7 +51,6 @@ def main():
             "compatibility",
             {"environment": environment("keras-hub", "tensorflow"), "outcomes": outcomes},
         )
-    fill()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 import json
 
-from common import BENCHMARKS, RESULTS
+from common import RESULTS
 
-PAGE = BENCHMARKS.parent / "docs" / "compatibility.md"
-START, END = "<!-- table: compatibility -->", "<!-- end -->"
 SHORT = {"tensorflow": "TF", "jax": "JAX", "torch": "PT"}
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
@@ -42,14 +40,3 @@ def compatibility():
     versions = {b: result["environment"]["versions"] for b, result in found.items()}
     used = [f"{NAMES[b]} {of[b]} with Keras {of['keras']}" for b, of in versions.items()]
     return "\n".join([*lines, "", f"{', '.join(used)}."])
-
-
-def fill():
-    """Writes the table into its place on the page."""
-    before, _, rest = PAGE.read_text("utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n\n{compatibility()}\n\n{END}{after}", "utf-8")
-
-
-if __name__ == "__main__":
-    fill()

@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 
+import compatibility_table
 import quality_tables as quality
 import speed_tables as speed
 from common import BENCHMARKS, RESULTS
@@ -32,6 +33,7 @@ MARK = re.compile(r"<!-- (\w+)(?:: (.*))? -->")
 END = "<!-- end -->"
 TABLES = {
     "attention": speed.attention,
+    "compatibility": compatibility_table.compatibility,
     "conversion-memory": quality.conversion_memory,
     "crossover": speed.crossover,
     "decode": speed.decode,
