@@ -32,11 +32,11 @@ def gemma2(soft_cap=None, num_layers=2, **options):
     return gemma(num_layers, **caps | SLIDING | POST_NORMS | options)
 
 
-def gemma3(num_layers=6, preprocessor=None, **options):
+def gemma3(num_layers=6, preprocessor=None, seed=1, **options):
     """Of six layers the first five have a sliding window."""
     options = {"image_size": 16} | SIZES | SLIDING | POST_NORMS | options
     backbone = Gemma3Backbone(num_layers=num_layers, **options)
-    return _randomized(Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor))
+    return _randomized(Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor), seed)
 
 
 FAMILIES = {"gemma": gemma, "gemma2": gemma2, "gemma3": gemma3}
