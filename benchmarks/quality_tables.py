@@ -185,3 +185,20 @@ def conversion_memory(*sources):
         lines.append([source, f"{int(parameters):,}", *(f"{x:.3f}" for x in ratios)])
     columns = ["backend", "parameters", "in place / model", "from preset / stock from preset"]
     return table(columns, lines)
+
+
+def distil_memory(*sources):
+    """Peaks of a step of distillation beside the logits of a batch, in MB."""
+    lines = []
+    for source in sources:
+        payload = load(f"distil_memory_{source}")
+        sizes, rows = payload["sizes"], payload["rows"]
+        cells = [
+            f"{x / 1e6:,.0f}" for x in (payload["logits"], *(r["peak"] for r in rows.values()))
+        ]
+        seconds = [f"{row['seconds_per_step']:.1f}" for row in rows.values()]
+        lines.append(
+            [source.split("_")[0], f"{sizes['batch']} x {sizes['length']}", *cells, *seconds]
+        )
+    columns = ["backend", "tokens", "logits", "whole vocabulary", "top 64", "s a step", "top 64, s"]
+    return table(columns, lines)

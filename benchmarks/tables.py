@@ -37,6 +37,7 @@ TABLES = {
     "conversion-memory": quality.conversion_memory,
     "crossover": speed.crossover,
     "decode": speed.decode,
+    "distil-memory": quality.distil_memory,
     "floor": speed.floor,
     "gemma-to-dark": quality.gemma_to_dark,
     "in-short": speed.in_short,
