@@ -45,6 +45,11 @@ class CalibrationOptions:
             )
 
     @property
+    def kind(self) -> str | None:
+        """The kind of feature map that comes out; `None` where the data decide."""
+        return {"clusters": "exponential", "auto": None}.get(self.method, "dark")
+
+    @property
     def drawn_from(self) -> str:
         """The proposal, given or the method's own."""
         own = "spectral" if self.method in ("scale", "spectral") else "none"

@@ -228,6 +228,7 @@ class FeatureMap(keras.layers.Layer):
         """
         options = CalibrationOptions(**calibration)
         self.check_calibration(options)
+        self._check_kind(options.kind or self.kind)
         if self.placement.fitter.needs_layout:
             raise ValueError(
                 f'A map with `rope_geometry="{self.placement.name}"` is calibrated with its '
@@ -281,18 +282,21 @@ class FeatureMap(keras.layers.Layer):
         """Weights fitted to what was seen of a layer, for a map of their own kind."""
         return fit_features(statistics, self.options, options, self.placement.fitter)
 
+    def _check_kind(self, kind: str) -> None:
+        if kind != self.kind:
+            raise ValueError(
+                "The calibration makes weights for a map of another class, "
+                f'`feature_map="{kind}"`; `{self.name}` is a {type(self).__name__}. '
+                "`keras_darkformer.calibrate` of a model puts the right map into its layers."
+            )
+
     def load(self, fit: Fit) -> None:
         """Takes over fitted weights; the far part behind a window starts at its own scale.
 
         Raises:
             ValueError: if they are for a map of another kind.
         """
-        if fit.kind != self.kind:
-            raise ValueError(
-                f"The calibration made weights for a map of another class, "
-                f'`feature_map="{fit.kind}"`; `{self.name}` is a {type(self).__name__}. '
-                "`keras_darkformer.calibrate` of a model puts the right map into its layers."
-            )
+        self._check_kind(fit.kind)
         self.ensure_built()
         for name, value in fit.weights.items():
             if (weight := getattr(self, name)) is not None:
