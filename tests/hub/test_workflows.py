@@ -4,7 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import DEFAULT_JIT, MODES, to_numpy
 from keras import ops
 from keras_hub.models import GPT2CausalLMPreprocessor, GPT2Tokenizer
 
@@ -45,7 +45,7 @@ def data(*lengths, total=9):
     return x, np.roll(x["token_ids"], -1, axis=1), weights
 
 
-def trained(model, batches, jit=False, learning_rate=1e-3, **optimizer):
+def trained(model, batches, jit=DEFAULT_JIT, learning_rate=1e-3, **optimizer):
     """Weights after one step of `fit` for each of `batches`, which differ in length."""
     model.compile(
         optimizer=keras.optimizers.SGD(learning_rate, **optimizer),
@@ -94,11 +94,8 @@ def test_accumulated_gradients_of_two_batches_are_those_of_one(build):
     assert gap(first, values(dark(build()))) == 0
 
 
-JIT = [False, True] if BACKEND != "torch" else [False]  # torch.compile takes minutes
-
-
 @one_family
-@pytest.mark.parametrize("jit", JIT)
+@pytest.mark.parametrize("jit", MODES)
 def test_batches_of_several_lengths_train_as_the_same_ones_padded(build, jit):
     lengths = [(6, 4, 3), (9, 5, 7), (8, 8, 2)]
     batches = [data(*rows, total=max(rows)) for rows in lengths]
@@ -122,7 +119,7 @@ def test_fit_in_half_precision_keeps_feature_maps_in_float32(build, dtype):
     model = dark(build(dtype=dtype))
     before = values(model)
     x, y, weights = data(9, 4, 6)
-    model.compile(optimizer=keras.optimizers.SGD(0.1), jit_compile=False)
+    model.compile(optimizer=keras.optimizers.SGD(0.1), jit_compile=DEFAULT_JIT)
     history = model.fit(x, y, sample_weight=weights, batch_size=3, epochs=2, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     after = values(model)
@@ -139,7 +136,7 @@ def test_stock_adam_moves_nothing_in_pure_bfloat16():
     model = BUILDERS["Llama"](dtype="bfloat16")
     before = values(model)
     x, y, weights = data(9, 4, 6)
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=False)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=DEFAULT_JIT)
     model.fit(x, y, sample_weight=weights, batch_size=3, verbose=0)
     assert gap(values(model), before) == 0
 
@@ -163,7 +160,7 @@ def test_fit_and_generate_on_strings_with_another_tokenizer(gpt2_preprocessor):
     model.preprocessor = gpt2_preprocessor
     texts = ["the cat saw the dog", "a dog", "the cat"]
     before = values(model)
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), sampler="greedy", jit_compile=False)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), sampler="greedy", jit_compile=DEFAULT_JIT)
     model.fit(texts, batch_size=3, epochs=2, verbose=0)
     still = {path for path, value in values(model).items() if (value == before[path]).all()}
     assert {path.rsplit("/", 1)[1] for path in still} == {*DARK_WEIGHTS} - {"geometry"}
