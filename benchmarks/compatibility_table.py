@@ -14,10 +14,10 @@ def results():
     return {name: json.loads(x.read_text("utf-8")) for name, x in paths.items() if x.exists()}
 
 
-def cell(by_backend):
+def cell(by_backend, backends):
     """`{"jax": "passed", ...}` in short: once where all backends agree."""
     by_backend = {b: "✓" if status == "passed" else status for b, status in by_backend.items()}
-    if len(set(by_backend.values())) == 1:
+    if len(set(by_backend.values())) == 1 and len(by_backend) == backends:
         return next(iter(by_backend.values()))
     return ", ".join(f"{SHORT[b]} {status}" for b, status in by_backend.items())
 
@@ -33,7 +33,10 @@ def compatibility():
     lines = ["| | " + " | ".join(families) + " |", "| --- |" + " --- |" * len(families)]
     for check in checks:
         cells = [
-            cell({b: of[family][check][0] for b, of in outcomes.items() if check in of[family]})
+            cell(
+                {b: of[family][check][0] for b, of in outcomes.items() if check in of[family]},
+                len(outcomes),
+            )
             for family in families
         ]
         lines.append(f"| {check} | " + " | ".join(cells) + " |")
