@@ -1,9 +1,8 @@
 """Linear-time attention for Keras 3 whose random features fit the data.
 
-KerasHub models live in `keras_darkformer.hub`. The rest works without KerasHub,
-so `hub` is imported on first use: by `convert_to_dark`, or by name. Import it
-yourself before loading a dark KerasHub model, `import keras_darkformer.hub`: it
-tells Keras what the model's classes are.
+KerasHub models live in `keras_darkformer.hub`. The rest works without KerasHub, so `hub` is
+imported on first use: by `convert_to_dark`, or by name. Import it yourself before loading a dark
+KerasHub model, `import keras_darkformer.hub`: it tells Keras what the model's classes are.
 """
 
 import importlib

@@ -8,8 +8,7 @@ import keras
 def compile_anew(model: Any, like: Any = None) -> None:
     """Compiles a converted model as it, or the model `like`, was, with a fresh optimizer.
 
-    What was compiled before computes softmax, and the optimizer does not know
-    the new variables.
+    What was compiled before computes softmax, and the optimizer does not know the new variables.
     """
     source = model if like is None else like
     model.train_function = model.test_function = model.predict_function = None

@@ -1,7 +1,7 @@
 """The options of feature maps, attention layers and conversions: each is spelled here, once.
 
-A layer takes them as keyword arguments, keeps them as one object, and writes
-them flat into its config.
+A layer takes them as keyword arguments, keeps them as one object, and writes them flat into its
+config.
 """
 
 import dataclasses
@@ -31,30 +31,28 @@ class FeatureOptions:
     """What a feature map is made of.
 
     Args:
-        num_features: int. Features m per key/value head. More cost more and
-            estimate the kernel better.
-        feature_map: `"dark"` for `DarkFeatureMap`, the paper's, or
-            `"exponential"` for `ExponentialFeatureMap`, features without a
-            geometry, which calibration by clusters makes.
+        num_features: int. Features m per key/value head. More cost more and estimate the kernel
+            better.
+        feature_map: `"dark"` for `DarkFeatureMap`, the paper's, or `"exponential"` for
+            `ExponentialFeatureMap`, features without a geometry, which calibration by clusters
+            makes.
         rank: int. Rows r of the geometry; `None` for `head_dim`.
-        projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`; see
-            `ops.draw_projection`.
-        train_geometry: bool. Whether the geometry is trainable. False, with
-            `geometry_scale=1.0`, is Performer.
-        train_projection: bool. Whether the projection is trainable: the
-            features are then learned, no longer random.
-        geometry_scale: float. The geometry starts at this times the identity.
-            Below 1 it trades a flatter kernel for less noise.
-        tie_geometry: bool. One geometry for queries and keys, as in the paper,
-            or one each: then the kernel is `exp(q^' M_q' M_k k^)`.
-        rope_geometry: where the geometry of rotated queries and keys sits:
-            `"after"` the rotation, `"before"` it, or `"planes"`, one scalar
-            per rotary plane, which commutes with it. Only `"after"` is a
-            kernel of any shape at every pair of positions; the other two see
+        projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`; see `ops.draw_projection`.
+        train_geometry: bool. Whether the geometry is trainable. False, with `geometry_scale=1.0`,
+            is Performer.
+        train_projection: bool. Whether the projection is trainable: the features are then learned,
+            no longer random.
+        geometry_scale: float. The geometry starts at this times the identity. Below 1 it trades a
+            flatter kernel for less noise.
+        tie_geometry: bool. One geometry for queries and keys, as in the paper, or one each: then
+            the kernel is `exp(q^' M_q' M_k k^)`.
+        rope_geometry: where the geometry of rotated queries and keys sits: `"after"` the rotation,
+            `"before"` it, or `"planes"`, one scalar per rotary plane, which commutes with it. Only
+            `"after"` is a kernel of any shape at every pair of positions; the other two see
             relative positions only.
-        sliding_window: int. Each query of a causal call meets its last
-            `sliding_window` keys with softmax's own kernel, and features only
-            stand for those further back. `None` for features alone.
+        sliding_window: int. Each query of a causal call meets its last `sliding_window` keys with
+            softmax's own kernel, and features only stand for those further back. `None` for
+            features alone.
         seed: int. Seed of the projection; `None` for a random one, which
             `keras.utils.set_random_seed` makes repeatable.
 
@@ -152,13 +150,12 @@ class AttentionOptions(FeatureOptions):
     """Options of an attention layer: those of `FeatureOptions`, and how attention is computed.
 
     Args:
-        attention_mode: `"linear"`, or `"exact"` for the learned kernel itself,
-            quadratic in the length, to compare with.
-        chunk_size: int. Tokens handled at once in causal linear attention;
-            `None` picks by shape. It does not change the result.
-        remat: bool. Whether training computes each block of the sequence anew
-            in the backward pass instead of keeping its features; `None` where
-            that is faster. See `ops.dark_attention`.
+        attention_mode: `"linear"`, or `"exact"` for the learned kernel itself, quadratic in the
+            length, to compare with.
+        chunk_size: int. Tokens handled at once in causal linear attention; `None` picks by shape.
+            It does not change the result.
+        remat: bool. Whether training computes each block of the sequence anew in the backward pass
+            instead of keeping its features; `None` where that is faster. See `ops.dark_attention`.
     """
 
     attention_mode: str = "linear"
@@ -176,19 +173,16 @@ class AttentionOptions(FeatureOptions):
 class ConversionOptions(AttentionOptions):
     """Options of a conversion: those of `AttentionOptions`, and which layers are converted.
 
-    `num_features` and `feature_map` may be sequences with one entry for each
-    converted layer.
+    `num_features` and `feature_map` may be sequences with one entry for each converted layer.
 
     Args:
-        layers: `"global"` converts the layers without a sliding window, or
-            all where each layer has one (Mistral's older models); `"all"`
-            every layer, a sequence of indices just these. Layers left keep
-            softmax and their key/value cache.
-        geometry_scale: float. Each geometry starts at this times the identity.
-            `None` for `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m
-            features can just estimate the kernel for queries and keys of unit
-            variance. 1.0 starts at softmax's own kernel, which is noise for
-            large heads.
+        layers: `"global"` converts the layers without a sliding window, or all where each layer has
+            one (Mistral's older models); `"all"` every layer, a sequence of indices just these.
+            Layers left keep softmax and their key/value cache.
+        geometry_scale: float. Each geometry starts at this times the identity. `None` for
+            `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m features can just estimate the kernel
+            for queries and keys of unit variance. 1.0 starts at softmax's own kernel, which is
+            noise for large heads.
         seed: int. Seed of the projections; every layer has one of its own.
     """
 
@@ -284,11 +278,10 @@ def shows_options(options: type, but: Sequence[str] = ()) -> Callable[[Function]
 def default_geometry_scale(head_dim: int, num_features: int) -> float:
     """The scale at which m features can still tell queries and keys of unit variance apart.
 
-    One feature's relative variance is `exp(|M(q^ + k^)|^2) - 1`. For entries
-    of unit variance and `M = alpha I`, `|M(q^ + k^)|^2` is about
-    `2 alpha^2 sqrt(h)`; this is the alpha at which that is `log m`, at most 1.
-    A flatter kernel than softmax's, but one the features can estimate: at
-    alpha = 1 and h = 256 the estimate is noise.
+    One feature's relative variance is `exp(|M(q^ + k^)|^2) - 1`. For entries of unit variance and
+    `M = alpha I`, `|M(q^ + k^)|^2` is about `2 alpha^2 sqrt(h)`; this is the alpha at which that is
+    `log m`, at most 1. A flatter kernel than softmax's, but one the features can estimate: at alpha
+    = 1 and h = 256 the estimate is noise.
     """
     return min(1.0, math.sqrt(math.log(max(num_features, 2)) / (2.0 * math.sqrt(head_dim))))
 

@@ -1,8 +1,7 @@
 """Fits features to queries and keys: NumPy arrays in, weights out, in float64, head by head.
 
-It knows no layer and no tensor. `LayerStatistics` collects what a layer sees,
-`fit_features` turns it into a `Fit`, and a `HeadFitter` says where the geometry
-sits relative to the rotary rotation.
+It knows no layer and no tensor. `LayerStatistics` collects what a layer sees, `fit_features` turns
+it into a `Fit`, and a `HeadFitter` says where the geometry sits relative to the rotary rotation.
 """
 
 from keras_darkformer.fitting.choose import check_calibration, fit_features, needs_sample

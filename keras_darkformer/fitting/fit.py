@@ -11,8 +11,7 @@ class Fit(NamedTuple):
 
     Attributes:
         kind: one of `options.FEATURE_MAPS`: the map they are for.
-        weights: float64 arrays, stacked over heads, by the names of the map's
-            weights.
+        weights: float64 arrays, stacked over heads, by the names of the map's weights.
     """
 
     kind: str

@@ -163,8 +163,8 @@ def proposal_scale(proposal: str, values: np.ndarray) -> np.ndarray:
 def spectrum(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues, rounding errors below zero removed, and eigenvectors as columns.
 
-    The largest entry of each vector is positive, or rounding would choose the
-    sign, and with it what a draw of the same seed becomes.
+    The largest entry of each vector is positive, or rounding would choose the sign, and with it
+    what a draw of the same seed becomes.
     """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     largest = np.argmax(np.abs(vectors), axis=0)

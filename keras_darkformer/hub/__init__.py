@@ -1,7 +1,7 @@
 """KerasHub models with linear attention.
 
-Import this before loading a dark model: `import keras_darkformer.hub`. It
-registers the dark classes with Keras and imports keras_hub.
+Import this before loading a dark model: `import keras_darkformer.hub`. It registers the dark
+classes with Keras and imports keras_hub.
 """
 
 try:

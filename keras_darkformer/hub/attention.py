@@ -1,7 +1,7 @@
 """KerasHub's attention layers, with the dark kernel in place of softmax.
 
-`DarkHubAttention` does the work. Its subclasses read the calls of one kind of
-KerasHub block each; `Family` joins them with the stock layers.
+`DarkHubAttention` does the work. Its subclasses read the calls of one kind of KerasHub block each;
+`Family` joins them with the stock layers.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from keras_darkformer.types import Layer, Tensor
 class Code(enum.IntEnum):
     """What a token of a prompt is to a layer with a state.
 
-    A prompt is prefilled in one pass, but only its first tokens may enter the
-    state: the sampler feeds the others again, one by one. Both facts go through
-    unmodified decoder blocks as one padding mask of these codes.
+    A prompt is prefilled in one pass, but only its first tokens may enter the state: the sampler
+    feeds the others again, one by one. Both facts go through unmodified decoder blocks as one
+    padding mask of these codes.
     """
 
     PAD = 0
@@ -42,10 +42,9 @@ def head_sizes(attention: Layer) -> tuple[int, int, int]:
 class DarkHubAttention(FeatureAttention, Mixin):
     """Turns a KerasHub attention layer, its base class in Python, dark.
 
-    An instance is a stock attention layer that has become dark: same
-    projections, norms and rotary embedding, same variable paths, and one new
-    sublayer, `feature_map`. In linear mode its `cache` is a recurrent state;
-    in exact mode it is the stock layer with M applied after the rotation.
+    An instance is a stock attention layer that has become dark: same projections, norms and rotary
+    embedding, same variable paths, and one new sublayer, `feature_map`. In linear mode its `cache`
+    is a recurrent state; in exact mode it is the stock layer with M applied after the rotation.
 
     Attributes:
         family: the `Family` this layer is of.
@@ -117,8 +116,8 @@ class DarkHubAttention(FeatureAttention, Mixin):
 
         Args:
             x: `(b, t, d)`.
-            attention_mask: `(b, t)`, or `None` where every token counts.
-                Without a state a padding mask; with one, of `Code`.
+            attention_mask: `(b, t)`, or `None` where every token counts. Without a state a padding
+                mask; with one, of `Code`.
             cache: state of the tokens before, or `None`.
             cache_update_index: position of the first token; `None` for 0.
             cache_update_mask: not used.
@@ -211,8 +210,8 @@ class MultiHeadAttention(DarkHubAttention):
     ) -> Tensor:
         """Their blocks may hand on a mask `(b, 1, t)`; keys and values are the queries.
 
-        Keras fills in the masks `(b, t)` that its layers hand on; what comes
-        out for a query that is padding does not matter.
+        Keras fills in the masks `(b, t)` that its layers hand on; what comes out for a query that
+        is padding does not matter.
         """
         if return_attention_scores:
             raise ValueError(

@@ -31,18 +31,18 @@ class PresetLoading(Mixin):
         """Loads a dark preset as it is, or loads a stock preset and converts it.
 
         Args:
-            preset: as for the stock class, such as `"gemma_2b_en"`, or a
-                directory `save_to_preset` wrote.
+            preset: as for the stock class, such as `"gemma_2b_en"`, or a directory `save_to_preset`
+                wrote.
             load_weights: bool.
-            **kwargs: for a stock preset, the arguments of `convert_to_dark`;
-                others go to `keras_hub`, such as `dtype`.
+            **kwargs: for a stock preset, the arguments of `convert_to_dark`; others go to
+                `keras_hub`, such as `dtype`.
 
         Returns:
             The dark model or backbone.
 
         Raises:
-            ValueError: if arguments of the conversion are given for a dark
-                preset, which has its own, or the model can't be converted.
+            ValueError: if arguments of the conversion are given for a dark preset, which has its
+                own, or the model can't be converted.
 
         Example:
 
@@ -181,8 +181,7 @@ def warn_of_dropped(model: Any) -> None:
 def option_names(stock_cls: type) -> dict[str, str]:
     """What the options of a conversion are called beside a stock class's arguments.
 
-    Mistral, for one, has a `sliding_window` of its own; ours is
-    `dark_sliding_window` there.
+    Mistral, for one, has a `sliding_window` of its own; ours is `dark_sliding_window` there.
     """
     taken = inspect.signature(stock_cls).parameters
     names = ConversionOptions.names()

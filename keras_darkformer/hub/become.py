@@ -1,15 +1,15 @@
 """The one verb of surgery: a stock object becomes dark, in place.
 
-The object changes class, to a subclass of its own. Copying weights into a new
-object would double the memory. Sharing layers with one would leave a stock
-object behind whose layers are dark, and which saves itself as a softmax model.
+The object changes class, to a subclass of its own. Copying weights into a new object would double
+the memory. Sharing layers with one would leave a stock object behind whose layers are dark, and
+which saves itself as a softmax model.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-# Base of the classes that turn a stock class dark: type checkers can't know
-# which stock class stands behind them.
+# Base of the classes that turn a stock class dark: type checkers can't know which stock class
+# stands behind them.
 Mixin: Any = object
 
 
@@ -37,8 +37,7 @@ _MADE: dict[tuple[Callable[[Any], type], Any], type] = {}
 def dark_subclass(make: Callable[[Any], type], stock_cls: Any) -> type:
     """The subclass of a stock class that `make` gives, made once.
 
-    It has the stock class's name: a file of weights is read by the names of
-    classes.
+    It has the stock class's name: a file of weights is read by the names of classes.
     """
     if (make, stock_cls) not in _MADE:
         _MADE[make, stock_cls] = make(stock_cls)

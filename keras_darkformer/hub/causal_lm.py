@@ -38,14 +38,12 @@ class DarkTask(PresetLoading):
 class DarkCausalLM(DarkTask):
     """Turns a KerasHub causal LM dark.
 
-    Generation carries a tuple with one entry a layer: a recurrent state for
-    linear layers, whose size does not depend on the length, and the stock
-    key/value cache for layers left exact.
+    Generation carries a tuple with one entry a layer: a recurrent state for linear layers, whose
+    size does not depend on the length, and the stock key/value cache for layers left exact.
 
     Attributes:
-        prefill_size: tokens of a prompt that go through the layers at once; a
-            longer prompt goes piece by piece, in memory that does not grow
-            with it. `None` for all at once.
+        prefill_size: tokens of a prompt that go through the layers at once; a longer prompt goes
+            piece by piece, in memory that does not grow with it. `None` for all at once.
     """
 
     prefill_size: int | None = 1024
@@ -62,8 +60,7 @@ class DarkCausalLM(DarkTask):
         """As the stock model's.
 
         Raises:
-            ValueError: for a speculative sampler, which has to roll the
-                recurrent state back.
+            ValueError: for a speculative sampler, which has to roll the recurrent state back.
         """
         if self._is_recurrent() and "sampler" in kwargs:
             _refuse_speculative(get_sampler(kwargs["sampler"]))
@@ -97,13 +94,10 @@ class DarkCausalLM(DarkTask):
 
         Args:
             token_ids: int tensor of shape `(b, t)`.
-            cache: tuple with one entry a layer, from `get_initial_cache` or an
-                earlier call.
-            cache_update_index: int or int tensor, the position of the first
-                of these tokens.
-            padding_mask: `(b, t)`, for linear layers only: what each token is
-                to them, see `hub.attention.Code`. `None` for all to enter the
-                new states.
+            cache: tuple with one entry a layer, from `get_initial_cache` or an earlier call.
+            cache_update_index: int or int tensor, the position of the first of these tokens.
+            padding_mask: `(b, t)`, for linear layers only: what each token is to them, see
+                `hub.attention.Code`. `None` for all to enter the new states.
 
         Returns:
             `(logits, hidden_states, cache)`.
@@ -122,8 +116,8 @@ class DarkCausalLM(DarkTask):
             backbone.transformer_layers, backbone.attention_layers, cache, strict=True
         ):
             arguments = {
-                # Exact layers need none: in a row padded behind, the causal
-                # mask hides padding until it is overwritten.
+                # Exact layers need none: in a row padded behind, the causal mask hides padding
+                # until it is overwritten.
                 family.padding_argument: padding_mask if is_linear(attention) else None,
                 family.cache_argument: entry,
                 f"{family.cache_argument}_update_index": cache_update_index,
@@ -140,8 +134,7 @@ class DarkCausalLM(DarkTask):
             max_length: int, the longest sequence layers left exact can hold.
 
         Returns:
-            A tuple with one entry a layer. A linear layer's is a state, see
-            `ops.initial_state`.
+            A tuple with one entry a layer. A linear layer's is a state, see `ops.initial_state`.
         """
         return tuple(
             attention.feature_map.get_initial_state(batch_size)
@@ -163,10 +156,9 @@ class DarkCausalLM(DarkTask):
     def _prefill_mask(self, padding_mask: Tensor, start: Tensor) -> Tensor:
         """Codes of a padded batch of prompts from which sampling goes on at `start`.
 
-        The sampler begins at the shortest prompt, `start = min(length)`, with
-        the token before it, and feeds every later prompt token again. A
-        key/value cache may be written twice, a state may not: only positions
-        before `start - 1` enter it now.
+        The sampler begins at the shortest prompt, `start = min(length)`, with the token before it,
+        and feeds every later prompt token again. A key/value cache may be written twice, a state
+        may not: only positions before `start - 1` enter it now.
         """
         position = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
         real = ops.where(position[None, :] < start - 1, Code.WRITE.value, Code.ATTEND.value)
@@ -179,8 +171,8 @@ class DarkCausalLM(DarkTask):
         size = self.prefill_size
         if size is None or not isinstance(length, int) or length <= size:
             return self._run_layers(token_ids, cache, 0, codes)
-        # What does not fill a piece comes first: a piece that reached behind
-        # the end would ask for positions that a table may not have.
+        # What does not fill a piece comes first: a piece that reached behind the end would ask for
+        # positions that a table may not have.
         first = length % size or size
         found, cache = self._run_layers(token_ids[:, :first], cache, 0, codes[:, :first])
         hidden_states = ops.pad(found, [[0, 0], [0, length - first], [0, 0]])
@@ -201,8 +193,8 @@ class DarkCausalLM(DarkTask):
         """Generates for one batch: the compiled part of `generate`.
 
         Args:
-            inputs: dict of `token_ids` and `padding_mask`, `(b, max_length)`,
-                prompts padded behind.
+            inputs: dict of `token_ids` and `padding_mask`, `(b, max_length)`, prompts padded
+                behind.
             stop_token_ids: tuple of ids that end a row, or `None`.
 
         Returns:
@@ -254,8 +246,8 @@ def _refuse_speculative(sampler: Any) -> None:
 def _refuse_empty(padding_mask: Tensor) -> None:
     lengths = np.sum(ops.convert_to_numpy(padding_mask) != 0, axis=-1)
     if (lengths == 0).any():
-        # The sampler would begin with a token from behind: a key/value cache
-        # is overwritten later, the states of all rows would keep it.
+        # The sampler would begin with a token from behind: a key/value cache is overwritten later,
+        # the states of all rows would keep it.
         raise ValueError(
             "Every prompt needs at least one token to go on from, such as the start token. "
             f"Received prompts of lengths {lengths.tolist()}."

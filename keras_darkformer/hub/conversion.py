@@ -19,43 +19,38 @@ BY_STOCK_CLASS = {stock: dark for classes in _OF_FAMILIES for stock, dark in cla
 def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model:
     """Replaces the softmax attention of a KerasHub model by DARKFormer attention.
 
-    The model is converted in place and returned: no second copy of its
-    weights is made, and the object passed in is the dark model afterwards.
-    Convert a causal LM whole, not by its backbone: the task around it would
-    not know.
-    Pass `copy=True` to leave it as it is and get a converted copy. All
-    weights of the stock model stay, under their paths; each converted layer
-    gains those of a feature map, under `feature_map/`, in float32.
+    The model is converted in place and returned: no second copy of its weights is made, and the
+    object passed in is the dark model afterwards. Convert a causal LM whole, not by its backbone:
+    the task around it would not know. Pass `copy=True` to leave it as it is and get a converted
+    copy. All weights of the stock model stay, under their paths; each converted layer gains those
+    of a feature map, under `feature_map/`, in float32.
 
-    A freshly converted model estimates a different kernel and is worse than
-    the one it came from: `calibrate` it, then `transfer_attention` or `distil`.
-    If the model was compiled, it is compiled again with the same arguments, a
-    fresh optimizer and fresh metrics.
+    A freshly converted model estimates a different kernel and is worse than the one it came from:
+    `calibrate` it, then `transfer_attention` or `distil`. If the model was compiled, it is compiled
+    again with the same arguments, a fresh optimizer and fresh metrics.
 
     Args:
-        model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2),
-            Gemma3 (text), Llama, Llama3, Mistral, Mixtral, Qwen (2 and 2.5),
-            QwenMoe, Qwen3, Qwen3Moe, Phi3, GPT2 or OPT; or a backbone, masked
-            LM or text classifier of Bert, Roberta or DistilBert, whose
+        model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
+            Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, GPT2 or OPT;
+            or a backbone, masked LM or text classifier of Bert, Roberta or DistilBert, whose
             attention goes in both directions.
         copy: bool. Convert a copy; needs memory for two models.
-        **kwargs: the options of `ConversionOptions`: `num_features`, `layers`,
-            `attention_mode`, `geometry_scale`, `sliding_window` and others.
+        **kwargs: the options of `ConversionOptions`: `num_features`, `layers`, `attention_mode`,
+            `geometry_scale`, `sliding_window` and others.
 
     Returns:
-        The dark model, of the class in `keras_darkformer.hub` that has `Dark`
-        before its name: `DarkGemmaCausalLM`, `DarkBertBackbone`.
+        The dark model, of the class in `keras_darkformer.hub` that has `Dark` before its name:
+        `DarkGemmaCausalLM`, `DarkBertBackbone`.
 
     Raises:
         TypeError: for an option that is unknown.
-        ValueError: with the reason, if the model is of no class that can be
-            converted, is dark already or can't be expressed (vision or
-            bidirectional attention), or an argument is out of range. The model
-            is then as it was.
+        ValueError: with the reason, if the model is of no class that can be converted, is dark
+            already or can't be expressed (vision or bidirectional attention), or an argument is out
+            of range. The model is then as it was.
 
     Warns:
-        UserWarning: for what the converted layers no longer do: a soft cap of
-            the attention logits, a sliding window, dropout of single weights.
+        UserWarning: for what the converted layers no longer do: a soft cap of the attention logits,
+            a sliding window, dropout of single weights.
 
     Example:
 

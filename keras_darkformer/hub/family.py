@@ -32,30 +32,28 @@ class Family:
         name: as in the names of the family's classes.
         backbone: the stock backbone.
         attention: the stock attention layer of its blocks.
-        dark_attention: a subclass of `hub.attention.DarkHubAttention`, which
-            is called as the blocks do.
+        dark_attention: a subclass of `hub.attention.DarkHubAttention`, which is called as the
+            blocks do.
         tasks: stock task classes, by what follows the name in theirs.
         causal: whether tokens attend only to those before them.
         slot: a block's attribute that holds the attention layer.
-        rotary: the attention layer's attribute that holds the rotary
-            embedding, or `None` without one.
-        rotate: `rotate(attention, x, start_index)`, queries or keys `(b, t, n,
-            h)` rotated by their positions.
+        rotary: the attention layer's attribute that holds the rotary embedding, or `None` without
+            one.
+        rotate: `rotate(attention, x, start_index)`, queries or keys `(b, t, n, h)` rotated by their
+            positions.
         norms: its attributes that norm queries and keys.
         window: the sliding window of an attention layer, or `None`.
         padding_argument: a block's call argument for the padding mask.
-        cache_argument: a block's call argument for the cache; with
-            `_update_index` behind, the one for the position.
-        mask_method: a block's method that makes a mask of all pairs of tokens,
-            or `None` if it hands on the padding mask as it is.
-        mask_axis: where the block wants an axis of size 1 in a padding mask
-            handed on instead, or `None`.
-        embed: `embed(backbone, token_ids, start_index)`, what enters the first
-            block.
-        paired_cache: whether an exact layer's cache is a pair of keys and
-            values `(b, s, k, h)`, or one tensor `(b, 2, s, k, h)`.
-        kernel_heads_axis: the axis of the key projection's kernel that heads
-            are along.
+        cache_argument: a block's call argument for the cache; with `_update_index` behind, the one
+            for the position.
+        mask_method: a block's method that makes a mask of all pairs of tokens, or `None` if it
+            hands on the padding mask as it is.
+        mask_axis: where the block wants an axis of size 1 in a padding mask handed on instead, or
+            `None`.
+        embed: `embed(backbone, token_ids, start_index)`, what enters the first block.
+        paired_cache: whether an exact layer's cache is a pair of keys and values `(b, s, k, h)`, or
+            one tensor `(b, 2, s, k, h)`.
+        kernel_heads_axis: the axis of the key projection's kernel that heads are along.
         refuse: says why a backbone can't be converted, or `None` if it can.
     """
 

@@ -24,8 +24,7 @@ class LoraBackbone(Mixin):
 
         Args:
             rank: int. The rank of the factorization.
-            target_layer_names: names of the layers to adapt; `None` for the
-                stock model's.
+            target_layer_names: names of the layers to adapt; `None` for the stock model's.
             train_geometry: bool. False freezes the feature maps with the rest.
         """
         super().enable_lora(rank, target_layer_names)
@@ -35,8 +34,7 @@ class LoraBackbone(Mixin):
     def save_lora_weights(self, filepath: str | Path) -> None:
         """Saves LoRA weights as the stock backbone does, and the feature maps with them.
 
-        Feature maps are trained beside LoRA, so an adapter is worth little
-        without its own.
+        Feature maps are trained beside LoRA, so an adapter is worth little without its own.
 
         Args:
             filepath: where to; must end in `.lora.h5`.
@@ -53,8 +51,8 @@ class LoraBackbone(Mixin):
             filepath: path of the file.
 
         Raises:
-            ValueError: if the file is a stock model's, which numbers layers
-                otherwise, or its feature maps are of other shapes.
+            ValueError: if the file is a stock model's, which numbers layers otherwise, or its
+                feature maps are of other shapes.
         """
         weights = self._feature_map_weights()
         with h5py.File(filepath, "r") as file:

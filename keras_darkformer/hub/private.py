@@ -1,8 +1,7 @@
 """Every name of KerasHub that is not public, checked when this is imported.
 
-KerasHub has no public way to another attention, so conversion reaches into its
-layers. A KerasHub whose insides are others is refused here, with its version,
-rather than converted wrongly.
+KerasHub has no public way to another attention, so conversion reaches into its layers. A KerasHub
+whose insides are others is refused here, with its version, rather than converted wrongly.
 """
 
 import importlib.metadata
@@ -97,8 +96,8 @@ def rotate_gemma(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
 def renumber_lora_layers(backbone: Layer) -> None:
     """Has LoRA that was enabled before the conversion find its layers again.
 
-    The stock backbone knows them by their places among all layers with
-    weights, and feature maps have moved these.
+    The stock backbone knows them by their places among all layers with weights, and feature maps
+    have moved these.
     """
     if getattr(backbone, "_lora_enabled_layers", None):
         layers = [x for x in backbone._flatten_layers(include_self=False) if x.weights]

@@ -14,14 +14,12 @@ class ConversionReport(dict):
 
     Keys:
         model: class name of the model.
-        num_features, attention_mode, projection, geometry_scale: as converted;
-            `num_features` is a list where layers differ.
-        layers: list of dicts, one a layer: index, name, kind ("global" or
-            "local"), converted, num_features (`None` if left) and
-            new_parameters.
+        num_features, attention_mode, projection, geometry_scale: as converted; `num_features` is a
+            list where layers differ.
+        layers: list of dicts, one a layer: index, name, kind ("global" or "local"), converted,
+            num_features (`None` if left) and new_parameters.
         converted, left: lists of layer indices.
-        dropped: list of dicts of what the converted layers no longer do: what,
-            why, layers.
+        dropped: list of dicts of what the converted layers no longer do: what, why, layers.
         new_parameters: dict of trainable and non_trainable counts.
         parameters: count of all parameters.
     """

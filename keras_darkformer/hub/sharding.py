@@ -24,25 +24,23 @@ class ShardedBackbone(DarkBackbone):
     ) -> Any:
         """The stock backbone's `LayoutMap`, extended by the feature maps.
 
-        Every weight of a feature map is split by its heads, as the stock map
-        splits the attention's.
+        Every weight of a feature map is split by its heads, as the stock map splits the
+        attention's.
 
-        The stock maps take it that the heads of keys and values can be split
-        evenly, and JAX refuses to build models for which that is not so, such
-        as Gemma 2B with its single one. Give `num_key_value_heads` then: what
-        can't be split by these heads is kept whole on every device, which for
-        so few heads is little. The layouts of all other weights stay.
+        The stock maps take it that the heads of keys and values can be split evenly, and JAX
+        refuses to build models for which that is not so, such as Gemma 2B with its single one. Give
+        `num_key_value_heads` then: what can't be split by these heads is kept whole on every
+        device, which for so few heads is little. The layouts of all other weights stay.
 
-        Set the distribution before the model is made, and leave it set while
-        it is converted or calibrated: new weights take their layout from it.
+        Set the distribution before the model is made, and leave it set while it is converted or
+        calibrated: new weights take their layout from it.
 
         Args:
             device_mesh: `keras.distribution.DeviceMesh`.
-            model_parallel_dim_name: the mesh's axis that weights are split
-                along.
+            model_parallel_dim_name: the mesh's axis that weights are split along.
             data_parallel_dim_name: its axis that data are split along.
-            num_key_value_heads: int, heads of keys and values of the model to
-                come. `None` takes it that they can be split.
+            num_key_value_heads: int, heads of keys and values of the model to come. `None` takes it
+                that they can be split.
 
         Returns:
             `keras.distribution.LayoutMap`.
@@ -75,8 +73,8 @@ class ShardedBackbone(DarkBackbone):
         if not splits(kernel[cls.family.kernel_heads_axis]):
             kernel[cls.family.kernel_heads_axis] = None
             ours[KEY_KERNELS] = tuple(kernel)
-        # A path that two patterns match is an error, and the stock ones, whose
-        # dots match any letter, take feature_map/query_kernel for query/kernel.
+        # A path that two patterns match is an error, and the stock ones, whose dots match any
+        # letter, take feature_map/query_kernel for query/kernel.
         others = "".join(f"(?!{pattern}$)" for pattern in ours)
         layout_map = keras.distribution.LayoutMap(device_mesh)
         for pattern, layout in stock.items():

@@ -15,15 +15,15 @@ from keras_darkformer.ops.backend import compiled
 class Stream:
     """Reads tokens as they come and writes on; its memory does not grow with the text.
 
-    All that was read is in the model's state: a few tensors of constant size a
-    layer, kept between calls and, with `save`, on disk. Layers left exact keep
-    a key/value cache instead, for at most `max_length` tokens.
+    All that was read is in the model's state: a few tensors of constant size a layer, kept between
+    calls and, with `save`, on disk. Layers left exact keep a key/value cache instead, for at most
+    `max_length` tokens.
 
     Args:
         model: a dark causal LM.
         batch_size: int. Texts side by side.
-        max_length: int. Longest text, in tokens. Needed where layers were left
-            exact; `None` for no end.
+        max_length: int. Longest text, in tokens. Needed where layers were left exact; `None` for no
+            end.
 
     Attributes:
         position: int. Tokens read so far.
@@ -70,15 +70,15 @@ class Stream:
         """Reads tokens.
 
         Args:
-            token_ids: int array or tensor of shape `(batch_size, t)`, or `(t,)`
-                for a batch of one. All rows have t tokens: no padding.
+            token_ids: int array or tensor of shape `(batch_size, t)`, or `(t,)` for a batch of one.
+                All rows have t tokens: no padding.
 
         Returns:
             Logits of the token that follows, of shape `(batch_size, vocabulary)`.
 
         Raises:
-            ValueError: if the shape does not fit, or the text gets longer than
-                `max_length`. The stream is then as it was.
+            ValueError: if the shape does not fit, or the text gets longer than `max_length`. The
+                stream is then as it was.
         """
         token_ids = np.asarray(ops.convert_to_numpy(token_ids))
         batch_size = len(self._last)
@@ -107,13 +107,12 @@ class Stream:
             stop_token_ids: ids; writing ends when every row has come to one.
 
         Returns:
-            Token ids, int32 of shape `(batch_size, num_tokens)`, or fewer where
-            all rows stopped; in a row that stopped before the others, what
-            follows its stop token does not count, but was read.
+            Token ids, int32 of shape `(batch_size, num_tokens)`, or fewer where all rows stopped;
+            in a row that stopped before the others, what follows its stop token does not count, but
+            was read.
 
         Raises:
-            ValueError: if nothing was read yet, or the text gets longer than
-                `max_length`.
+            ValueError: if nothing was read yet, or the text gets longer than `max_length`.
         """
         positive_integer("num_tokens", num_tokens)
         if not self.position:

@@ -1,7 +1,7 @@
 """The attention that all dark layers share: from projected heads to its output.
 
-`DarkAttention` and the KerasHub layers project, count positions and read masks
-in their own ways. What they have then, `Heads`, goes one way.
+`DarkAttention` and the KerasHub layers project, count positions and read masks in their own ways.
+What they have then, `Heads`, goes one way.
 """
 
 import contextlib
@@ -97,14 +97,13 @@ class FeatureAttention:
 
         Args:
             heads: what came out of the projections.
-            write_mask: bool, `(b, s)`: which tokens enter the state; `None`
-                for all that are attended to.
+            write_mask: bool, `(b, s)`: which tokens enter the state; `None` for all that are
+                attended to.
             initial_state: state of the tokens before, or `None`.
             return_state: bool.
 
         Returns:
-            The output, `(b, t, n, v)`, and the state after these tokens or
-            `None`.
+            The output, `(b, t, n, v)`, and the state after these tokens or `None`.
         """
         if self.observer is not None:
             return self.observer(self, heads), initial_state

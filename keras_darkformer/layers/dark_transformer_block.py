@@ -15,8 +15,7 @@ from keras_darkformer.types import Config, Shape, Tensor
 class DarkTransformerBlock(keras.layers.Layer):
     """Transformer decoder or encoder block with attention linear in the length.
 
-    Arguments in the manner of `keras_hub.layers.TransformerDecoder` and
-    `TransformerEncoder`:
+    Arguments in the manner of `keras_hub.layers.TransformerDecoder` and `TransformerEncoder`:
 
         x = x + attention(norm(x))
         x = x + dense(activation(dense(norm(x))))
@@ -29,32 +28,31 @@ class DarkTransformerBlock(keras.layers.Layer):
         layer_norm_epsilon: float.
         kernel_initializer: string or `keras.initializers` initializer.
         bias_initializer: string or `keras.initializers` initializer.
-        normalize_first: bool. Normalize each branch's input (pre-norm), or
-            its sum with the residual (post-norm).
+        normalize_first: bool. Normalize each branch's input (pre-norm), or its sum with the
+            residual (post-norm).
         num_key_value_heads: int, a divisor of `num_heads`; `None` for as many.
         head_dim: int; `None` for the input's width over `num_heads`.
         causal: bool. True for a decoder, false for an encoder.
         rope_max_wavelength: float or `None`, as for `DarkAttention`.
-        **kwargs: the options of `AttentionOptions`: `num_features`,
-            `attention_mode`, `sliding_window`, `seed` and others; and as for
-            `keras.layers.Layer`.
+        **kwargs: the options of `AttentionOptions`: `num_features`, `attention_mode`,
+            `sliding_window`, `seed` and others; and as for `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(b, t, d)`.
-        padding_mask: bool, `(b, t)`, true = a real token. Without it, the
-            mask Keras carries with `inputs` is used.
+        padding_mask: bool, `(b, t)`, true = a real token. Without it, the mask Keras carries with
+            `inputs` is used.
         attention_mask: bool, as for `DarkAttention`.
         initial_state: state returned by an earlier call.
         return_state: bool. Also return the state after these tokens.
         training: bool.
 
     Returns:
-        The output, of the shape of `inputs`; with `return_state`
-        `(output, state)`, the state as described at `DarkAttention`.
+        The output, of the shape of `inputs`; with `return_state` `(output, state)`, the state as
+        described at `DarkAttention`.
 
     Raises:
-        ValueError: if `head_dim` is not given and the input's width is not a
-            multiple of `num_heads`, and as `DarkAttention` does.
+        ValueError: if `head_dim` is not given and the input's width is not a multiple of
+            `num_heads`, and as `DarkAttention` does.
 
     Example:
 

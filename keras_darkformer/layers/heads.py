@@ -29,8 +29,8 @@ class Heads:
         unrotated_query: `(b, t, n, h)`.
         unrotated_key: `(b, s, k, h)`.
         value: `(b, s, k, v)`.
-        rotate_query, rotate_key: functions that rotate such tensors by their
-            positions; identities where there is no rotary embedding.
+        rotate_query, rotate_key: functions that rotate such tensors by their positions; identities
+            where there is no rotary embedding.
         causal: Whether query t attends to keys up to t.
         key_mask: `(b, s)`, true = attend, or `None`.
         attention_mask: `(b or 1, n or 1, t, s)`, true = attend, or `None`.

@@ -10,15 +10,14 @@ from keras_darkformer.types import Tensor
 def split_attention_mask(attention_mask: Tensor) -> tuple[bool, Tensor]:
     """Reads an attention mask as "causal or not" and a padding mask.
 
-    Features sum over keys before they meet a query, so a mask can say which
-    keys count (padding) and that none counts before its time (causal), and
-    nothing else. A mask with one row for all queries is padding. A mask of
-    (t, s) has to be looked at, which works on values, not inside a compiled
-    function.
+    Features sum over keys before they meet a query, so a mask can say which keys count (padding)
+    and that none counts before its time (causal), and nothing else. A mask with one row for all
+    queries is padding. A mask of (t, s) has to be looked at, which works on values, not inside a
+    compiled function.
 
     Args:
-        attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)`, `(t, s)` or
-            `(b, n, t, s)`, alike for all heads.
+        attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)`, `(t, s)` or `(b, n, t, s)`, alike
+            for all heads.
 
     Returns:
         `(causal, key_mask)`, `key_mask` of shape `(b or 1, s)`.

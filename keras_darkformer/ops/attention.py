@@ -45,8 +45,7 @@ def attend(
         value: tensor of shape `(b, s, k, v)`.
         features: `FoldedFeatures`, float32.
         causal, initial_state, return_state: as for `dark_attention`.
-        **call: key_mask, write_mask, sliding_window, chunk_size and remat, as
-            for `dark_attention`.
+        **call: key_mask, write_mask, sliding_window, chunk_size and remat, as for `dark_attention`.
 
     Returns:
         As `dark_attention`.

@@ -10,15 +10,13 @@ from keras import ops, tree
 
 _BACKEND = keras.config.backend()
 
-# The base of the logarithms in `ops`. torch's exp takes 4 times as long on CPU
-# as its exp2, and 10 to 80 times where the result underflows; TensorFlow's
-# exp2 is a general power.
+# The base of the logarithms in `ops`. torch's exp takes 4 times as long on CPU as its exp2, and 10
+# to 80 times where the result underflows; TensorFlow's exp2 is a general power.
 BASE = math.e if _BACKEND == "tensorflow" else 2.0
 
-# Tokens per block of a long causal sequence. Measured on CPU: fewer keep a
-# block's tensors in the cache, more spread the cost of starting operations,
-# which is largest in torch. On an accelerator, where it is not measured, a
-# block must be large enough to fill it.
+# Tokens per block of a long causal sequence. Measured on CPU: fewer keep a block's tensors in the
+# cache, more spread the cost of starting operations, which is largest in torch. On an accelerator,
+# where it is not measured, a block must be large enough to fill it.
 BLOCK_LENGTH = 256 if _BACKEND == "jax" else 512
 ACCELERATOR_BLOCK_LENGTH = 4096
 MOST_BLOCKS = 16
@@ -59,8 +57,8 @@ def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
 def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
     """`inputs @ kernel + bias`, `(b, k, x, h)` by `(k, h, m)` or `(x, h)` by `(h, m)`.
 
-    A sum of its own is a pass over all features; torch has one that is part of
-    the product, as XLA makes it by itself.
+    A sum of its own is a pass over all features; torch has one that is part of the product, as XLA
+    makes it by itself.
     """
     if bias is None or _BACKEND != "torch":
         return inputs @ kernel if bias is None else inputs @ kernel + bias
@@ -81,12 +79,11 @@ def compiled(
 ) -> Callable[..., Any]:
     """A function of tensors, compiled where the backend compiles, for inference.
 
-    JAX compiles what it closes over into the program: the weights of a model
-    have to go in as arguments, and what it draws random numbers from out again.
+    JAX compiles what it closes over into the program: the weights of a model have to go in as
+    arguments, and what it draws random numbers from out again.
 
     Args:
-        function: function of positional tensors and Python values that a
-            trace may take as tensors.
+        function: function of positional tensors and Python values that a trace may take as tensors.
         variables: the variables it reads.
         updated: those of other variables it also assigns.
     """
@@ -121,8 +118,8 @@ def compiled(
 def split_at(x: Any, index: int, axis: int) -> Any:
     """`x` before `index` and from there on.
 
-    On torch `ops.split` makes a tensor of the index and reads it back: it
-    waits for the device, and `torch.export` then knows no sizes.
+    On torch `ops.split` makes a tensor of the index and reads it back: it waits for the device, and
+    `torch.export` then knows no sizes.
     """
     if _BACKEND == "torch":
         return x.split((index, x.shape[axis] - index), dim=axis)
@@ -139,22 +136,20 @@ def scan(
 ) -> tuple[Any, Any]:
     """Runs `carry, output = step(carry, input, constants)` over the second axis of `inputs`.
 
-    JAX compiles one step and loops over it: unrolled, its compile time grows
-    with the length. The others run a Python loop: TensorFlow's `ops.scan` has
-    no gradient under `jit_compile`, and torch's indexes its inputs step by
-    step, which makes the backward pass quadratic (`unstack` does not).
+    JAX compiles one step and loops over it: unrolled, its compile time grows with the length. The
+    others run a Python loop: TensorFlow's `ops.scan` has no gradient under `jit_compile`, and
+    torch's indexes its inputs step by step, which makes the backward pass quadratic (`unstack` does
+    not).
 
     Args:
-        step: function of `(carry, input, constants)` to `(carry, output)`; it
-            must reach tensors that have gradients through its arguments.
+        step: function of `(carry, input, constants)` to `(carry, output)`; it must reach tensors
+            that have gradients through its arguments.
         carry: nested structure of tensors.
-        inputs: nested structure of tensors whose second axis has a length
-            known before the run.
+        inputs: nested structure of tensors whose second axis has a length known before the run.
         constants: nested structure of tensors.
-        remat: whether the backward pass computes a step anew instead of
-            keeping what it made on the way. `None`: where that is faster. On
-            JAX it is, as soon as there are two steps, since a loop there
-            writes all that it keeps into arrays of its own.
+        remat: whether the backward pass computes a step anew instead of keeping what it made on the
+            way. `None`: where that is faster. On JAX it is, as soon as there are two steps, since a
+            loop there writes all that it keeps into arrays of its own.
 
     Returns:
         The last carry, and the outputs stacked along a new second axis.

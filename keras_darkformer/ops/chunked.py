@@ -1,9 +1,8 @@
 """Causal attention in chunks: linear in the length, with or without an exact memory.
 
-A block of N chunks of C tokens is computed at once, and a state goes from
-block to block. Without an exact memory the keys of a block enter the sums. With
-a sliding window those enter that leave it, W tokens late, and the queries
-further meet the keys of their window themselves.
+A block of N chunks of C tokens is computed at once, and a state goes from block to block. Without
+an exact memory the keys of a block enter the sums. With a sliding window those enter that leave it,
+W tokens late, and the queries further meet the keys of their window themselves.
 
 The shapes' letters are those of `ops.features`.
 """
@@ -49,9 +48,8 @@ from keras_darkformer.types import Tensor
 class Carry(TypedDict, total=False):
     """What goes from block to block.
 
-    `seen` are the sums that queries see. `written` are those of the state,
-    where they differ: each key's features are then computed once and added
-    twice. `recent` is the window.
+    `seen` are the sums that queries see. `written` are those of the state, where they differ: each
+    key's features are then computed once and added twice. `recent` is the window.
     """
 
     seen: Sums

@@ -41,84 +41,71 @@ def dark_attention(
 ) -> Tensor:
     """DARKFormer attention, in time and memory linear in the length.
 
-    With `x^ = h^(-1/4) x`, `M` the geometry and `Sigma = M'M`, softmax
-    attention's `exp(q . k / sqrt(h))` becomes the dark kernel
-    `exp(q^' Sigma k^)`, and the dark kernel becomes the product of positive
-    random features whose directions are drawn from `N(0, Sigma)`:
+    With `x^ = h^(-1/4) x`, `M` the geometry and `Sigma = M'M`, softmax attention's
+    `exp(q . k / sqrt(h))` becomes the dark kernel `exp(q^' Sigma k^)`, and the dark kernel becomes
+    the product of positive random features whose directions are drawn from `N(0, Sigma)`:
 
         phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2),    w_j ~ N(0, I)
         output_t = sum_s phi(q_t) . phi(k_s) v_s / sum_s phi(q_t) . phi(k_s)
 
-    With `M = I` this is Performer (FAVOR+). Grouped-query heads: query head i
-    uses key/value head `i // (n / k)`.
+    With `M = I` this is Performer (FAVOR+). Grouped-query heads: query head i uses key/value head
+    `i // (n / k)`.
 
-    One function serves bidirectional, cross and causal attention and
-    generation: a sequence fed in pieces, each with the state the last one
-    returned, gives the outputs of the whole.
+    One function serves bidirectional, cross and causal attention and generation: a sequence fed in
+    pieces, each with the state the last one returned, gives the outputs of the whole.
 
-    What fits the features to data leaves the kernel as it is. Directions may be
-    drawn from another distribution than `N(0, I)`, with the logarithm of the
-    density ratio as `log_weight` (see `proposal_log_weight`). Queries and keys
-    may be centred, exactly: with `b` and `c` their shifts, the kernel is
-    `exp((q^ - b)' Sigma (k^ - c) + b . k^)`, softmax's for `Sigma = I`.
+    What fits the features to data leaves the kernel as it is. Directions may be drawn from another
+    distribution than `N(0, I)`, with the logarithm of the density ratio as `log_weight` (see
+    `proposal_log_weight`). Queries and keys may be centred, exactly: with `b` and `c` their shifts,
+    the kernel is `exp((q^ - b)' Sigma (k^ - c) + b . k^)`, softmax's for `Sigma = I`.
 
-    With `sliding_window`, each query meets its last `sliding_window` keys with
-    softmax's own `exp(q . k / sqrt(h))`, and only those further back through
-    features; both parts share one normaliser, and `far_offset` shifts the
-    logarithm of the far part's weights.
+    With `sliding_window`, each query meets its last `sliding_window` keys with softmax's own
+    `exp(q . k / sqrt(h))`, and only those further back through features; both parts share one
+    normaliser, and `far_offset` shifts the logarithm of the far part's weights.
 
-    Masked keys count for nothing, whatever they hold. A query that has no key
-    to attend to gives zeros, and passes no gradient.
+    Masked keys count for nothing, whatever they hold. A query that has no key to attend to gives
+    zeros, and passes no gradient.
 
-    All is computed in float32. Where all of a query's products with the keys'
-    features are smaller than the largest conceivable one by more than about 69
-    in the logarithm, they count as none: scale the geometry down for queries
-    and keys that large.
+    All is computed in float32. Where all of a query's products with the keys' features are smaller
+    than the largest conceivable one by more than about 69 in the logarithm, they count as none:
+    scale the geometry down for queries and keys that large.
 
     Args:
         query: float tensor of shape `(b, t, n, h)`.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s, k, v)`.
-        geometry: M, of shape `(k, r, h)`; `None` for the identity, which is
-            Performer and saves a product per key.
-        projection: W, of shape `(k, m, r)`, or `(m, r)` shared by the heads;
-            see `draw_projection`.
-        query_geometry: optional, of shape `(k, r, h)`: a geometry of the
-            queries' own; the kernel is then `exp(q^' M_q' M_k k^)`.
-        log_weight: optional, of shape `(k, m)`: added to the log-features of
-            both queries and keys.
+        geometry: M, of shape `(k, r, h)`; `None` for the identity, which is Performer and saves a
+            product per key.
+        projection: W, of shape `(k, m, r)`, or `(m, r)` shared by the heads; see `draw_projection`.
+        query_geometry: optional, of shape `(k, r, h)`: a geometry of the queries' own; the kernel
+            is then `exp(q^' M_q' M_k k^)`.
+        log_weight: optional, of shape `(k, m)`: added to the log-features of both queries and keys.
         query_shift: optional `b`, of shape `(k, h)`, on the scale of `q^`.
         key_shift: optional `c`, of shape `(k, h)`, on the scale of `k^`.
-        sliding_window: optional int W. Query t meets keys t - W + 1 to t
-            exactly; needs `causal=True`.
-        far_offset: optional, of shape `(n,)`, with `sliding_window`. -1e30
-            leaves the far part out, to measure the window alone.
+        sliding_window: optional int W. Query t meets keys t - W + 1 to t exactly; needs
+            `causal=True`.
+        far_offset: optional, of shape `(n,)`, with `sliding_window`. -1e30 leaves the far part out,
+            to measure the window alone.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
-        write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true =
-            enters the state that is returned; needs `causal=True`. `None` for
-            all that may be attended to. With a sliding window, tokens left out
-            behind all others leave no trace; before others they take a place
-            in the window.
-        initial_state: optional state returned by an earlier call: the keys
-            seen before these.
+        write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = enters the state that
+            is returned; needs `causal=True`. `None` for all that may be attended to. With a sliding
+            window, tokens left out behind all others leave no trace; before others they take a
+            place in the window.
+        initial_state: optional state returned by an earlier call: the keys seen before these.
         return_state: bool. Also return the state after these keys.
-        chunk_size: optional int, tokens handled at once in the causal form.
-            It changes speed and memory, not the result; `None` picks it by
-            head size and grouping.
-        remat: bool. Whether the backward pass computes each block of the
-            sequence anew instead of keeping its features. Measured on CPU:
-            on JAX it halves the memory of long sequences and is no slower, so
-            it is the default there (`None`); on torch it saves a third of the
+        chunk_size: optional int, tokens handled at once in the causal form. It changes speed and
+            memory, not the result; `None` picks it by head size and grouping.
+        remat: bool. Whether the backward pass computes each block of the sequence anew instead of
+            keeping its features. Measured on CPU: on JAX it halves the memory of long sequences and
+            is no slower, so it is the default there (`None`); on torch it saves a third of the
             memory for nearly half more time; on TensorFlow XLA undoes it.
 
     Returns:
-        The output, of shape `(b, t, n, v)` and the inputs' dtype. With
-        `return_state`, `(output, state)`: the state is a `State` of float32
-        tensors of shapes `(b, k, m, v)`, `(b, k, m)` and `(b, k)`, whatever
-        the length; with a sliding window a `WindowedState`, which also holds
-        the window's keys `(b, W, k, h)`, values `(b, W, k, v)` and mask
-        `(b, W)`.
+        The output, of shape `(b, t, n, v)` and the inputs' dtype. With `return_state`,
+        `(output, state)`: the state is a `State` of float32 tensors of shapes `(b, k, m, v)`,
+        `(b, k, m)` and `(b, k)`, whatever the length; with a sliding window a `WindowedState`,
+        which also holds the window's keys `(b, W, k, h)`, values `(b, W, k, v)` and mask `(b, W)`.
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.

@@ -32,19 +32,19 @@ def dark_features(
 
         phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2)
 
-    so that `E[phi(q) . phi(k)] = exp(q^' M'M k^)`, the dark kernel. These are
-    the features themselves, to look at and to check estimates with; large
-    inputs overflow. `dark_attention` computes the stable ratio instead.
+    so that `E[phi(q) . phi(k)] = exp(q^' M'M k^)`, the dark kernel. These are the features
+    themselves, to look at and to check estimates with; large inputs overflow. `dark_attention`
+    computes the stable ratio instead.
 
     Args:
         inputs: float tensor of shape `(b, s, k, h)`, queries or keys.
         geometry: M, of shape `(k, r, h)`.
         projection: W, of shape `(k, m, r)` or `(m, r)`.
         log_weight: optional, of shape `(k, m)`, added to `log phi`.
-        shift: optional, of shape `(k, h)`, taken from `x^`: of queries their
-            `query_shift`, of keys their `key_shift`.
-        tilt: optional, of shape `(k, h)`: `tilt . x^` is added to `log phi`;
-            of keys the `query_shift`. See `dark_attention`.
+        shift: optional, of shape `(k, h)`, taken from `x^`: of queries their `query_shift`, of keys
+            their `key_shift`.
+        tilt: optional, of shape `(k, h)`: `tilt . x^` is added to `log phi`; of keys the
+            `query_shift`. See `dark_attention`.
 
     Returns:
         A float32 tensor of shape `(b, s, k, m)`.

@@ -21,8 +21,8 @@ def exact_dark_attention(
     """Attention with the dark kernel itself, which the features estimate.
 
     Softmax attention between `M q` and `M k`, scaled by `h^(-1/2)`, through
-    `keras.ops.dot_product_attention`: quadratic in the length, and flash
-    attention where Keras has it. With `M = I` it is ordinary attention.
+    `keras.ops.dot_product_attention`: quadratic in the length, and flash attention where Keras has
+    it. With `M = I` it is ordinary attention.
 
     Args:
         query: float tensor of shape `(b, t, n, h)`.
@@ -31,12 +31,12 @@ def exact_dark_attention(
         geometry: M, of shape `(k, r, h)`; `None` for the identity.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
-        attention_mask: optional bool tensor of rank 4, true = attend, that
-            broadcasts to `(b, n, t, s)`. All masks given apply together.
+        attention_mask: optional bool tensor of rank 4, true = attend, that broadcasts to
+            `(b, n, t, s)`. All masks given apply together.
 
     Returns:
-        A tensor of shape `(b, t, n, v)` and the inputs' dtype. A query with
-        no key to attend to gives zeros, and passes no gradient.
+        A tensor of shape `(b, t, n, v)` and the inputs' dtype. A query with no key to attend to
+        gives zeros, and passes no gradient.
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
@@ -101,12 +101,11 @@ def exact_dark_attention_scores(
         geometry: M, of shape `(k, r, h)`; `None` for the identity.
         causal: bool.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
-        attention_mask: optional bool tensor of rank 4 that broadcasts to
-            `(b, n, t, s)`.
+        attention_mask: optional bool tensor of rank 4 that broadcasts to `(b, n, t, s)`.
 
     Returns:
-        A float32 tensor of shape `(b, n, t, s)`; each row sums to 1, or is
-        zero where there is no key to attend to.
+        A float32 tensor of shape `(b, n, t, s)`; each row sums to 1, or is zero where there is no
+        key to attend to.
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.

@@ -1,16 +1,14 @@
 """The keys that a query meets with softmax's own kernel: those of a sliding window.
 
-A query sees the keys of its window with weights `exp(q . k / sqrt(h))`, older
-ones through features, and divides by the sum of both. A key enters the sums of
-features when it leaves the window.
+A query sees the keys of its window with weights `exp(q . k / sqrt(h))`, older ones through
+features, and divides by the sum of both. A key enters the sums of features when it leaves the
+window.
 
-Near and far parts have scales of their own, the largest exact weight that a
-query sees and what its features amount to together; the larger of the two
-makes both. No key that is masked, to come, or far away and unlike the query
-has a say in it.
+Near and far parts have scales of their own, the largest exact weight that a query sees and what its
+features amount to together; the larger of the two makes both. No key that is masked, to come, or
+far away and unlike the query has a say in it.
 
-The shapes' letters are those of `ops.features`; besides, N chunks of C tokens
-make a block.
+The shapes' letters are those of `ops.features`; besides, N chunks of C tokens make a block.
 """
 
 from keras import ops
@@ -64,13 +62,13 @@ def written_by_row(
     Args:
         recent: the window before.
         new: `Tokens` after it.
-        write_mask: bool, `(b, s)`: which of the new ones are kept. Others take
-            a place in the window, but those behind the last one of the row.
+        write_mask: bool, `(b, s)`: which of the new ones are kept. Others take a place in the
+            window, but those behind the last one of the row.
         size: W.
 
     Returns:
-        A bool mask `(b, s)` of the first s tokens of `recent` and `new`
-        together: those that were kept and have left. And the window.
+        A bool mask `(b, s)` of the first s tokens of `recent` and `new` together: those that were
+        kept and have left. And the window.
     """
     batch, length = shape_of(new.mask)
     write_mask = ops.broadcast_to(write_mask, (batch, length))
@@ -121,8 +119,8 @@ def with_near(
     logits = reshape(logits, (batch, kv_heads, chunks, chunk, -1, width))
     logits = logits + (mask[:, :, :, None] + near_mask)[:, :, :, :, None]
     scale = ops.maximum(ops.max(ops.stop_gradient(logits), axis=-1), LOG_ZERO)
-    # The far part's own scale is the largest that it could be; what it is may
-    # be far below, and must not push the window's weights down.
+    # The far part's own scale is the largest that it could be; what it is may be far below, and
+    # must not push the window's weights down.
     amount = ops.stop_gradient(far[..., -1])
     alive = ops.logical_and(amount > TINY, far_scale > 0.5 * LOG_ZERO)
     log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE

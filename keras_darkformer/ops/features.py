@@ -1,9 +1,8 @@
 """From the parameters of a feature map to log-features of queries and keys.
 
-Letters used in shapes here and in the other modules of `ops`:
-b batch, t query position, s key position, n query heads, k key/value heads,
-g = n / k query heads per key/value head, h head_dim, r rank, m features,
-v value dimension.
+Letters used in shapes here and in the other modules of `ops`: b batch, t query position, s key
+position, n query heads, k key/value heads, g = n / k query heads per key/value head, h head_dim, r
+rank, m features, v value dimension.
 """
 
 import math
@@ -20,8 +19,8 @@ TO_BASE = 1 / math.log(BASE)
 class QueryScale(NamedTuple):
     """What all of a query's features have in common, with an offset of the far part.
 
-    It cancels where features are all there is. Beside an exact memory, whose
-    weights have a scale of their own, it counts:
+    It cancels where features are all there is. Beside an exact memory, whose weights have a scale
+    of their own, it counts:
 
         log scale(q) = q . f - |q N_q|^2 + e
 
@@ -44,22 +43,21 @@ class FoldedFeatures(NamedTuple):
         log phi_q(q) = q A_q
         log phi_k(k) = k A_k + a - |k N|^2 + k v
 
-    in logarithms to the base `backend.BASE`. Attention divides by its own
-    normaliser, so whatever a query's features have in common (`|M q^|^2 / 2`,
-    `m^(-1/2)`) cancels; it is in `query_scale`.
+    in logarithms to the base `backend.BASE`. Attention divides by its own normaliser, so whatever a
+    query's features have in common (`|M q^|^2 / 2`, `m^(-1/2)`) cancels; it is in `query_scale`.
 
-    A kernel `A` may come as two factors, `(k, h, r)` and `(k, r, m)`, to be
-    applied one after the other.
+    A kernel `A` may come as two factors, `(k, h, r)` and `(k, r, m)`, to be applied one after the
+    other.
 
     Attributes:
         query_kernel: `A_q`, of shape `(k, h, m)`, or its factors.
         key_kernel: `A_k`, of shape `(k, h, m)`, or its factors.
         key_bias: `a`, of shape `(k, m)`, or `None` for zeros.
-        key_norm_kernel: `N`, of shape `(k, h, r)`, a scalar for that times
-            the identity, or `None` for zero.
+        key_norm_kernel: `N`, of shape `(k, h, r)`, a scalar for that times the identity, or `None`
+            for zero.
         key_linear: `v`, of shape `(k, h)`, or `None` for zeros.
-        query_scale: `QueryScale`, or `None` where it is not asked for or not
-            known. Without it no exact memory can share the normaliser.
+        query_scale: `QueryScale`, or `None` where it is not asked for or not known. Without it no
+            exact memory can share the normaliser.
     """
 
     query_kernel: Tensor
@@ -92,8 +90,8 @@ class DarkParameters(NamedTuple):
         log phi_q[j](q) = w_j . M_q x - |M_q x|^2 / 2 + l_j - log(m) / 2
         log phi_k[j](k) = w_j . M_k y - |M_k y|^2 / 2 + l_j - log(m) / 2 + b . k^
 
-    `E[phi_q . phi_k] = exp(x' M_q' M_k y + b . k^)`: for `M_q' M_k = I` that is
-    softmax's `exp(q^ . k^)` but for a factor of the query, which cancels.
+    `E[phi_q . phi_k] = exp(x' M_q' M_k y + b . k^)`: for `M_q' M_k = I` that is softmax's
+    `exp(q^ . k^)` but for a factor of the query, which cancels.
 
     Attributes:
         geometry: `M_k`, of shape `(k, r, h)`; `None` for the identity.
@@ -125,15 +123,15 @@ def fold(
 ) -> FoldedFeatures:
     """Folds geometry M, projection W and shifts into one matrix per head, in float32.
 
-    `w . M x^ = x . (h^(-1/4) M' w')`: one product of size `h x m` a token
-    instead of `h x r` and `r x m`.
+    `w . M x^ = x . (h^(-1/4) M' w')`: one product of size `h x m` a token instead of `h x r` and
+    `r x m`.
 
     Args:
         parameters: `DarkParameters`.
         num_heads: int, k.
         head_dim: int, h.
-        factored: bool. Leave M and W apart: for so few tokens that folding
-            would cost more than all the rest.
+        factored: bool. Leave M and W apart: for so few tokens that folding would cost more than all
+            the rest.
     """
     parameters = parameters.in_float32()
     geometry, projection, query_geometry, log_weight, query_shift, key_shift = parameters
@@ -150,8 +148,8 @@ def fold(
     else:
         norm_kernel = ops.swapaxes(geometry, 1, 2) * norm_scale
 
-    # A weight added to both log-features is, in the ratio, twice that weight
-    # added to the key's alone; what is constant to a query moves there too.
+    # A weight added to both log-features is, in the ratio, twice that weight added to the key's
+    # alone; what is constant to a query moves there too.
     bias = None if log_weight is None else log_weight * (2 * TO_BASE)
     linear = None
     if query_shift is not None or key_shift is not None:
@@ -179,9 +177,8 @@ def fold_query_scale(
 ) -> QueryScale:
     """What `fold` leaves out because it cancels without an exact memory.
 
-    The memory holds `q^ . k^`. For the features that is
-    `x . y + b . k^ + (q^ . c - b . c)`: the last term, and the query's norm,
-    go here.
+    The memory holds `q^ . k^`. For the features that is `x . y + b . k^ + (q^ . c - b . c)`: the
+    last term, and the query's norm, go here.
     """
     parameters = parameters.in_float32()
     geometry, query_geometry = parameters.geometry, parameters.query_geometry
@@ -293,8 +290,8 @@ def _norm(inputs: Tensor, norm_kernel: Tensor) -> Tensor:
 def _project(inputs: Tensor, kernel: Tensor, bias: Tensor = None) -> Tensor:
     """`(b, k, x, h)` times `(k, h, m)`, plus `(k, m)` or nothing, head by head."""
     if kernel.shape[0] == 1:
-        # One head is one plain product. Broadcast over the batch instead, it
-        # comes out wrong on TensorFlow's CPU (oneDNN, TensorFlow 2.21).
+        # One head is one plain product. Broadcast over the batch instead, it comes out wrong on
+        # TensorFlow's CPU (oneDNN, TensorFlow 2.21).
         shape = tuple(ops.shape(inputs))
         outputs = affine(reshape(inputs, (-1, shape[-1])), kernel[0], bias)
         return reshape(outputs, (*shape[:-1], kernel.shape[-1]))

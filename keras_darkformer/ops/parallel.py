@@ -1,7 +1,7 @@
 """Every query sees every key: bidirectional and cross attention.
 
-All keys enter the sums, then every query reads them. Long sequences go through
-in blocks, whose tensors fit a cache.
+All keys enter the sums, then every query reads them. Long sequences go through in blocks, whose
+tensors fit a cache.
 """
 
 from keras import ops

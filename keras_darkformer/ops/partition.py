@@ -10,9 +10,8 @@ from keras_darkformer.types import Tensor
 def block_partition(length: Tensor) -> tuple[int, Tensor]:
     """Blocks and tokens per block that cover `length` with little padding.
 
-    A block without chunks holds less: it may have twice the tokens. A length
-    known only at run time (TensorFlow) makes one block: XLA there has no
-    gradient of a loop.
+    A block without chunks holds less: it may have twice the tokens. A length known only at run time
+    (TensorFlow) makes one block: XLA there has no gradient of a loop.
     """
     blocks = -(-length // (2 * block_length(length))) if isinstance(length, int) else 1
     return blocks, -(-length // blocks)
@@ -21,9 +20,8 @@ def block_partition(length: Tensor) -> tuple[int, Tensor]:
 def pick_chunk_size(head_dim: int, groups: int) -> int:
     """Tokens per chunk of the causal form: measured on CPU, alike on all backends.
 
-    A chunk costs scores of its length by its length, and a state. Large heads
-    have large states; in a group of query heads the scores are as many times
-    as tall, the state is not.
+    A chunk costs scores of its length by its length, and a state. Large heads have large states; in
+    a group of query heads the scores are as many times as tall, the state is not.
     """
     if groups >= 8:
         return 32
@@ -35,8 +33,8 @@ def chunk_partition(
 ) -> tuple[Tensor, Tensor, int]:
     """Blocks, chunks per block and chunk size that cover `length` with little padding.
 
-    The one block of a length known only at run time has many chunks; the (N, N)
-    decays between them are small change up to some hundred thousand tokens.
+    The one block of a length known only at run time has many chunks; the (N, N) decays between them
+    are small change up to some hundred thousand tokens.
     """
     if chunk_size is None:
         chunk_size = pick_chunk_size(head_dim, groups)
@@ -51,9 +49,9 @@ def chunk_partition(
 def split_blocks(inputs: dict[str, Tensor], blocks: int, tokens: Tensor) -> dict[str, Tensor]:
     """`(b, length, ...) -> (b, blocks, tokens, ...)`, filled up before the first token.
 
-    Behind the last one, what fills up would push the last tokens out of a
-    window. Keys that fill up are masked: where there is a `key`, the result has
-    a `mask`. Inputs that are `None` are left out.
+    Behind the last one, what fills up would push the last tokens out of a window. Keys that fill up
+    are masked: where there is a `key`, the result has a `mask`. Inputs that are `None` are left
+    out.
     """
     batch, length = shape_of(next(iter(inputs.values())))[:2]
     is_whole = isinstance(tokens, int) and blocks * tokens == length

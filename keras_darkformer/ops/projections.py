@@ -17,23 +17,21 @@ def draw_projection(
 ) -> np.ndarray:
     """Draws the projection W of positive random features.
 
-    Every row is distributed as `N(0, I)`, so features built from either kind
-    are unbiased. `"gaussian"` draws the rows independently. `"orthogonal"`
-    makes them orthogonal within blocks of `dim` rows, each row keeping the
-    length of an independent Gaussian vector; features from it have a variance
-    no larger than independent ones (Choromanski et al., 2021, theorem 2).
-    `"antithetic"` draws half of the rows orthogonal and adds their negatives:
-    what the one overestimates the other tends to underestimate.
+    Every row is distributed as `N(0, I)`, so features built from either kind are unbiased.
+    `"gaussian"` draws the rows independently. `"orthogonal"` makes them orthogonal within blocks of
+    `dim` rows, each row keeping the length of an independent Gaussian vector; features from it have
+    a variance no larger than independent ones (Choromanski et al., 2021, theorem 2). `"antithetic"`
+    draws half of the rows orthogonal and adds their negatives: what the one overestimates the other
+    tends to underestimate.
 
-    NumPy draws them, whatever the Keras backend, so one seed gives one
-    projection everywhere.
+    NumPy draws them, whatever the Keras backend, so one seed gives one projection everywhere.
 
     Args:
         num_features: int. The number of features m.
         dim: int. The dimension r of the vectors that are projected.
         kind: `"orthogonal"`, `"gaussian"` or `"antithetic"`.
-        seed: int, sequence of ints, `numpy.random.Generator` (which is
-            advanced) or `None` for a fresh draw.
+        seed: int, sequence of ints, `numpy.random.Generator` (which is advanced) or `None` for a
+            fresh draw.
 
     Returns:
         A float32 NumPy array of shape `(num_features, dim)`.
@@ -66,9 +64,8 @@ def draw_projection(
 def proposal_log_weight(projection: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """What keeps features unbiased whose directions are not drawn from `N(0, I)`.
 
-    With `w = S e`, `e ~ N(0, I)` and `S = diag(scale)`, the logarithm of the
-    density ratio of `N(0, I)` to `N(0, S S')`, one half for the query's
-    log-feature and one for the key's:
+    With `w = S e`, `e ~ N(0, I)` and `S = diag(scale)`, the logarithm of the density ratio of
+    `N(0, I)` to `N(0, S S')`, one half for the query's log-feature and one for the key's:
 
         l(w) = (log|det S| + (|e|^2 - |w|^2) / 2) / 2
 
@@ -80,8 +77,7 @@ def proposal_log_weight(projection: np.ndarray, scale: np.ndarray) -> np.ndarray
         scale: the diagonal of S, positive, of shape `(..., r)`.
 
     Returns:
-        A float32 array of shape `(..., m)`: the `log_weight` of
-        `dark_attention`.
+        A float32 array of shape `(..., m)`: the `log_weight` of `dark_attention`.
 
     Raises:
         ValueError: if a scale is not positive and finite.

@@ -39,8 +39,8 @@ def dark_attention_reference(
 ) -> tuple[np.ndarray, Gradients | None]:
     """`dark_attention` as its definition reads, and its gradients by hand.
 
-    For one head, with the log-features of `ops.features.DarkParameters`, b and
-    c its shifts and d the offset of the far part:
+    For one head, with the log-features of `ops.features.DarkParameters`, b and c its shifts and d
+    the offset of the far part:
 
         far:   L_tsj = log phi_j(q_t) + log phi_j(k_s) + q^_t . c - b . c + d
         near:  L_ts = q_t . k_s / sqrt(h),    t - s < W
@@ -49,14 +49,13 @@ def dark_attention_reference(
         d log phi_j(q_t) = sum_s dK_ts exp L_tsj,  and so for k_s
 
     Args:
-        upstream: `(b, t, n, v)`, the gradient of a scalar with respect to the
-            output; the gradients returned are of that scalar, that of the
-            geometry of `M_k` alone where there is a `query_geometry`.
+        upstream: `(b, t, n, v)`, the gradient of a scalar with respect to the output; the gradients
+            returned are of that scalar, that of the geometry of `M_k` alone where there is a
+            `query_geometry`.
         The others are those of `dark_attention`.
 
     Returns:
-        `(output, gradients)`, in float64; gradients are `None` without
-        `upstream`.
+        `(output, gradients)`, in float64; gradients are `None` without `upstream`.
     """
     query, key, value, geometry, projection = (
         np.asarray(x, "float64") for x in (query, key, value, geometry, projection)
@@ -149,8 +148,8 @@ def dark_state_reference(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums over keys of `phi(k) v'` and `phi(k)`, unscaled, in float64.
 
-    With b and c the shifts and l the log-weight, phi takes over what is
-    constant to a query's features, and leaves out what is constant to all:
+    With b and c the shifts and l the log-weight, phi takes over what is constant to a query's
+    features, and leaves out what is constant to all:
 
         log phi_j(k) = log phi_k[j](k) + l_j - w_j . M_q b + log(m) / 2 + |M_k c|^2 / 2
     """
@@ -185,8 +184,7 @@ def windowed_attention_reference(
 ) -> np.ndarray:
     """`ops.attention.attend` with a window as its definition reads, in float64.
 
-    In logarithms to the base of `ops.backend`, for query t and key s <= t of
-    one head:
+    In logarithms to the base of `ops.backend`, for query t and key s <= t of one head:
 
         near(t, s) = q_t . k_s / sqrt(h) / log(base)                 t - s < W
         far(t, s) = log sum_j exp(log phi_q[j](q_t) + log phi_k[j](k_s))

@@ -8,9 +8,8 @@ from keras_darkformer.types import Tensor
 def rotary_embedding(inputs: Tensor, positions: Tensor, max_wavelength: float = 10_000.0) -> Tensor:
     """Rotates pairs of channels by angles proportional to the position.
 
-    Channel i is paired with channel i + h/2 and turned by
-    `position * max_wavelength^(-2i / h)`; scores of rotated queries and keys
-    then depend on the difference of their positions only.
+    Channel i is paired with channel i + h/2 and turned by `position * max_wavelength^(-2i / h)`;
+    scores of rotated queries and keys then depend on the difference of their positions only.
 
     Args:
         inputs: float tensor of shape `(b, t, n, h)`, h even.

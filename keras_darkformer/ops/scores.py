@@ -29,8 +29,8 @@ def log_scores(
         sliding_window: int W, or `None`.
 
     Returns:
-        `(b, n, t, s)` in float32, natural logarithms. Without a window they
-        are known up to a constant of each query. Nothing is masked.
+        `(b, n, t, s)` in float32, natural logarithms. Without a window they are known up to a
+        constant of each query. Nothing is masked.
     """
     batch, length, num_heads, head_dim = tuple(ops.shape(query))
     kv_heads = features.num_heads

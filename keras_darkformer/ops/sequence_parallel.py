@@ -1,13 +1,11 @@
 """Attention over a sequence that is split over devices along its length.
 
-Each device sums up its own keys, and the devices exchange these states, whose
-size does not depend on the length. Causal: every device adds up the states of
-those before it and goes on from there, as if it had read their tokens.
-Bidirectional: every device reads the sum of all.
+Each device sums up its own keys, and the devices exchange these states, whose size does not depend
+on the length. Causal: every device adds up the states of those before it and goes on from there, as
+if it had read their tokens. Bidirectional: every device reads the sum of all.
 
-A state is its sums times `exp(log_scale)`. States are added at the largest of
-their scales, so every factor is at most 1, however far apart the norms of the
-devices' keys are.
+A state is its sums times `exp(log_scale)`. States are added at the largest of their scales, so
+every factor is at most 1, however far apart the norms of the devices' keys are.
 
 The shapes' letters are those of `ops.features`; besides, D devices.
 """
@@ -58,45 +56,42 @@ def sequence_parallel_dark_attention(
 ) -> Tensor:
     """`dark_attention` on a sequence split over devices, to be called in `jax.shard_map`.
 
-    The outputs, the state and the gradients are those of `dark_attention` on
-    the whole sequence. JAX only.
+    The outputs, the state and the gradients are those of `dark_attention` on the whole sequence.
+    JAX only.
 
-    What is sent has the size of states, whatever the length. Causal: a device
-    receives those of all others. Bidirectional: one sum of them, once round.
-    With a sliding window of W tokens it further receives one state and W
-    tokens from its neighbour. What it costs to compute is each key's features
-    a second time, in the causal form.
+    What is sent has the size of states, whatever the length. Causal: a device receives those of all
+    others. Bidirectional: one sum of them, once round. With a sliding window of W tokens it further
+    receives one state and W tokens from its neighbour. What it costs to compute is each key's
+    features a second time, in the causal form.
 
     Args:
-        query: float tensor of shape `(b, t / D, n, h)`: the part of this
-            device, the sequence being split in order into equal parts.
+        query: float tensor of shape `(b, t / D, n, h)`: the part of this device, the sequence being
+            split in order into equal parts.
         key: float tensor of shape `(b, s / D, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s / D, k, v)`.
-        geometry, projection, query_geometry, log_weight, query_shift,
-            key_shift, far_offset: as for `dark_attention`, the same on every
-            device.
+        geometry, projection, query_geometry, log_weight, query_shift, key_shift, far_offset: as for
+            `dark_attention`, the same on every device.
         axis_name: str. The mesh axis that the length is split along.
         sliding_window: optional int W, at most the tokens of one device.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
-        key_mask: optional bool tensor of shape `(b, s / D)` or `(1, s / D)`,
-            true = attend: the part of this device.
-        initial_state: optional state of the keys before the whole sequence,
-            the same on every device. Not with a window.
-        return_state: bool. Also return the state after all keys, the same on
-            every device. Not with a window.
+        key_mask: optional bool tensor of shape `(b, s / D)` or `(1, s / D)`, true = attend: the
+            part of this device.
+        initial_state: optional state of the keys before the whole sequence, the same on every
+            device. Not with a window.
+        return_state: bool. Also return the state after all keys, the same on every device. Not with
+            a window.
         chunk_size: optional int, as for `dark_attention`.
         remat: bool, as for `dark_attention`.
 
     Returns:
-        The part of the output, `(b, t / D, n, v)` in the inputs' dtype; with
-        `return_state`, `(output, state)`.
+        The part of the output, `(b, t / D, n, v)` in the inputs' dtype; with `return_state`,
+        `(output, state)`.
 
     Raises:
         RuntimeError: on another backend than JAX.
-        ValueError: if shapes do not fit, the axis is none of the mesh, the
-            window is longer than a device's part, or a state goes with a
-            window: its last tokens would lie on whichever devices the padding
-            leaves them to.
+        ValueError: if shapes do not fit, the axis is none of the mesh, the window is longer than a
+            device's part, or a state goes with a window: its last tokens would lie on whichever
+            devices the padding leaves them to.
 
     Example:
 
@@ -181,9 +176,9 @@ def _check_window(
 def _differing(state: State, like: Tensor) -> State:
     """`state`, known to differ along every axis of the mesh that `like` differs along.
 
-    `shard_map` notes this of all values, and a loop wants its carry to start as
-    it goes on; but zeros are the same everywhere. Their choice between
-    themselves and anything else is not, and it costs nothing.
+    `shard_map` notes this of all values, and a loop wants its carry to start as it goes on; but
+    zeros are the same everywhere. Their choice between themselves and anything else is not, and it
+    costs nothing.
     """
     for x in tree.flatten(like):
         if x is not None:
@@ -229,9 +224,8 @@ def _window_before(
 ) -> WindowedState:
     """The state with a window of `size` tokens that this device's tokens go on from.
 
-    The neighbour's last tokens are in the window, and all before them in the
-    sums. So each device sums up what leaves its window by itself and, from
-    there on, everything.
+    The neighbour's last tokens are in the window, and all before them in the sums. So each device
+    sums up what leaves its window by itself and, from there on, everything.
     """
     tokens = tokens_of(key, value, call.key_mask)
     parts = zip(*(ops.split(x, [x.shape[1] - size], axis=1) for x in tokens), strict=True)

@@ -1,7 +1,7 @@
 """What attention carries from one piece of a sequence to the next.
 
-Named tuples of float32 tensors, batch first on every leaf, of a size that does
-not depend on the length. Their shapes are written once, in `StateShapes`.
+Named tuples of float32 tensors, batch first on every leaf, of a size that does not depend on the
+length. Their shapes are written once, in `StateShapes`.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from keras import ops, tree
 from keras_darkformer.ops.checks import shapes_differ
 from keras_darkformer.types import Shape, Tensor
 
-# Stands for log(0). Finite, so that differences of two of them are zero
-# instead of NaN; far below any log-feature that can matter.
+# Stands for log(0). Finite, so that differences of two of them are zero instead of NaN; far below
+# any log-feature that can matter.
 LOG_ZERO = -1e30
 
 
@@ -158,14 +158,12 @@ def initial_state(
         head_dim: int, h; needed with a window.
 
     Returns:
-        A `State` of float32 tensors: `kv_state` of shape `(b, k, m, v)` and
-        `key_state` `(b, k, m)`, the sums over the tokens seen of features times
-        values and of features, both scaled by `exp(-log_scale)`, and
-        `log_scale` `(b, k)`, the running maximum of the log-features. With a
-        window a `WindowedState`: such `sums` of the keys older than the last W,
-        and the last W themselves as `recent`, keys `(b, W, k, h)`, values
-        `(b, W, k, v)` and a mask `(b, W)`, 1 where there is a token and 0 where
-        it is masked or missing.
+        A `State` of float32 tensors: `kv_state` of shape `(b, k, m, v)` and `key_state`
+        `(b, k, m)`, the sums over the tokens seen of features times values and of features, both
+        scaled by `exp(-log_scale)`, and `log_scale` `(b, k)`, the running maximum of the
+        log-features. With a window a `WindowedState`: such `sums` of the keys older than the last
+        W, and the last W themselves as `recent`, keys `(b, W, k, h)`, values `(b, W, k, v)` and a
+        mask `(b, W)`, 1 where there is a token and 0 where it is masked or missing.
 
     Raises:
         ValueError: if there is a window and no `head_dim`.
@@ -180,8 +178,8 @@ def initial_state(
 def add_states(states: State, log_weight: Tensor) -> State:
     """The sum of states times `exp(log_weight)`.
 
-    Added at the largest of their scales, so every factor is at most 1, however
-    far apart the norms of their keys are.
+    Added at the largest of their scales, so every factor is at most 1, however far apart the norms
+    of their keys are.
 
     Args:
         states: `State` whose leaves are stacked along a new first axis, D.

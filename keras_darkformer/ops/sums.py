@@ -1,15 +1,13 @@
 """Sums of features over keys: how keys enter them and what a chunk's queries see.
 
-Every exponential is taken of a number that is at most zero. Queries and keys
-are shifted by the largest of their own log-features. What that leaves of a key
-is its log-scale, one number, which also takes the norm |M k|^2 / 2; pairs of a
-query and a key are weighted by exp(log-scale - R_t), R_t the largest log-scale
-that query t sees. One maximum over the whole sequence would let a future key
-push the past below the smallest float. All of them cancel between numerator
-and denominator, so they are constants to the gradient.
+Every exponential is taken of a number that is at most zero. Queries and keys are shifted by the
+largest of their own log-features. What that leaves of a key is its log-scale, one number, which
+also takes the norm |M k|^2 / 2; pairs of a query and a key are weighted by exp(log-scale - R_t),
+R_t the largest log-scale that query t sees. One maximum over the whole sequence would let a future
+key push the past below the smallest float. All of them cancel between numerator and denominator, so
+they are constants to the gradient.
 
-The shapes' letters are those of `ops.features`; besides, N chunks of C tokens
-make a block.
+The shapes' letters are those of `ops.features`; besides, N chunks of C tokens make a block.
 """
 
 import math
@@ -29,8 +27,8 @@ from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import LOG_ZERO, State
 from keras_darkformer.types import Tensor
 
-# The scale of a masked key, below that of a state without keys, and what the
-# causal mask adds, far below both.
+# The scale of a masked key, below that of a state without keys, and what the causal mask adds, far
+# below both.
 MASKED = 2 * LOG_ZERO
 FUTURE = -1e35
 # A denominator at or below this holds no key (every factor is at most 1).
@@ -54,9 +52,8 @@ class KeyFeatures(NamedTuple):
 class Sums(NamedTuple):
     """A state while many keys enter it.
 
-    Numerator and denominator travel as one tensor: a column of ones appended
-    to the values makes one product of two. The scale is to the base that the
-    backend is fastest in.
+    Numerator and denominator travel as one tensor: a column of ones appended to the values makes
+    one product of two. The scale is to the base that the backend is fastest in.
 
     Attributes:
         both: `(b, k, m, v + 1)`.
@@ -92,8 +89,7 @@ def split_last(sums: Tensor) -> tuple[Tensor, Tensor]:
 def by_head(query: Tensor, kv_heads: int) -> Tensor:
     """`(b, t, n, h) -> (b, k, t * g, h)` in float32.
 
-    The queries of a group stand beside one another, since they meet the same
-    keys.
+    The queries of a group stand beside one another, since they meet the same keys.
     """
     batch, length, num_heads, head_dim = shape_of(query)
     groups = num_heads // kv_heads
@@ -110,8 +106,8 @@ def features_of_queries(
     Args:
         query: `(b, k, t * g, h)`, from `by_head`.
         features: `FoldedFeatures`.
-        scaled: whether the queries' own scales are asked for, which cancel
-            where features are all there is.
+        scaled: whether the queries' own scales are asked for, which cancel where features are all
+            there is.
 
     Returns:
         The features, and their log-scales `(b, k, t * g)` or `None`.
@@ -132,8 +128,8 @@ def features_of_keys(
 ) -> KeyFeatures:
     """Keys `(b, s, k, h)` and values `(b, s, k, v)` as the sums take them.
 
-    A masked key, `key_mask` being bool `(b, s)` or `None`, has no scale and no
-    value, whatever stood there.
+    A masked key, `key_mask` being bool `(b, s)` or `None`, has no scale and no value, whatever
+    stood there.
     """
     key, value = ops.cast(key, "float32"), ops.cast(value, "float32")
     if key_mask is not None:
@@ -142,8 +138,8 @@ def features_of_keys(
     key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
     logits, log_scale = log_key_features(key, features)
     largest = ops.max(ops.stop_gradient(logits), axis=-1)
-    # The scales are constants to the gradient: all of it goes the way of the
-    # features, where a sum over them is all that the scales' own would need.
+    # The scales are constants to the gradient: all of it goes the way of the features, where a sum
+    # over them is all that the scales' own would need.
     constant = ops.stop_gradient(log_scale)
     of_keys = power(logits - (largest + (constant - log_scale))[..., None])
     log_scale = ops.maximum(constant + largest, LOG_ZERO)
@@ -195,8 +191,8 @@ def chunked_sums(
         masks: `future` of C and of N + 1.
 
     Returns:
-        What each query sees, `(b, k, N, C, g, v + 1)`; its log-scale R,
-        `(b, k, N, C)`; the sums behind the block.
+        What each query sees, `(b, k, N, C, g, v + 1)`; its log-scale R, `(b, k, N, C)`; the sums
+        behind the block.
     """
     batch, kv_heads, _, num_features = shape_of(query)
     value_dim = keys.value.shape[-1] + 1
@@ -205,8 +201,8 @@ def chunked_sums(
     value = reshape(with_ones(keys.value), (batch, kv_heads, chunks, chunk, value_dim))
     key_scale = reshape(keys.log_scale, (batch, kv_heads, chunks, chunk))
 
-    # Of each chunk by itself, and of the states at the marks between chunks,
-    # the first being that before the block and the last that behind it.
+    # Of each chunk by itself, and of the states at the marks between chunks, the first being that
+    # before the block and the last that behind it.
     near_logits, within = _running_maximum(key_scale, masks[0])
     marks = ops.concatenate([sums.log_scale[..., None], within[..., -1]], axis=-1)
     mark_logits, reached = _running_maximum(marks, masks[1])
@@ -248,8 +244,7 @@ def future(size: Tensor) -> Tensor:
 def _running_maximum(log_scale: Tensor, future: Tensor) -> tuple[Tensor, Tensor]:
     """Of `x`, `(..., L)`: the `x_j` that t sees, `(..., L, L)`, and their maximum, `(..., L)`.
 
-    L is short, and `keras.ops` has no cumulative maximum. It is a constant to
-    the gradient.
+    L is short, and `keras.ops` has no cumulative maximum. It is a constant to the gradient.
     """
     logits = log_scale[..., None, :] + future
     return logits, ops.max(ops.stop_gradient(logits), axis=-1)
@@ -259,7 +254,7 @@ def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Their quotient; rows that saw no key are zero, gradient included."""
     alive = denominator > TINY
     denominator = ops.where(alive, denominator, 1.0)
-    # Dividing both by the denominator's value first keeps its square, which
-    # the gradient of a quotient holds, from underflowing.
+    # Dividing both by the denominator's value first keeps its square, which the gradient of a
+    # quotient holds, from underflowing.
     scale = 1.0 / ops.stop_gradient(denominator)
     return (numerator * scale) * ops.where(alive, 1.0 / (denominator * scale), 0.0)

@@ -40,25 +40,22 @@ def calibrate(
 ) -> Model:
     """Fits the feature maps of a model to its queries and keys, in one pass over data.
 
-    Every layer computes exact softmax attention during the pass, so each sees
-    what it sees in the model before conversion. Moments are summed up as
-    batches go by; where a method needs queries and keys themselves, a sample
-    of whole sequences is kept. Memory does not grow with the data.
+    Every layer computes exact softmax attention during the pass, so each sees what it sees in the
+    model before conversion. Moments are summed up as batches go by; where a method needs queries
+    and keys themselves, a sample of whole sequences is kept. Memory does not grow with the data.
 
-    Geometry, proposal, shifts and projections of every dark layer are set; they
-    are weights, saved and loaded with the model. A far part behind a sliding
-    window gets its offset. Where clusters are fitted, the layer's feature map
-    becomes one of another class, with other weights.
+    Geometry, proposal, shifts and projections of every dark layer are set; they are weights, saved
+    and loaded with the model. A far part behind a sliding window gets its offset. Where clusters
+    are fitted, the layer's feature map becomes one of another class, with other weights.
 
     Args:
-        model: made by `convert_to_dark`, or any Keras model with
-            `DarkAttention` layers. If it is compiled and a feature map becomes
-            one of another class, it is compiled again with the same arguments
-            and a fresh optimizer, and a message says so. A model around it has
-            to be compiled again, too.
-        data: strings (for a task with a preprocessor), arrays or a dict of
-            arrays, or an iterable of batches, as `fit` takes them. A few
-            thousand tokens of the text the model will see do.
+        model: made by `convert_to_dark`, or any Keras model with `DarkAttention` layers. If it is
+            compiled and a feature map becomes one of another class, it is compiled again with the
+            same arguments and a fresh optimizer, and a message says so. A model around it has to be
+            compiled again, too.
+        data: strings (for a task with a preprocessor), arrays or a dict of arrays, or an iterable
+            of batches, as `fit` takes them. A few thousand tokens of the text the model will see
+            do.
         method: how each map is fitted:
 
             | `method` | what it sets |
@@ -70,22 +67,19 @@ def calibrate(
             | `"clusters"` | an `ExponentialFeatureMap`, fitted to a k-means of the queries |
             | `"auto"` | of these, per layer, the one of least error at held-out positions |
 
-        proposal: where the rows of W come from, each with its density ratio, so
-            the kernel stays what it is: `"none"` from N(0, I),
-            `"variance_optimal"` from the paper's theorem 3.2, `"spectral"` from
-            the minimiser of a bound that always exists. `None` for the
-            method's own: `"spectral"` for scale and spectral, else `"none"`.
-        center: bool. Whether means of queries and keys are taken off, and put
-            back exactly. `None` for the method's own: true for scale and
-            spectral. Clusters always centre.
-        refine: bool. Spectral: keeps the best of several draws and fits M and
-            a weight per feature to the sample by a few steps of descent on KL.
-            Clusters: likewise. False leaves the closed forms.
+        proposal: where the rows of W come from, each with its density ratio, so the kernel stays
+            what it is: `"none"` from N(0, I), `"variance_optimal"` from the paper's theorem 3.2,
+            `"spectral"` from the minimiser of a bound that always exists. `None` for the method's
+            own: `"spectral"` for scale and spectral, else `"none"`.
+        center: bool. Whether means of queries and keys are taken off, and put back exactly. `None`
+            for the method's own: true for scale and spectral. Clusters always centre.
+        refine: bool. Spectral: keeps the best of several draws and fits M and a weight per feature
+            to the sample by a few steps of descent on KL. Clusters: likewise. False leaves the
+            closed forms.
         max_tokens: int. Tokens per layer in the sample, whole sequences.
-        position_offset: positions the model will serve: the first token of
-            each batch gets a random position up to this, or between a pair
-            of them. Rotated keys differ by position, and what was not seen
-            here is not fitted. `None` starts every batch at 0.
+        position_offset: positions the model will serve: the first token of each batch gets a random
+            position up to this, or between a pair of them. Rotated keys differ by position, and
+            what was not seen here is not fitted. `None` starts every batch at 0.
         batch_size: int. For data that does not come in batches.
         seed: int. Of draws, of the sample and of the offsets.
         verbose: bool. Shows a progress bar.
@@ -94,9 +88,8 @@ def calibrate(
         The model, which is calibrated in place.
 
     Raises:
-        ValueError: if an argument is out of range, the model has no dark
-            layers, `data` has no batches, or queries or keys are not finite.
-            No layer has then been changed.
+        ValueError: if an argument is out of range, the model has no dark layers, `data` has no
+            batches, or queries or keys are not finite. No layer has then been changed.
 
     Example:
 

@@ -17,14 +17,14 @@ from keras_darkformer.types import Config, Data, Model
 class RedrawProjections(keras.callbacks.Callback):
     """Draws the projections of all dark layers anew as training goes on.
 
-    Fixed draws let the model learn around their errors: its features become
-    learned features. New draws keep it honest to the kernel.
+    Fixed draws let the model learn around their errors: its features become learned features. New
+    draws keep it honest to the kernel.
 
     Args:
         every: int. Training steps between draws.
         seed: int. Of the draws.
-        model: the model with dark layers, where `fit` is called on another
-            that holds it; `None` for the one that is fitted.
+        model: the model with dark layers, where `fit` is called on another that holds it; `None`
+            for the one that is fitted.
 
     Example:
 
@@ -57,8 +57,7 @@ class RedrawProjections(keras.callbacks.Callback):
 class LossSpikeCounter(keras.callbacks.Callback):
     """Counts steps whose loss jumps: above the median of the last ten by a margin, or not finite.
 
-    `logs` of later callbacks and the history of `fit` gain `"loss_spikes"`, the
-    count so far.
+    `logs` of later callbacks and the history of `fit` gain `"loss_spikes"`, the count so far.
 
     Args:
         margin: float. In nats.
@@ -106,10 +105,9 @@ class LossSpikeCounter(keras.callbacks.Callback):
 class ApproximationLogger(keras.callbacks.Callback):
     """Writes how far dark layers are from exact softmax to TensorBoard, epoch by epoch.
 
-    Scalars `approximation/relative_error/<layer>` and `approximation/kl/<layer>`,
-    means over the heads; also into the history of `fit`, as
-    `"approximation_error"` and `"approximation_kl"`, means over the layers.
-    Needs TensorFlow and TensorBoard, whatever the backend.
+    Scalars `approximation/relative_error/<layer>` and `approximation/kl/<layer>`, means over the
+    heads; also into the history of `fit`, as `"approximation_error"` and `"approximation_kl"`,
+    means over the layers. Needs TensorFlow and TensorBoard, whatever the backend.
 
     Args:
         data: held-out data, as for `approximation_report`.

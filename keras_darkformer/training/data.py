@@ -42,10 +42,9 @@ def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:
 
     Args:
         model: a Keras model, or a KerasHub task with a preprocessor for text.
-        data: a list or array of strings, arrays or dicts of arrays (cut into
-            batches), or an iterable of batches such as a `tf.data.Dataset`, a
-            `keras.utils.PyDataset` or a `DataLoader`; of tuples the first
-            element counts.
+        data: a list or array of strings, arrays or dicts of arrays (cut into batches), or an
+            iterable of batches such as a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
+            `DataLoader`; of tuples the first element counts.
         batch_size: rows per batch of data that has none.
     """
     count = 0

@@ -21,8 +21,8 @@ class TeacherTargets(NamedTuple):
     """What a teacher predicts for one batch.
 
     Attributes:
-        token_ids: int32, `(b, t, k)`, the k likeliest next tokens; `None`
-            where `log_probs` has all.
+        token_ids: int32, `(b, t, k)`, the k likeliest next tokens; `None` where `log_probs` has
+            all.
         log_probs: float32, `(b, t, k)`, their log-probabilities.
     """
 
@@ -35,8 +35,7 @@ def teacher_targets(
 ) -> Iterator[TeacherTargets]:
     """The likeliest next tokens of a model, to distil from without having it in memory.
 
-    Write them down before converting the model in place, for the same data in
-    the same order:
+    Write them down before converting the model in place, for the same data in the same order:
 
         targets = list(teacher_targets(model, texts))
         convert_to_dark(model)
@@ -47,8 +46,8 @@ def teacher_targets(
     Args:
         teacher: a causal LM.
         data: as for `calibrate`.
-        top_k: int. Tokens kept per position; `None` for the whole vocabulary,
-            which takes four bytes a token of the vocabulary at every position.
+        top_k: int. Tokens kept per position; `None` for the whole vocabulary, which takes four
+            bytes a token of the vocabulary at every position.
         batch_size: int. For data without batches.
 
     Yields:
@@ -78,47 +77,43 @@ def distil(
 ) -> keras.callbacks.History:
     """Finetunes a converted causal LM end to end on the exact model's logits.
 
-    More telling than the next token alone: at every position the whole
-    distribution says what exact attention would have said.
+    More telling than the next token alone: at every position the whole distribution says what exact
+    attention would have said.
 
-    It is the `fit` of a model, `Distillation`, that holds the student and its
-    teacher: both run in one step on the device, to which only the inputs go.
-    Logits are there for a few positions at a time.
+    It is the `fit` of a model, `Distillation`, that holds the student and its teacher: both run in
+    one step on the device, to which only the inputs go. Logits are there for a few positions at a
+    time.
 
     Args:
         model: a dark causal LM; `calibrate` it and `transfer_attention` first.
         teacher: the exact causal LM, such as the model before conversion
-            (`convert_to_dark(model, copy=True)` keeps it); or what
-            `teacher_targets` gave for the same data, a sequence.
+            (`convert_to_dark(model, copy=True)` keeps it); or what `teacher_targets` gave for the
+            same data, a sequence.
         data: as for `calibrate`; gone through again where it ends early.
         steps: int. Batches.
-        train: what is trained beside the feature maps: `"qkv"`, the
-            projections to queries, keys and values of the converted layers;
-            `"lora"`, LoRA weights (call `enable_lora` first); `"all"`, every
-            dense layer of the blocks; `"feature_maps"`, nothing else.
+        train: what is trained beside the feature maps: `"qkv"`, the projections to queries, keys
+            and values of the converted layers; `"lora"`, LoRA weights (call `enable_lora` first);
+            `"all"`, every dense layer of the blocks; `"feature_maps"`, nothing else.
         learning_rate: float. Peak of a cosine schedule.
-        feature_map_learning_rate: float. The feature maps' own, by the same
-            schedule; `None` for three times `learning_rate`.
-        optimizer: a `keras.optimizers.Optimizer` instead of AdamW with that
-            schedule and gradients clipped to norm 1. Its rate is the dense
-            layers'; feature maps learn faster by the ratio of the two rates.
-            It is not changed: an optimizer with its settings is made anew.
-        top_k: int. Distil from the teacher's likeliest tokens instead of the
-            whole vocabulary.
+        feature_map_learning_rate: float. The feature maps' own, by the same schedule; `None` for
+            three times `learning_rate`.
+        optimizer: a `keras.optimizers.Optimizer` instead of AdamW with that schedule and gradients
+            clipped to norm 1. Its rate is the dense layers'; feature maps learn faster by the ratio
+            of the two rates. It is not changed: an optimizer with its settings is made anew.
+        top_k: int. Distil from the teacher's likeliest tokens instead of the whole vocabulary.
         batch_size: int. For data without batches.
         validation_data: held-out data, as `data`, needs a model as teacher.
-        callbacks: Keras callbacks. Their `model` is the `Distillation`, and the
-            model that is trained its `student`. `RedrawProjections` and
-            `ApproximationLogger` look at the student, and `ModelCheckpoint`
-            writes the student.
+        callbacks: Keras callbacks. Their `model` is the `Distillation`, and the model that is
+            trained its `student`. `RedrawProjections` and `ApproximationLogger` look at the
+            student, and `ModelCheckpoint` writes the student.
         verbose: as for `keras.Model.fit`.
 
     Returns:
         The `History` of the fit. The model stays compiled, or not, as it was.
 
     Raises:
-        ValueError: if an argument is out of range, nothing is trainable, or
-            data and the teacher's targets do not fit.
+        ValueError: if an argument is out of range, nothing is trainable, or data and the teacher's
+            targets do not fit.
 
     Example:
 

@@ -51,8 +51,8 @@ class Distillation(keras.Model):
     `fit` trains what is trainable of either of them: freeze the teacher before.
 
     `keras.distillation.Distiller` is not made for this. It freezes the teacher for good, wants
-    labels too, does not know of padding, takes no targets that were noted
-    down, and has the logits of both models for all positions at once.
+    labels too, does not know of padding, takes no targets that were noted down, and has the logits
+    of both models for all positions at once.
 
     Args:
         student: a model that gives logits of tokens.
@@ -60,9 +60,8 @@ class Distillation(keras.Model):
         loss: a `DistillationLoss`.
 
     Call arguments:
-        inputs: a dict: `"inputs"` of both models; `"weights"`, float32,
-            `(b, t)`, of what is predicted; and without a teacher `"targets"`,
-            as `DistillationLoss.targets` gives them.
+        inputs: a dict: `"inputs"` of both models; `"weights"`, float32, `(b, t)`, of what is
+            predicted; and without a teacher `"targets"`, as `DistillationLoss.targets` gives them.
     """
 
     def __init__(self, student: Model, teacher: Model | None, loss: DistillationLoss) -> None:

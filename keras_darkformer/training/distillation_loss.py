@@ -13,11 +13,11 @@ from keras_darkformer.types import Config, Tensor
 class DistillationLoss(keras.distillation.DistillationLoss):
     """Divergence from a teacher's next-token probabilities to a model's, in nats per token.
 
-    `distil` trains on it. `keras.distillation.Distiller` takes it too, where
-    labels or features are to be learned beside it.
+    `distil` trains on it. `keras.distillation.Distiller` takes it too, where labels or features are
+    to be learned beside it.
 
-    With `top_k`, the teacher's likeliest tokens are compared one by one, and
-    all other tokens count as one.
+    With `top_k`, the teacher's likeliest tokens are compared one by one, and all other tokens count
+    as one.
 
     Args:
         top_k: int, the number of likeliest tokens; `None` for the whole vocabulary.
@@ -35,8 +35,8 @@ class DistillationLoss(keras.distillation.DistillationLoss):
         """What of a teacher's logits `(..., vocabulary)` is needed to learn from it.
 
         Returns:
-            `log_probs`, float32, `(..., k)`; and with `top_k` the tokens they
-            belong to, `token_ids`, int32, of the same shape.
+            `log_probs`, float32, `(..., k)`; and with `top_k` the tokens they belong to,
+            `token_ids`, int32, of the same shape.
         """
         log_probs = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
         if self.top_k is None:

@@ -1,8 +1,8 @@
 """The logits of a model a few positions at a time.
 
-The logits of a whole batch are by far the largest tensors of a step: 8 x 256
-tokens of a vocabulary of 256,000 take 2.1 GB, and a loss makes several such
-tensors. What is computed at each position alone can be computed in slices.
+The logits of a whole batch are by far the largest tensors of a step: 8 x 256 tokens of a vocabulary
+of 256,000 take 2.1 GB, and a loss makes several such tensors. What is computed at each position
+alone can be computed in slices.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ POSITIONS = 16
 class Parts:
     """A model that predicts tokens, as all but its last layer, and that layer.
 
-    Where the last layer of a model is not known to work at each position alone,
-    the first part is the whole model.
+    Where the last layer of a model is not known to work at each position alone, the first part is
+    the whole model.
 
     Attributes:
-        hidden: function of the model's inputs, and of `training`, to what the
-            last layer gets, `(b, t, d)`.
+        hidden: function of the model's inputs, and of `training`, to what the last layer gets,
+            `(b, t, d)`.
         logits: function of that, of some of the positions, to their logits.
     """
 
@@ -55,12 +55,11 @@ def over_positions(function: Callable[..., Any], *arguments: Any, remat: bool = 
     """`function(*arguments)`, computed over slices of the second axis.
 
     Args:
-        function: function that works at each position alone, of nested
-            structures of tensors `(b, t, ...)` to one such.
+        function: function that works at each position alone, of nested structures of tensors
+            `(b, t, ...)` to one such.
         arguments: its arguments.
-        remat: whether the backward pass computes each slice anew. Then no more
-            than one slice of what the function makes on its way is there at a
-            time.
+        remat: whether the backward pass computes each slice anew. Then no more than one slice of
+            what the function makes on its way is there at a time.
     """
     length = keras.tree.flatten(arguments)[0].shape[1]
     if length is None or length <= POSITIONS:

@@ -32,8 +32,8 @@ class ApproximationReport(dict):
     """How far each layer's attention is from softmax: a dict for code, a table when printed.
 
     Keys:
-        layers: list of dicts, one a layer: name, num_features,
-            feature_map, sliding_window and heads.
+        layers: list of dicts, one a layer: name, num_features, feature_map, sliding_window and
+            heads.
         tokens: queries looked at per head and layer.
 
     A head is a dict:
@@ -181,10 +181,9 @@ def approximation_report(
 ) -> ApproximationReport:
     """Compares every dark layer's attention with exact softmax of the same queries and keys.
 
-    Teacher-forced: each layer gets what it gets in the model with softmax
-    attention, so errors of earlier layers are not in the figures. Beside the
-    model's own features stand Performer's and plain averaging. Quadratic in
-    the length.
+    Teacher-forced: each layer gets what it gets in the model with softmax attention, so errors of
+    earlier layers are not in the figures. Beside the model's own features stand Performer's and
+    plain averaging. Quadratic in the length.
 
     Args:
         model: made by `convert_to_dark`, or with `DarkAttention` layers.

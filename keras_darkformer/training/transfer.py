@@ -48,33 +48,28 @@ def transfer_attention(
 ) -> keras.callbacks.History:
     """Trains the feature maps of a model, each against the exact softmax of its own layer.
 
-    Teacher-forced: every layer computes exact attention and hands that on, so
-    all layers see what they see in the model before conversion, and all learn
-    in one pass, with nothing but their feature maps trained. The model itself
-    is the teacher: there is no second copy of the weights. Quadratic in the
-    length of the batches, as exact attention is.
+    Teacher-forced: every layer computes exact attention and hands that on, so all layers see what
+    they see in the model before conversion, and all learn in one pass, with nothing but their
+    feature maps trained. The model itself is the teacher: there is no second copy of the weights.
+    Quadratic in the length of the batches, as exact attention is.
 
-    The projections stay as drawn, so part of what is learned makes up for just
-    these draws; `redraw=True` draws anew every step and so learns less, but
-    what holds for any draw.
+    The projections stay as drawn, so part of what is learned makes up for just these draws;
+    `redraw=True` draws anew every step and so learns less, but what holds for any draw.
 
     Args:
-        model: made by `convert_to_dark`, or with `DarkAttention` layers;
-            `calibrate` it first. Its `compile` settings stay.
-        data: as for `calibrate`; gone through again where it ends before
-            `steps` do.
+        model: made by `convert_to_dark`, or with `DarkAttention` layers; `calibrate` it first. Its
+            `compile` settings stay.
+        data: as for `calibrate`; gone through again where it ends before `steps` do.
         steps: int. Batches.
-        objective: `"kl"`, the divergence from exact attention weights to those
-            of the features, or `"mse"`, the squared error of attention's
-            output relative to the output's square.
+        objective: `"kl"`, the divergence from exact attention weights to those of the features, or
+            `"mse"`, the squared error of attention's output relative to the output's square.
         learning_rate: float. Peak of a cosine schedule.
-        optimizer: a `keras.optimizers.Optimizer` instead of Adam with that
-            schedule and gradients clipped to norm 1.
+        optimizer: a `keras.optimizers.Optimizer` instead of Adam with that schedule and gradients
+            clipped to norm 1.
         redraw: bool. Draw the projections anew after every step.
         position_offset: as for `calibrate`.
-        validation_data: held-out data, as `data`. The weights with the lowest
-            loss on it are kept, and training stops after `patience`
-            validations without a lower one.
+        validation_data: held-out data, as `data`. The weights with the lowest loss on it are kept,
+            and training stops after `patience` validations without a lower one.
         validate_every: int. Steps between validations.
         patience: int. Validations.
         batch_size: int. For data without batches.
@@ -83,12 +78,12 @@ def transfer_attention(
         verbose: as for `keras.Model.fit`.
 
     Returns:
-        The `History` of the fit: per epoch of `validate_every` steps, the mean
-        loss and each layer's.
+        The `History` of the fit: per epoch of `validate_every` steps, the mean loss and each
+        layer's.
 
     Raises:
-        ValueError: if an argument is out of range, the model has no dark layer
-            or none whose feature map is trainable.
+        ValueError: if an argument is out of range, the model has no dark layer or none whose
+            feature map is trainable.
 
     Example:
 
@@ -225,10 +220,9 @@ def transfer_loss(feature_map: FeatureMap, heads: Heads, objective: str) -> Tens
 
     Args:
         feature_map: a `FeatureMap`.
-        heads: what went into the layer. Queries, keys and values are
-            constants to the gradient.
-        objective: `"kl"`, the mean over queries and heads, or `"mse"`, relative
-            to the mean square of exact outputs.
+        heads: what went into the layer. Queries, keys and values are constants to the gradient.
+        objective: `"kl"`, the mean over queries and heads, or `"mse"`, relative to the mean square
+            of exact outputs.
 
     Returns:
         A float32 scalar.

@@ -14,12 +14,12 @@ Optimizer = Any
 def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> Optimizer:
     """A new optimizer like another one, with `ratio` times its learning rate for some variables.
 
-    It has the settings of the other one and nothing of what that one has
-    accumulated. The other one is not changed.
+    It has the settings of the other one and nothing of what that one has accumulated. The other one
+    is not changed.
 
-    `keras.optimizers.MultiOptimizer` would do it with two optimizers. But it has
-    no learning rate that a callback could change, and it clips the gradients of
-    each of the two by a norm of their own.
+    `keras.optimizers.MultiOptimizer` would do it with two optimizers. But it has no learning rate
+    that a callback could change, and it clips the gradients of each of the two by a norm of their
+    own.
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`.
@@ -27,8 +27,7 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
         ratio: float.
 
     Raises:
-        ValueError: for a `MultiOptimizer`, whose variables have rates of their
-            own already.
+        ValueError: for a `MultiOptimizer`, whose variables have rates of their own already.
     """
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
@@ -67,9 +66,9 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
 def _config(optimizer: Optimizer) -> Config:
     """An optimizer's config, with a learning-rate schedule in it as it is.
 
-    A schedule of the caller's own may be one that Keras can not rebuild from a
-    config, or that has none. So the config is taken of a stand-in which has all
-    attributes of the optimizer but the schedule.
+    A schedule of the caller's own may be one that Keras can not rebuild from a config, or that has
+    none. So the config is taken of a stand-in which has all attributes of the optimizer but the
+    schedule.
     """
     stand_in = object.__new__(type(optimizer))
     rate = optimizer._learning_rate

@@ -30,16 +30,15 @@ from keras_darkformer.types import Config, Shape, Tensor
 class FeatureMap(keras.layers.Layer):
     """Maps queries and keys to positive features whose products are weights of attention.
 
-    A subclass owns weights and says, with `fold`, how they turn queries and
-    keys into log-features. Attention, states, scores and calibration follow.
+    A subclass owns weights and says, with `fold`, how they turn queries and keys into log-features.
+    Attention, states, scores and calibration follow.
 
     Args:
         num_heads: int. Heads k of keys and values, each with its own map.
         head_dim: int. Size h of a head.
-        num_query_heads: int, a multiple of `num_heads`; `None` for as many.
-            Only a sliding window asks for it.
-        **kwargs: the options of `FeatureOptions`, and as for
-            `keras.layers.Layer`.
+        num_query_heads: int, a multiple of `num_heads`; `None` for as many. Only a sliding window
+            asks for it.
+        **kwargs: the options of `FeatureOptions`, and as for `keras.layers.Layer`.
     """
 
     kind: ClassVar[str]
@@ -117,8 +116,7 @@ class FeatureMap(keras.layers.Layer):
         """The map as `ops` takes it.
 
         Args:
-            factored: bool. For so few tokens that folding would cost more than
-                all the rest.
+            factored: bool. For so few tokens that folding would cost more than all the rest.
         """
         raise NotImplementedError
 
@@ -153,8 +151,8 @@ class FeatureMap(keras.layers.Layer):
             key: `(b, s, num_heads, h)`.
             value: `(b, s, num_heads, v)`.
             initial_state: state of the keys before, or `None`.
-            **call: causal, key_mask, write_mask, return_state, chunk_size and
-                remat, as for `ops.dark_attention`.
+            **call: causal, key_mask, write_mask, return_state, chunk_size and remat, as for
+                `ops.dark_attention`.
 
         Returns:
             The output `(b, t, n, v)`, with `return_state` also the state.
@@ -210,21 +208,19 @@ class FeatureMap(keras.layers.Layer):
         """Fits the map to queries and keys.
 
         Args:
-            query: `(b, t, n, h)`, n a multiple of `num_heads`, as `attend` gets
-                them, rotated where there is a rotation.
+            query: `(b, t, n, h)`, n a multiple of `num_heads`, as `attend` gets them, rotated where
+                there is a rotation.
             key: `(b, s, num_heads, h)`.
             causal: bool. Whether query t attends to keys up to t.
             query_mask, key_mask: bool, `(b, t)` and `(b, s)`, true = counts.
             max_tokens: int. Tokens of the sample that is refined on.
             **calibration: method, proposal, center, refine and seed, see
-                `keras_darkformer.calibrate`. A method must make a map of this
-                class: `"clusters"` makes an `ExponentialFeatureMap`, the others
-                a `DarkFeatureMap`.
+                `keras_darkformer.calibrate`. A method must make a map of this class: `"clusters"`
+                makes an `ExponentialFeatureMap`, the others a `DarkFeatureMap`.
 
         Raises:
-            ValueError: if shapes do not fit, queries or keys are not finite or
-                all masked, the method makes another kind of map, or the
-                proposal does not exist for them.
+            ValueError: if shapes do not fit, queries or keys are not finite or all masked, the
+                method makes another kind of map, or the proposal does not exist for them.
         """
         options = CalibrationOptions(**calibration)
         self.check_calibration(options)

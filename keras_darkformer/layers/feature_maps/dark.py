@@ -23,13 +23,13 @@ from keras_darkformer.types import Shape, Tensor
 class DarkFeatureMap(FeatureMap):
     """Positive random features whose covariance is learned.
 
-    Owns, per head, a geometry M and a projection W, and with them the feature
-    map of the dark kernel `exp(q^' Sigma k^)`, `Sigma = M'M`:
+    Owns, per head, a geometry M and a projection W, and with them the feature map of the dark
+    kernel `exp(q^' Sigma k^)`, `Sigma = M'M`:
 
         phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2),    x^ = h^(-1/4) x
 
-    Rows of W are drawn from `N(0, I)`; seen from x, the directions `M'w` are
-    drawn from `N(0, Sigma)`, where the data has its weight once M is trained.
+    Rows of W are drawn from `N(0, I)`; seen from x, the directions `M'w` are drawn from
+    `N(0, Sigma)`, where the data has its weight once M is trained.
 
     | `train_geometry` | `train_projection` | this is |
     | --- | --- | --- |
@@ -37,34 +37,31 @@ class DarkFeatureMap(FeatureMap):
     | false | false | Performer (with `geometry_scale=1.0`) |
     | false | true | the learned-feature kernel |
 
-    `calibrate` fits a map to queries and keys. It may centre them, with the
-    shifts `query_shift` and `key_shift`, and draw W from another distribution,
-    with standard deviations `proposal` and `log_weight` the density ratio's
-    logarithm. Both leave the kernel as it is. Without a calibration they are
-    zeros and ones.
+    `calibrate` fits a map to queries and keys. It may centre them, with the shifts `query_shift`
+    and `key_shift`, and draw W from another distribution, with standard deviations `proposal` and
+    `log_weight` the density ratio's logarithm. Both leave the kernel as it is. Without a
+    calibration they are zeros and ones.
 
     All weights are float32 under every dtype policy.
 
     Args:
         num_heads: int. Heads k of keys and values, each with its own map.
         head_dim: int. Size h of a head.
-        num_query_heads: int, a multiple of `num_heads`; `None` for as many.
-            Only a sliding window asks for it: it adds a weight, `far_offset`,
-            one number a query head.
-        **kwargs: the options of `FeatureOptions`, and as for
-            `keras.layers.Layer`.
+        num_query_heads: int, a multiple of `num_heads`; `None` for as many. Only a sliding window
+            asks for it: it adds a weight, `far_offset`, one number a query head.
+        **kwargs: the options of `FeatureOptions`, and as for `keras.layers.Layer`.
 
     Call arguments:
         inputs: queries or keys of shape `(b, s, num_heads, head_dim)`.
-        keys: bool. Whether they are keys: of an uncalibrated map with tied
-            geometry the features are the same.
+        keys: bool. Whether they are keys: of an uncalibrated map with tied geometry the features
+            are the same.
 
     Returns:
         Their features, float32, of shape `(b, s, num_heads, num_features)`.
 
     Raises:
-        ValueError: if a size is not a positive integer, an option out of
-            range, or options exclude each other.
+        ValueError: if a size is not a positive integer, an option out of range, or options exclude
+            each other.
 
     Example:
 
@@ -177,8 +174,7 @@ class DarkFeatureMap(FeatureMap):
     def exact_query(self, query: Tensor) -> Tensor:
         """The query whose softmax attention to the raw keys is the dark kernel itself.
 
-        `Sigma'(q^ - b) + b`, times `h^(1/4)`: what the features estimate
-        attention with.
+        `Sigma'(q^ - b) + b`, times `h^(1/4)`: what the features estimate attention with.
 
         Args:
             query: `(b, t, n, h)`, rotated where there is a rotation.
@@ -199,8 +195,7 @@ class DarkFeatureMap(FeatureMap):
             seed: int, or `None` for a random draw.
 
         Raises:
-            ValueError: if the projection is learned, since what it has learned
-                would be lost.
+            ValueError: if the projection is learned, since what it has learned would be lost.
         """
         if self.options.train_projection:
             raise ValueError(

@@ -17,20 +17,19 @@ class ExponentialFeatureMap(FeatureMap):
         phi_q[j](q) = exp(q . A_q[:, j])
         phi_k[j](k) = exp(k . A_k[:, j] + a_j)
 
-    Calibration with `method="clusters"` fits them to a k-means of the queries.
-    They start as random features without their norm; with
-    `projection="antithetic"` these are Hedgehog's, `A_q = A_k = [W', -W']`.
+    Calibration with `method="clusters"` fits them to a k-means of the queries. They start as random
+    features without their norm; with `projection="antithetic"` these are Hedgehog's,
+    `A_q = A_k = [W', -W']`.
 
-    They know the kernel up to a factor of the query only, which cancels in
-    attention. They can't share a normaliser with the exact kernel, so there is
-    no `sliding_window`.
+    They know the kernel up to a factor of the query only, which cancels in attention. They can't
+    share a normaliser with the exact kernel, so there is no `sliding_window`.
 
     Args:
         num_heads: int. Heads k of keys and values, each with its own map.
         head_dim: int. Size h of a head.
         num_query_heads: int; `None` for `num_heads`.
-        **kwargs: the options of `FeatureOptions` (`rank`, `tie_geometry` and
-            `rope_geometry` say nothing here), and as for `keras.layers.Layer`.
+        **kwargs: the options of `FeatureOptions` (`rank`, `tie_geometry` and `rope_geometry` say
+            nothing here), and as for `keras.layers.Layer`.
 
     Call arguments:
         inputs: queries or keys of shape `(b, s, num_heads, head_dim)`.

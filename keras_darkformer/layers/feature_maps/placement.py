@@ -1,8 +1,8 @@
 """Where a geometry sits relative to the rotation of queries and keys by their positions.
 
-One small class for each value of the option `rope_geometry`; without rotary
-positions it is `AfterRotation`. What to do before the rotation, what features
-do after it, and how a head is fitted follow from the class.
+One small class for each value of the option `rope_geometry`; without rotary positions it is
+`AfterRotation`. What to do before the rotation, what features do after it, and how a head is fitted
+follow from the class.
 """
 
 from typing import ClassVar, Protocol
@@ -109,8 +109,8 @@ class RotaryPlanes(BeforeRotation):
     def before_rotation(self, inputs: Tensor, geometry: Tensor) -> Tensor:
         """Every channel times the scalar of its plane.
 
-        The members of plane p are p and p + h / 2 in every model's projections.
-        Some shuffle them after the rotation, with which the scalars commute.
+        The members of plane p are p and p + h / 2 in every model's projections. Some shuffle them
+        after the rotation, with which the scalars commute.
         """
         scales = ops.concatenate([geometry, geometry], axis=-1)
         scales = ops.repeat(scales, inputs.shape[2] // geometry.shape[0], axis=0)
