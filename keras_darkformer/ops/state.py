@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 from keras_darkformer.ops.checks import shapes_differ
 from keras_darkformer.types import Shape, Tensor
@@ -127,7 +127,7 @@ class StateShapes(NamedTuple):
         Raises:
             ValueError: if the shapes are others.
         """
-        found = tree.flatten(state)
+        found = _leaves(state)
         expected = [(batch_size, *shape) for shape in self.leaves()]
         received = [tuple(leaf.shape) for leaf in found]
         if len(received) != len(expected) or any(map(shapes_differ, received, expected)):
@@ -135,7 +135,19 @@ class StateShapes(NamedTuple):
                 "`initial_state` must be a state returned for these sizes, with tensors of shapes "
                 f"{expected}. Received: shapes {received}"
             )
-        return self.pack([ops.cast(leaf, "float32") for leaf in found])
+        return self.pack([_in_float32(leaf) for leaf in found])
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    """As `tree.flatten`, which takes a tenth of a step of generation on torch."""
+    if not isinstance(state, tuple | list):
+        return [state]
+    return [leaf for part in state for leaf in _leaves(part)]
+
+
+def _in_float32(leaf: Tensor) -> Tensor:
+    is_float32 = keras.backend.standardize_dtype(leaf.dtype) == "float32"
+    return leaf if is_float32 and ops.is_tensor(leaf) else ops.cast(leaf, "float32")
 
 
 def initial_state(
