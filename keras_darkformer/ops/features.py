@@ -158,7 +158,7 @@ def fold(
         shifted_query = _transform(
             query_shift, geometry if query_geometry is None else query_geometry
         )
-        constant = ops.einsum("kr,krm->km", shifted_key + shifted_query, weights)
+        constant = ((shifted_key + shifted_query)[:, None, :] @ weights)[:, 0]
         bias = -constant if bias is None else bias - constant
         # -|M (k^ - c)|^2 / 2 + b . k^, less its part of second order
         linear = query_shift + _transform_back(shifted_key, geometry)
@@ -216,9 +216,11 @@ def fold_exponential(query_kernel: Tensor, key_kernel: Tensor, key_bias: Tensor)
 
 def _shifts(parameters: DarkParameters, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Shifts of queries and keys, zeros where there are none."""
-    zeros = ops.zeros((num_heads, head_dim), dtype="float32")
-    shifts = parameters.query_shift, parameters.key_shift
-    query_shift, key_shift = (zeros if shift is None else shift for shift in shifts)
+    query_shift, key_shift = parameters.query_shift, parameters.key_shift
+    if query_shift is None or key_shift is None:
+        zeros = ops.zeros((num_heads, head_dim), dtype="float32")
+        query_shift = zeros if query_shift is None else query_shift
+        key_shift = zeros if key_shift is None else key_shift
     return query_shift, key_shift
 
 
@@ -228,17 +230,17 @@ def _chain(geometry: Tensor, weights: Tensor, scale: float, factored: bool) -> T
         return weights * scale
     if factored:
         return ops.swapaxes(geometry, 1, 2) * scale, weights
-    return ops.einsum("krh,krm->khm", geometry, weights) * scale
+    return (ops.swapaxes(geometry, 1, 2) @ weights) * scale
 
 
 def _transform(vector: Tensor, geometry: Tensor) -> Tensor:
     """`M x` of one vector per head."""
-    return vector if geometry is None else ops.einsum("krh,kh->kr", geometry, vector)
+    return vector if geometry is None else (geometry @ vector[..., None])[..., 0]
 
 
 def _transform_back(vector: Tensor, geometry: Tensor) -> Tensor:
     """`M' x` of one vector per head."""
-    return vector if geometry is None else ops.einsum("krh,kr->kh", geometry, vector)
+    return vector if geometry is None else (vector[:, None, :] @ geometry)[:, 0]
 
 
 def log_query_features(query: Tensor, features: FoldedFeatures) -> Tensor:
