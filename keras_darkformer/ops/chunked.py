@@ -106,10 +106,10 @@ def chunked(
             due = due._replace(mask=due.mask > 0)
         keys = features_of_keys(*due, features)
         of_queries, scale = features_of_queries(query, features, scaled=sliding_window is not None)
-        sums, key_scale, after = chunked_sums(
+        sums, key_scale, seen_after = chunked_sums(
             of_queries, keys, carry["seen"], groups, chunks, chunk, futures
         )
-        behind = Carry(seen=after)
+        behind = Carry(seen=seen_after)
         if "written" in carry:
             behind["written"] = add_keys(carry["written"], keys, block["write"])
         if sliding_window is None:

@@ -125,11 +125,11 @@ class DarkFeatureMap(FeatureMap):
 
     def fold(self, *, factored: bool = False) -> FoldedFeatures:
         """The map as `ops` takes it; see `FeatureMap`."""
-        sizes = self.num_heads, self.head_dim
-        features = fold(self.parameters, *sizes, factored=factored)
+        parameters, sizes = self.parameters, (self.num_heads, self.head_dim)
+        features = fold(parameters, *sizes, factored=factored)
         if self.options.sliding_window is None:
             return features
-        scale = fold_query_scale(self.parameters, *sizes, self.num_query_heads, self.far_offset)
+        scale = fold_query_scale(parameters, *sizes, self.num_query_heads, self.far_offset)
         return features._replace(query_scale=scale)
 
     def call(self, inputs: Tensor, keys: bool = False) -> Tensor:
