@@ -205,7 +205,6 @@ ARMS = {
     "rope after, no offsets": (rotary("after", False), TRANSFER_RATES[-1:], "h64"),
     "rope after, offsets": (rotary("after", True), TRANSFER_RATES[-1:], "h64"),
     "rope before, offsets": (rotary("before", True), TRANSFER_RATES[-1:], "h64"),
-    "rope planes, offsets": (rotary("planes", True), TRANSFER_RATES[-1:], "h64"),
     "h256: exact": (lambda setting: setting.exact(), (), "h256"),
     "h256: performer": (performer, (), "h256"),
     "h256: scale": (untrained("scale"), (), "h256"),

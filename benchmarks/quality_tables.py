@@ -75,7 +75,6 @@ OFFSETS = {
     "after, no offsets": "rope after, no offsets",
     "after, offsets over all": "rope after, offsets",
     "before, offsets over all": "rope before, offsets",
-    "planes, offsets over all": "rope planes, offsets",
 }
 
 

@@ -19,7 +19,7 @@ from keras_darkformer.types import Config
 ATTENTION_MODES = ("linear", "exact")
 FEATURE_MAPS = ("dark", "exponential")
 PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
-ROPE_GEOMETRIES = ("after", "before", "planes")
+ROPE_GEOMETRIES = ("after", "before")
 # What every Keras layer takes beside its own arguments.
 KERAS_ARGUMENTS = ("name", "dtype", "trainable", "activity_regularizer")
 
@@ -46,10 +46,9 @@ class FeatureOptions:
             flatter kernel for less noise.
         tie_geometry: bool. One geometry for queries and keys, as in the paper, or one each: then
             the kernel is `exp(q^' M_q' M_k k^)`.
-        rope_geometry: where the geometry of rotated queries and keys sits: `"after"` the rotation,
-            `"before"` it, or `"planes"`, one scalar per rotary plane, which commutes with it. Only
-            `"after"` is a kernel of any shape at every pair of positions; the other two see
-            relative positions only.
+        rope_geometry: where the geometry of rotated queries and keys sits, `"after"` the rotation
+            or `"before"` it. After it, the kernel has any shape at the positions of the
+            calibration; before it, relative positions stay what they are.
         sliding_window: int. Each query of a causal call meets its last `sliding_window` keys with
             softmax's own kernel, and features only stand for those further back. `None` for
             features alone.

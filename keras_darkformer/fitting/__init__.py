@@ -10,7 +10,7 @@ from keras_darkformer.fitting.far_offset import FarOffset
 from keras_darkformer.fitting.fit import Fit
 from keras_darkformer.fitting.moments import Moments
 from keras_darkformer.fitting.options import METHODS, PROPOSALS, CalibrationOptions
-from keras_darkformer.fitting.rotary import BeforeRotation, RotaryPlanes
+from keras_darkformer.fitting.rotary import BeforeRotation
 from keras_darkformer.fitting.statistics import LayerStatistics
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "HeadFitter",
     "LayerStatistics",
     "Moments",
-    "RotaryPlanes",
     "check_calibration",
     "fit_features",
     "needs_sample",

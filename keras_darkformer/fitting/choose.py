@@ -11,20 +11,13 @@ from keras_darkformer.fitting.statistics import HeadStatistics, LayerStatistics
 from keras_darkformer.options import FeatureOptions
 
 
-def check_calibration(
-    calibration: CalibrationOptions, features: FeatureOptions, head_fitter: HeadFitter
-) -> None:
+def check_calibration(calibration: CalibrationOptions, features: FeatureOptions) -> None:
     """Raises a ValueError if features can't be calibrated this way."""
     if calibration.method == "clusters" and features.sliding_window is not None:
         raise ValueError(
             '`method="clusters"` does not go with a `sliding_window`: its features know the '
             "kernel up to a factor of the query only, so they can't share a normaliser with "
             'the exact kernel. Use "spectral".'
-        )
-    if calibration.method in head_fitter.refuses:
-        raise ValueError(
-            f'`method="{calibration.method}"` needs a geometry of any shape, not one scalar per '
-            "rotary plane."
         )
 
 
@@ -53,7 +46,7 @@ def fit_features(
         ValueError: if the map can't be calibrated this way, nothing was seen, or the proposal does
             not exist.
     """
-    check_calibration(calibration, features, head_fitter)
+    check_calibration(calibration, features)
     if not statistics.moments.count.all():
         raise ValueError("Every query or every key was masked: there is nothing to fit.")
     if calibration.method == "auto":
@@ -75,7 +68,7 @@ def _best_method(
     `"spectral"` where a sample can't tell: features of something else than what is in it, or
     queries and keys that are not of the same tokens.
     """
-    excluded = ["auto", *head_fitter.refuses]
+    excluded = ["auto"]
     if features.sliding_window is not None:
         excluded.append("clusters")
     errors = {method: 0.0 for method in METHODS if method not in excluded}

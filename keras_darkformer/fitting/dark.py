@@ -18,16 +18,13 @@ class HeadFitter:
     """Fits one head of a dark feature map, for one place of its geometry.
 
     Attributes:
-        refuses: methods that are not possible there.
-        needs_unrotated: whether it asks for moments before the rotation.
-        needs_layout: whether it asks where the rotation puts coordinates.
+        needs_unrotated: whether it asks for moments before the rotation, and for where the
+            rotation puts coordinates.
         uses_sample: whether features are functions of the queries and keys in the sample, so that
             they can be refined and judged on it.
     """
 
-    refuses: tuple[str, ...] = ()
     needs_unrotated = False
-    needs_layout = False
     uses_sample = False
 
     def fit_head(

@@ -1,4 +1,4 @@
-"""Geometries that sit before the rotary rotation, or commute with it.
+"""Geometries that sit before the rotary rotation.
 
 The features then see vectors that are rotated after the geometry. A rotation mixes the two members
 of a plane, so what is left of them is one variance, and the proposal is one scale, per plane. The
@@ -10,12 +10,7 @@ import numpy as np
 from keras_darkformer.fitting.dark import HeadFitter, draw
 from keras_darkformer.fitting.options import CalibrationOptions
 from keras_darkformer.fitting.projections import DarkParameters
-from keras_darkformer.fitting.spectral import (
-    geometry_of,
-    multipliers,
-    proposal_scale,
-    spectrum,
-)
+from keras_darkformer.fitting.spectral import geometry_of, proposal_scale, spectrum
 from keras_darkformer.fitting.statistics import HeadStatistics
 from keras_darkformer.options import FeatureOptions
 
@@ -28,7 +23,6 @@ class BeforeRotation(HeadFitter):
     """
 
     needs_unrotated = True
-    needs_layout = True
 
     def fit_head(
         self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
@@ -47,30 +41,6 @@ class BeforeRotation(HeadFitter):
         rng = np.random.default_rng([calibration.seed, seen.head])
         zero = np.zeros_like(query_mean)
         return draw(geometry, scale, (zero, zero), features, rng)
-
-
-class RotaryPlanes(HeadFitter):
-    """One scalar per rotary plane, `(h / 2,)`: it commutes with the rotation."""
-
-    needs_layout = True
-    refuses = ("whitening",)
-
-    def fit_head(
-        self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
-    ) -> DarkParameters:
-        """See the base class."""
-        moments = seen.moments if calibration.centers else seen.moments.uncentred()
-        unrotated = np.empty_like(moments.query_mean)
-        unrotated[seen.layout] = np.diag(moments.covariance)
-        variances = _mean_of_members(unrotated)
-        both = _of_members(variances)
-        scalars = multipliers(calibration.method, both, features.num_features)[: len(variances)]
-        scale = proposal_scale(calibration.drawn_from, scalars**2 * variances)
-        scale = _of_members(scale)[seen.layout]
-        rng = np.random.default_rng([calibration.seed, seen.head])
-        by_coordinate = _of_members(scalars)[seen.layout]
-        shifts = by_coordinate * moments.query_mean, by_coordinate * moments.key_mean
-        return draw(scalars, scale, shifts, features, rng)
 
 
 def _mean_of_members(values: np.ndarray) -> np.ndarray:

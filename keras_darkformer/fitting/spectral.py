@@ -30,18 +30,13 @@ def geometry_of(method: str, covariance: np.ndarray, num_features: int) -> np.nd
     `"spectral"` spends the feature budget on the directions that carry the logits: with
     `U diag(v) U' = Cov(q^) + Cov(k^)` it is `M = diag(a) U'`, `a` from `spectral_multipliers`.
     """
+    if method == "identity":
+        return np.eye(len(covariance))
     if method == "whitening":
         return whitening(covariance)
     v, u = spectrum(covariance)
-    a = multipliers(method, v, num_features)
+    a = spectral_multipliers(v, num_features, one_for_all=method == "scale")
     return a[:, None] * u.T if method == "spectral" else np.diag(a)
-
-
-def multipliers(method: str, v: np.ndarray, num_features: int) -> np.ndarray:
-    """A multiplier for each direction, of variance v, by any method but whitening."""
-    if method == "identity":
-        return np.ones(len(v))
-    return spectral_multipliers(v, num_features, one_for_all=method == "scale")
 
 
 def spectral_multipliers(

@@ -32,8 +32,7 @@ class LayerStatistics:
     Args:
         num_heads, head_dim: int. Of the keys.
         needs_sample: bool. Whether to keep a sample.
-        needs_unrotated: bool. Whether `update_unrotated` has to be called, too.
-        needs_layout: bool. Whether `probe_layout` has to be called.
+        needs_unrotated: bool. Whether `probe_layout` and `update_unrotated` have to be called, too.
         max_tokens, seed: int. Of the sample.
 
     Attributes:
@@ -49,12 +48,11 @@ class LayerStatistics:
         *,
         needs_sample: bool,
         needs_unrotated: bool = False,
-        needs_layout: bool = False,
         max_tokens: int,
         seed: int,
     ) -> None:
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.needs_unrotated, self.needs_layout = needs_unrotated, needs_layout
+        self.needs_unrotated = needs_unrotated
         self.moments = Moments(num_heads, head_dim)
         self.unrotated = Moments(num_heads, head_dim) if needs_unrotated else None
         self.layout = np.arange(head_dim)

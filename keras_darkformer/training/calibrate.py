@@ -189,7 +189,7 @@ def _probe_layouts(
     inputs: Data,
 ) -> None:
     """Finds out where rotations put coordinates, for the layers that need to know."""
-    probed = [layer for layer in layers.values() if statistics[id(layer)].needs_layout]
+    probed = [layer for layer in layers.values() if statistics[id(layer)].needs_unrotated]
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         def rotate_first(vector: np.ndarray) -> np.ndarray:

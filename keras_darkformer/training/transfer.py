@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_darkformer.checks import one_of, positive_integer
+from keras_darkformer.checks import positive_integer
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.layers.feature_maps import FeatureMap
 from keras_darkformer.layers.heads import Heads
@@ -25,15 +25,12 @@ from keras_darkformer.training.data import (
 )
 from keras_darkformer.types import Config, Data, Model, Tensor
 
-OBJECTIVES = ("kl", "mse")
-
 
 def transfer_attention(
     model: Model,
     data: Data,
     *,
     steps: int = 100,
-    objective: str = "kl",
     learning_rate: float = 3e-3,
     optimizer: Any = None,
     redraw: bool = False,
@@ -61,8 +58,6 @@ def transfer_attention(
             `compile` settings stay.
         data: as for `calibrate`; gone through again where it ends before `steps` do.
         steps: int. Batches.
-        objective: `"kl"`, the divergence from exact attention weights to those of the features, or
-            `"mse"`, the squared error of attention's output relative to the output's square.
         learning_rate: float. Peak of a cosine schedule.
         optimizer: a `keras.optimizers.Optimizer` instead of Adam with that schedule and gradients
             clipped to norm 1.
@@ -97,8 +92,7 @@ def transfer_attention(
     steps = positive_integer("steps", steps)
     validate_every = min(positive_integer("validate_every", validate_every), steps)
     positive_integer("patience", patience)
-    one_of("objective", objective, OBJECTIVES)
-    transfer = AttentionTransfer(model, objective)
+    transfer = AttentionTransfer(model)
     check_position_offset(position_offset, transfer.dark_layers.values())
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
@@ -150,14 +144,12 @@ class AttentionTransfer(keras.Model):
 
     Args:
         model: the model with dark layers.
-        objective: `"kl"` or `"mse"`.
     """
 
-    def __init__(self, model: Model, objective: str) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(name="attention_transfer")
         self.model = model
         self.dark_layers = dark_layers(model)
-        self.objective = objective
         self.layer_losses = [keras.metrics.Mean(name=name) for name in self.dark_layers]
         if not self.trainable_variables:
             raise ValueError(
@@ -192,7 +184,7 @@ class AttentionTransfer(keras.Model):
         losses = []
 
         def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
-            losses.append(transfer_loss(layer.feature_map, heads, self.objective))
+            losses.append(transfer_loss(layer.feature_map, heads))
             # Cut off here: what follows has nothing to learn from this layer.
             return ops.stop_gradient(heads.exact_output())
 
@@ -215,23 +207,21 @@ class AttentionTransfer(keras.Model):
         return ops.sum(y_pred)
 
 
-def transfer_loss(feature_map: FeatureMap, heads: Heads, objective: str) -> Tensor:
-    """How far a feature map's attention is from exact attention, over all that is visible.
+def transfer_loss(feature_map: FeatureMap, heads: Heads) -> Tensor:
+    """The divergence from exact attention weights to a feature map's: mean over queries and heads.
 
     Args:
         feature_map: a `FeatureMap`.
-        heads: what went into the layer. Queries, keys and values are constants to the gradient.
-        objective: `"kl"`, the mean over queries and heads, or `"mse"`, relative to the mean square
-            of exact outputs.
+        heads: what went into the layer. Queries and keys are constants to the gradient.
 
     Returns:
         A float32 scalar.
     """
-    query, key, value = (
+    query, key = (
         ops.stop_gradient(ops.cast(x, "float32"))
-        for x in (heads.unrotated_query, heads.unrotated_key, heads.value)
+        for x in (heads.unrotated_query, heads.unrotated_key)
     )
-    heads = dataclasses.replace(heads, unrotated_query=query, unrotated_key=key, value=value)
+    heads = dataclasses.replace(heads, unrotated_query=query, unrotated_key=key)
     visible = heads.visible
     logits = exact_logits(heads.query, heads.key)
     exact = log_softmax(logits, visible)
@@ -241,14 +231,8 @@ def transfer_loss(feature_map: FeatureMap, heads: Heads, objective: str) -> Tens
     if heads.key_mask is not None and query.shape[1] == key.shape[1]:
         counts = ops.logical_and(counts, ops.cast(heads.key_mask, "bool")[:, None, :])
     counts = ops.cast(ops.broadcast_to(counts, ops.shape(logits)[:3]), "float32")
-    if objective == "kl":
-        terms = ops.sum(ops.where(visible, ops.exp(exact) * (exact - ours), 0.0), axis=-1)
-        return ops.sum(terms * counts) / ops.maximum(ops.sum(counts), 1.0)
-    value = ops.repeat(value, query.shape[2] // value.shape[2], axis=2)
-    target = ops.einsum("bnts,bsnv->bntv", ops.exp(exact), value)
-    output = ops.einsum("bnts,bsnv->bntv", ops.exp(ours), value)
-    error = ops.sum((output - target) ** 2, axis=-1) * counts
-    return ops.sum(error) / ops.maximum(ops.sum(ops.sum(target**2, axis=-1) * counts), 1e-30)
+    terms = ops.sum(ops.where(visible, ops.exp(exact) * (exact - ours), 0.0), axis=-1)
+    return ops.sum(terms * counts) / ops.maximum(ops.sum(counts), 1.0)
 
 
 class _StopAfter(keras.callbacks.Callback):

@@ -11,7 +11,6 @@ from keras_darkformer.fitting import (
     BeforeRotation,
     CalibrationOptions,
     LayerStatistics,
-    RotaryPlanes,
     fit_features,
     needs_sample,
 )
@@ -29,8 +28,8 @@ from .data import anisotropic, rotated
 HEADS, HEAD_DIM, FEATURES, LENGTH = 2, 8, 16, 24
 HAT = HEAD_DIM**-0.25
 DARK = {"geometry", "projection", "proposal", "log_weight", "query_shift", "key_shift"}
-FITTERS = {"after": AfterRotation(), "before": BeforeRotation(), "planes": RotaryPlanes()}
-PAIRS = [(p, m) for p, f in FITTERS.items() for m in METHODS if m not in f.refuses]
+FITTERS = {"after": AfterRotation(), "before": BeforeRotation()}
+PAIRS = [(place, method) for place in FITTERS for method in METHODS]
 MASK = np.arange(LENGTH) < np.array([[24], [10], [17], [24]])
 SHUFFLED = np.arange(HEAD_DIM).reshape(2, -1).T.reshape(-1)  # members of a plane side by side
 places = pytest.mark.parametrize("place", FITTERS)
@@ -51,7 +50,6 @@ def collected(query, key, place, calibration, start=0, layout=None, max_tokens=1
         key.shape[3],
         needs_sample=needs_sample(calibration, fitter),
         needs_unrotated=fitter.needs_unrotated,
-        needs_layout=fitter.needs_layout,
         max_tokens=max_tokens,
         seed=calibration.seed,
     )
@@ -76,10 +74,7 @@ def moved(x, fit, place):
     """What the features of a fit see of keys `(b, s, k, h)`, or of queries of as many heads."""
     if fit.kind == "exponential" or place == "after":
         return x if place == "after" else rotated(x)
-    geometry = fit.weights["geometry"]
-    if place == "before":
-        return rotated(np.einsum("krh,bskh->bskr", geometry, x))
-    return rotated(x * np.concatenate([geometry, geometry], axis=-1))
+    return rotated(np.einsum("krh,bskh->bskr", fit.weights["geometry"], x))
 
 
 def folded_head(fit, head, place="after"):
@@ -131,7 +126,7 @@ def divergence(*arguments):
     return np.mean(np.concatenate(total))
 
 
-def assert_fit(fit, place, tied=True):
+def assert_fit(fit):
     assert {x.dtype for x in fit.weights.values()} == {np.dtype("float64")}
     assert all(np.isfinite(x).all() for x in fit.weights.values())
     if fit.kind == "exponential":
@@ -142,8 +137,7 @@ def assert_fit(fit, place, tied=True):
     assert fit.kind == "dark"
     assert set(fit.weights) == DARK | {"query_geometry"}
     rank = fit.weights["proposal"].shape[1]
-    geometry = (HEADS, HEAD_DIM // 2) if place == "planes" else (HEADS, rank, HEAD_DIM)
-    assert fit.weights["geometry"].shape == geometry
+    assert fit.weights["geometry"].shape == (HEADS, rank, HEAD_DIM)
     assert fit.weights["projection"].shape == (HEADS, FEATURES, rank)
     assert fit.weights["log_weight"].shape == (HEADS, FEATURES)
     for name in ("query_shift", "key_shift"):

@@ -45,10 +45,10 @@ KINDS = {
     "clusters": ({}, {"method": "clusters", "refine": False}, False),
     "windowed": ({"sliding_window": WINDOW}, {"refine": False}, False),
     "transferred": ({"tie_geometry": False}, {"refine": False}, True),
-    "planes": ({"rope_geometry": "planes"}, {}, False),
+    "before": ({"rope_geometry": "before"}, {}, False),
 }
 # KerasHub loads presets as float32 unless told.
-DTYPES = {"planes": "mixed_bfloat16", "clusters": "bfloat16"}
+DTYPES = {"before": "mixed_bfloat16", "clusters": "bfloat16"}
 IN_FILES = ("clusters", "windowed")
 # Of the other families all where nothing has to be compiled.
 FAMILIES = tuple(ROWS) if BACKEND == "torch" else ("Llama", "GPT2", "Bert")

@@ -20,7 +20,7 @@ MAPS = {
     "two geometries": {"tie_geometry": False, "sliding_window": 3},
     "window": {"sliding_window": 3},
     "exponential": {"feature_map": "exponential"},
-    "planes": {"rope_geometry": "planes"},
+    "before": {"rope_geometry": "before"},
 }
 
 

@@ -45,12 +45,12 @@ def test_feature_maps_are_fitted_and_kept_in_float32_in_half_precision(dtype):
 GENERATING = {
     "clusters": ("clusters", gemma, {}),
     "windowed": ("windowed", gemma, {}),
-    "planes-gemma2": ("planes", gemma2, {"layers": "all"}),
+    "before-gemma2": ("before", gemma2, {"layers": "all"}),
     "windowed-gemma3": ("windowed", lambda: gemma3(num_layers=2), {"layers": [1]}),
 }
 
 
-SLOW = ("planes-gemma2", "windowed-gemma3")
+SLOW = ("before-gemma2", "windowed-gemma3")
 
 
 @pytest.fixture(
@@ -77,7 +77,7 @@ def shapes(cache):
     return [tuple(x.shape) for x in tree.flatten(cache)]
 
 
-@pytest.mark.parametrize("kind", ["clusters", "windowed", "planes"])
+@pytest.mark.parametrize("kind", ["clusters", "windowed", "before"])
 def test_the_state_has_a_constant_size(saved, kind):
     model = saved.fitted(kind)[0]
     sizes = shapes(model.get_initial_cache(2, 16))

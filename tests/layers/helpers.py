@@ -31,7 +31,7 @@ FEATURE_OPTIONS = {
     "seed": 5,
 }
 ATTENTION_OPTIONS = FEATURE_OPTIONS | {"attention_mode": "exact", "chunk_size": 3, "remat": True}
-OTHER_OPTIONS = {"rank": 6, "tie_geometry": True, "rope_geometry": "planes"}
+OTHER_OPTIONS = {"rank": 6, "tie_geometry": True, "rope_geometry": "before"}
 EXPONENTIAL_OPTIONS = {"feature_map": "exponential", "sliding_window": None}
 
 # Real tokens (true) and padding behind them. Every row has some of both.

@@ -94,7 +94,7 @@ def test_a_map_is_of_its_class_only(cls):
 
 def test_the_config_of_an_exponential_map_holds_every_argument():
     sizes = {"num_heads": 3, "head_dim": 6, "num_query_heads": 6}
-    options = FEATURE_OPTIONS | {"rope_geometry": "planes", "sliding_window": None}
+    options = FEATURE_OPTIONS | {"rope_geometry": "before", "sliding_window": None}
     del options["feature_map"]  # the class says it
     assert_config_is_complete(ExponentialFeatureMap, sizes | options, but=("sliding_window",))
 

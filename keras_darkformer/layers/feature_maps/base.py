@@ -18,7 +18,7 @@ from keras_darkformer.fitting import (
     needs_sample,
 )
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
-from keras_darkformer.layers.feature_maps.placement import Placement, placement_of
+from keras_darkformer.layers.feature_maps.placement import AfterRotation, placement_of
 from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.scores import log_scores
@@ -85,7 +85,7 @@ class FeatureMap(keras.layers.Layer):
         return self.options.sliding_window
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> AfterRotation:
         """Where a geometry sits relative to the rotation."""
         return placement_of(self.options)
 
@@ -225,7 +225,7 @@ class FeatureMap(keras.layers.Layer):
         options = CalibrationOptions(**calibration)
         self.check_calibration(options)
         self._check_kind(options.kind or self.kind)
-        if self.placement.fitter.needs_layout:
+        if self.placement.fitter.needs_unrotated:
             raise ValueError(
                 f'A map with `rope_geometry="{self.placement.name}"` is calibrated with its '
                 "model, by `keras_darkformer.calibrate`: it takes queries before and after the "
@@ -259,7 +259,7 @@ class FeatureMap(keras.layers.Layer):
 
     def check_calibration(self, options: CalibrationOptions) -> None:
         """Raises a ValueError if a layer with this map can't be calibrated this way."""
-        check_calibration(options, self.options, self.placement.fitter)
+        check_calibration(options, self.options)
 
     def statistics(self, options: CalibrationOptions, max_tokens: int) -> LayerStatistics:
         """What a calibration has to know of a layer's queries and keys, nothing seen yet."""
@@ -269,7 +269,6 @@ class FeatureMap(keras.layers.Layer):
             self.head_dim,
             needs_sample=needs_sample(options, fitter),
             needs_unrotated=fitter.needs_unrotated,
-            needs_layout=fitter.needs_layout,
             max_tokens=max_tokens,
             seed=options.seed,
         )

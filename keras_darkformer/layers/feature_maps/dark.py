@@ -93,7 +93,7 @@ class DarkFeatureMap(FeatureMap):
     def build(self, input_shape: Shape | None = None) -> None:
         """Creates the weights; their shapes do not depend on the input's."""
         options, heads, rank = self.options, self.num_heads, self.rank
-        geometry = self.placement.initial(heads, rank, self.head_dim, options.geometry_scale)
+        geometry = np.stack([options.geometry_scale * np.eye(rank, self.head_dim)] * heads)
         self.add_weights(options.train_geometry, geometry=geometry)
         if not options.tie_geometry:
             self.add_weights(options.train_geometry, query_geometry=geometry)
@@ -148,19 +148,14 @@ class DarkFeatureMap(FeatureMap):
             tilt=query_shift if keys else None,
         )
 
-    def matrix(self) -> Tensor:
-        """The geometry M of the keys as a matrix per head, `(num_heads, r, h)`."""
-        self.ensure_built()
-        return self.placement.matrix(self.geometry)
-
     def covariance(self) -> Tensor:
         """The covariance `Sigma = M'M` of the features' directions, `(num_heads, h, h)`.
 
         Of queries and keys with geometries of their own it is `M_q'M_k`.
         """
-        geometry = self.matrix()
-        query_geometry = geometry if self.query_geometry is None else self.query_geometry
-        return ops.einsum("krh,krj->khj", query_geometry, geometry)
+        self.ensure_built()
+        query_geometry = self.geometry if self.query_geometry is None else self.query_geometry
+        return ops.einsum("krh,krj->khj", query_geometry, self.geometry)
 
     def before_rotation(self, inputs: Tensor) -> Tensor:
         """What of queries or keys is rotated by positions: `M x`, or `x` where M comes after.
