@@ -11,7 +11,8 @@ import keras
 ROOT = Path(__file__).resolve().parents[1]
 
 
-EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+_OF_TESTS = os.environ.get("XLA_FLAGS", "")
+EIGHT_DEVICES = {"XLA_FLAGS": f"{_OF_TESTS} --xla_force_host_platform_device_count=8"}
 
 
 def run_python(code, *args, env=None):

@@ -15,8 +15,6 @@ from keras_darkformer.ops.reference import dark_attention_reference
 from .cases import Case, assert_close
 from .states import assert_same_state
 
-# XLA takes longer to optimise these than to run them.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 ODD = {"heads": (4, 2), "batch": 2, "rank": 5, "value_dim": 6}
 CASES = {
     "causal": (Case(length=104, causal=True, masked=True, **ODD), {"return_state": True}),
@@ -96,7 +94,7 @@ def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("sequence_parallel")
     (path / "jobs").write_bytes(pickle.dumps(jobs))
     code = "import runpy, sys; runpy.run_path('tests/ops/eight_devices.py', run_name='__main__')"
-    run_python(code, path / "jobs", path / "results", env=EIGHT_DEVICES | QUICK)
+    run_python(code, path / "jobs", path / "results", env=EIGHT_DEVICES)
     return pickle.loads((path / "results").read_bytes())
 
 
