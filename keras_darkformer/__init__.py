@@ -24,6 +24,7 @@ from keras_darkformer.training import (
 
 if TYPE_CHECKING:
     from keras_darkformer import hub
+    from keras_darkformer.choosing import LayerChoice, choose_layers
     from keras_darkformer.hub import conversion_report, convert_to_dark
 
 __version__ = "0.1.0"
@@ -36,10 +37,12 @@ __all__ = [
     "DarkFeatureMap",
     "DarkTransformerBlock",
     "FeatureOptions",
+    "LayerChoice",
     "LossSpikeCounter",
     "RedrawProjections",
     "approximation_report",
     "calibrate",
+    "choose_layers",
     "conversion_report",
     "convert_to_dark",
     "distil",
@@ -53,6 +56,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("LayerChoice", "choose_layers"):
+        return getattr(importlib.import_module("keras_darkformer.choosing"), name)
     if name not in ("hub", "convert_to_dark", "conversion_report"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     hub = importlib.import_module("keras_darkformer.hub")

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from keras_darkformer.checks import is_integer, one_of, optional_integer, positive_integer
+from keras_darkformer.memory import Memory
 from keras_darkformer.types import Config
 
 ATTENTION_MODES = ("linear", "exact")
@@ -52,6 +53,10 @@ class FeatureOptions:
         sliding_window: int. Each query of a causal call meets its last `sliding_window` keys with
             softmax's own kernel, and features only stand for those further back. `None` for
             features alone.
+        num_sinks: int. Queries of a causal call also meet the first `num_sinks` tokens of their row
+            that way. Trained models put much of their attention there: 4 do.
+        cache_size: int. And so many of the tokens between, for each key/value head those that
+            received most attention while they were in the window, which this needs.
         seed: int. Seed of the projection; `None` for a random one, which
             `keras.utils.set_random_seed` makes repeatable.
 
@@ -69,6 +74,8 @@ class FeatureOptions:
     tie_geometry: bool = True
     rope_geometry: str = "after"
     sliding_window: int | None = None
+    num_sinks: int = 0
+    cache_size: int = 0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +84,7 @@ class FeatureOptions:
         self._settle("feature_map", _each(self.feature_map, _known_map, "feature_map"))
         for name in ("rank", "sliding_window"):
             self._settle(name, optional_integer(name, getattr(self, name)))
+        self.memory.check()
         one_of("projection", self.projection, PROJECTIONS)
         one_of("rope_geometry", self.rope_geometry, ROPE_GEOMETRIES)
         scale = self.geometry_scale
@@ -88,6 +96,11 @@ class FeatureOptions:
                     f"`seed` must be an integer, 0 or more. Received: seed={self.seed!r}"
                 )
             self._settle("seed", int(self.seed))
+
+    @property
+    def memory(self) -> Memory:
+        """What is kept exactly."""
+        return Memory(self.sliding_window, self.num_sinks, self.cache_size)
 
     def _settle(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

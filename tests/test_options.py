@@ -94,7 +94,12 @@ def test_a_layer_keeps_its_options_and_writes_them_flat(owner):
     cls, arguments, options = OWNERS[owner]
     given = {name: ATTENTION_OPTIONS[name] for name in options.names()}
     if owner == "ExponentialFeatureMap":
-        given |= {"feature_map": "exponential", "sliding_window": None}
+        given |= {
+            "feature_map": "exponential",
+            "sliding_window": None,
+            "num_sinks": 0,
+            "cache_size": 0,
+        }
     layer = cls(**arguments | given)
     assert layer.options == options(**given)
     assert type(layer.options) is options

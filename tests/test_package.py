@@ -18,17 +18,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PARTS = ("ops", "layers", "hub", "training")  # that list their names
 
 # What each part may import of the package besides itself, directly.
-BASE = {"types", "checks", "options"}
+BASE = {"types", "checks", "memory", "options"}
 MAY_IMPORT = {
     "types": set(),
     "checks": {"types"},
-    "options": {"types", "checks"},
+    "memory": {"checks"},
+    "options": {"types", "checks", "memory"},
     "compiling": {"types"},
     "ops": BASE,
     "fitting": BASE | {"ops"},
     "layers": BASE | {"ops", "fitting"},
     "training": BASE | {"ops", "fitting", "layers", "compiling"},
     "hub": BASE | {"ops", "fitting", "layers", "compiling"},
+    "choosing": BASE | {"ops", "layers", "training", "hub"},
 }
 # Names that belong to a design that is gone.
 GONE = r"""

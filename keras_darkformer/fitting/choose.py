@@ -13,11 +13,11 @@ from keras_darkformer.options import FeatureOptions
 
 def check_calibration(calibration: CalibrationOptions, features: FeatureOptions) -> None:
     """Raises a ValueError if features can't be calibrated this way."""
-    if calibration.method == "clusters" and features.sliding_window is not None:
+    if calibration.method == "clusters" and features.memory:
         raise ValueError(
-            '`method="clusters"` does not go with a `sliding_window`: its features know the '
-            "kernel up to a factor of the query only, so they can't share a normaliser with "
-            'the exact kernel. Use "spectral".'
+            '`method="clusters"` does not go with a `sliding_window` or `num_sinks`: its features '
+            "know the kernel up to a factor of the query only, so they can't share a normaliser "
+            'with the exact kernel. Use "spectral".'
         )
 
 
@@ -69,7 +69,7 @@ def _best_method(
     queries and keys that are not of the same tokens.
     """
     excluded = ["auto"]
-    if features.sliding_window is not None:
+    if features.memory:
         excluded.append("clusters")
     errors = {method: 0.0 for method in METHODS if method not in excluded}
     for head in range(statistics.num_heads):

@@ -10,7 +10,7 @@ from keras_darkformer.hub.attention import DarkHubAttention, head_sizes
 from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
-from keras_darkformer.hub.private import get_preset_loader, renumber_lora_layers
+from keras_darkformer.hub.private import forgotten, get_preset_loader, renumber_lora_layers
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.options import ConversionOptions
@@ -99,10 +99,10 @@ class DarkBackbone(LoraBackbone, PresetLoading):
         family = cls.family
         if (reason := family.refuse(backbone)) is not None:
             raise ValueError(reason)
-        if options.sliding_window is not None and not family.causal:
+        if options.memory and not family.causal:
             raise ValueError(
-                f"`sliding_window` needs causal attention; {family.name}'s goes in both "
-                f"directions. Received: sliding_window={options.sliding_window}"
+                "`sliding_window` and `num_sinks` need causal attention; that of "
+                f"{family.name} goes in both directions. Received: {options.memory}"
             )
         placement = placement_of(options)
         if placement.needs_rotation and family.rotary is None:
@@ -152,7 +152,8 @@ class DarkBackbone(LoraBackbone, PresetLoading):
         kinds = [layer.feature_map.kind for layer in self.dark_layers.values()]
         options["feature_map"] = kinds if len(set(kinds)) > 1 else kinds[0]
         dark = {name: options[option] for name, option in option_names(self.stock_cls).items()}
-        return {**super().get_config(), **dark}
+        config = super().get_config()
+        return config | forgotten(self.stock_cls, self, config) | dark
 
     @property
     def attention_layers(self) -> list[Layer]:

@@ -5,6 +5,7 @@ from typing import Any
 from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.backbone import DarkBackbone, warn_of_dropped
 from keras_darkformer.hub.families import FAMILIES, INEXPRESSIBLE
+from keras_darkformer.hub.private import forgotten
 from keras_darkformer.hub.tasks import DarkTask, dark_classes
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Model
@@ -100,7 +101,13 @@ def _reason(cls: type) -> str:
 
 def _copy(model: Model) -> Any:
     # A preprocessor's vocabulary is not in its config; both models share it.
-    config = model.get_config() | ({"preprocessor": None} if hasattr(model, "backbone") else {})
+    config = model.get_config()
+    if hasattr(model, "backbone"):
+        config |= {"preprocessor": None}
+        backbone, of_backbone = model.backbone, config["backbone"]["config"]
+    else:
+        backbone, of_backbone = model, config
+    of_backbone |= forgotten(type(backbone), backbone, of_backbone)
     twin = type(model).from_config(config)
     if len(twin.weights) != len(model.weights):
         raise ValueError(

@@ -5,6 +5,7 @@ whose insides are others is refused here, with its version, rather than converte
 """
 
 import importlib.metadata
+import inspect
 from typing import Any
 
 import keras_hub
@@ -91,6 +92,19 @@ def part(layer: Layer, name: str) -> Any:
 def rotate_gemma(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
     """The rotary embedding of Gemma 1 and 2, which also reorders coordinates."""
     return attention._apply_rope(x, start_index)
+
+
+def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a stock backbone's constructor that its config leaves out.
+
+    Llama's forgets `tie_word_embeddings`: without it a model comes back with an output layer of its
+    own, whose weights are random.
+    """
+    return {
+        name: getattr(backbone, name)
+        for name in inspect.signature(stock_cls).parameters
+        if name not in config and isinstance(getattr(backbone, name, None), bool)
+    }
 
 
 def renumber_lora_layers(backbone: Layer) -> None:

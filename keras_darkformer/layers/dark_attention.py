@@ -248,10 +248,10 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
                 '`initial_state` and `return_state` need `attention_mode="linear"`: exact '
                 "attention has no state of constant size."
             )
-        if self.is_linear and self.options.sliding_window is not None and not causal:
+        if self.is_linear and self.options.memory and not causal:
             raise ValueError(
-                "`sliding_window` needs `use_causal_mask=True`: it holds the last tokens before a "
-                "query."
+                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they are of tokens "
+                f"before a query. Received: {self.options.memory}"
             )
 
     def _rotation(self, x: Tensor, mask: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
@@ -291,7 +291,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             batch_size: int, or scalar int tensor.
 
         Returns:
-            An `ops.State`, with a sliding window an `ops.WindowedState`; with RoPE an
+            An `ops.State`, with an exact memory an `ops.MemoryState`; with RoPE an
             `ops.PositionedState` of that and the tokens seen, `(b,)`. See `ops.initial_state` for
             the shapes.
         """

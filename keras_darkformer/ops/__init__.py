@@ -10,18 +10,18 @@ from keras_darkformer.ops.projections import draw_projection, proposal_log_weigh
 from keras_darkformer.ops.rotary import rotary_embedding
 from keras_darkformer.ops.sequence_parallel import sequence_parallel_dark_attention
 from keras_darkformer.ops.state import (
+    MemoryState,
     PositionedState,
     State,
     Tokens,
-    WindowedState,
     initial_state,
 )
 
 __all__ = [
+    "MemoryState",
     "PositionedState",
     "State",
     "Tokens",
-    "WindowedState",
     "apply_geometry",
     "dark_attention",
     "dark_features",

@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from keras_darkformer.checks import optional_integer
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import check_attention, check_causal, check_mask
 from keras_darkformer.ops.chunked import chunked
@@ -33,6 +34,7 @@ def attend(
     features: FoldedFeatures,
     *,
     causal: bool = False,
+    memory: Memory = Memory(),  # noqa: B008  it is immutable
     initial_state: AttentionState | None = None,
     return_state: bool = False,
     **call: Any,
@@ -45,15 +47,17 @@ def attend(
         value: tensor of shape `(b, s, k, v)`.
         features: `FoldedFeatures`, float32.
         causal, initial_state, return_state: as for `dark_attention`.
-        **call: key_mask, write_mask, sliding_window, chunk_size and remat, as for `dark_attention`.
+        memory: `Memory`: what is kept exactly.
+        **call: key_mask, write_mask, chunk_size and remat, as for `dark_attention`.
 
     Returns:
         As `dark_attention`.
     """
-    how = Call(**call, with_state=return_state)
+    how = Call(**call, memory=memory, with_state=return_state)
     check_attention(query, key, value, causal=causal, key_mask=how.key_mask)
     check_mask("write_mask", how.write_mask, key)
-    check_causal(how.sliding_window, how.write_mask, causal=causal)
+    memory.check()
+    check_causal(memory, how.write_mask, causal=causal)
     how = how._replace(
         key_mask=None if how.key_mask is None else ops.cast(how.key_mask, "bool"),
         write_mask=None if how.write_mask is None else ops.cast(how.write_mask, "bool"),
@@ -62,9 +66,8 @@ def attend(
     if how.key_mask is not None and how.write_mask is not None:
         # What is masked counts for nothing.
         how = how._replace(write_mask=ops.logical_and(how.key_mask, how.write_mask))
-    shapes = StateShapes(
-        key.shape[2], features.num_features, value.shape[3], key.shape[3], how.sliding_window
-    )
+    sizes = key.shape[2], features.num_features, value.shape[3], key.shape[3]
+    shapes = StateShapes(*sizes, memory)
     if initial_state is None:
         state = shapes.zeros(ops.shape(key)[0])
     else:

@@ -171,6 +171,28 @@ def scan(
     return carry, tree.map_structure(lambda *blocks: ops.stack(blocks, axis=1), *steps)
 
 
+def search(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, output: Any, inputs: Any
+) -> tuple[Any, Any]:
+    """As `scan`, for what has no gradient: also over a length that is known only to the run.
+
+    Args:
+        step: function of `(carry, input)` to `(carry, output)`.
+        carry: nested structure of tensors.
+        output: tensors of the structure, shapes and dtypes of an output.
+        inputs: nested structure of tensors.
+    """
+    if _BACKEND != "tensorflow":
+        return scan(lambda c, x, _: step(c, x), carry, inputs, (), remat=False)
+
+    def both(last: Any, x: Any) -> Any:  # there what is stacked is like the carry
+        found = step(last[0], x)
+        return found, found
+
+    last, found = ops.scan(both, (carry, output), tree.map_structure(_swap, inputs))
+    return last[0], tree.map_structure(_swap, found[1])
+
+
 def _swap(x: Any) -> Any:
     return ops.swapaxes(x, 0, 1)
 

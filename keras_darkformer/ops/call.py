@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.types import Tensor
 
 
@@ -11,7 +12,7 @@ class Call(NamedTuple):
     Attributes:
         key_mask: bool, `(b, s)` or `(1, s)`, true = attend, or `None`.
         write_mask: bool, of the same shape, true = enters the state, or `None`.
-        sliding_window: W, or `None` without an exact memory.
+        memory: `Memory`.
         chunk_size: tokens per chunk, or `None`.
         remat: see `backend.scan`.
         with_state: whether the state that is returned will be used.
@@ -19,7 +20,7 @@ class Call(NamedTuple):
 
     key_mask: Tensor = None
     write_mask: Tensor = None
-    sliding_window: int | None = None
+    memory: Memory = Memory()
     chunk_size: int | None = None
     remat: bool | None = None
     with_state: bool = False

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from keras_darkformer.checks import positive_integer
+from keras_darkformer.memory import Memory
 from keras_darkformer.types import Shape, Tensor
 
 if TYPE_CHECKING:
@@ -107,24 +107,23 @@ def check_parameters(parameters: "DarkParameters", key: Tensor) -> None:
             )
 
 
-def check_causal(sliding_window: int | None, write_mask: Tensor, *, causal: bool) -> None:
+def check_causal(memory: Memory, write_mask: Tensor, *, causal: bool) -> None:
     """What only causal attention has."""
-    if sliding_window is not None and not causal:
+    if memory and not causal:
         raise ValueError(
-            "`sliding_window` needs `causal=True`: it holds the last tokens before a query."
+            "`sliding_window` and `num_sinks` need `causal=True`: they are of tokens before a "
+            f"query. Received: {memory}, causal=False"
         )
     if write_mask is not None and not causal:
         raise ValueError("`write_mask` needs `causal=True`.")
 
 
-def check_far_offset(far_offset: Tensor, sliding_window: int | None, num_query_heads: int) -> None:
-    """What goes with a sliding window, and what needs one."""
-    if sliding_window is not None:
-        positive_integer("sliding_window", sliding_window)
+def check_far_offset(far_offset: Tensor, memory: Memory, num_query_heads: int) -> None:
+    """What goes with an exact memory."""
     if far_offset is None:
         return
-    if sliding_window is None:
-        raise ValueError("`far_offset` needs a `sliding_window`.")
+    if not memory:
+        raise ValueError("`far_offset` needs a `sliding_window` or `num_sinks`.")
     if tuple(far_offset.shape) != (num_query_heads,):
         raise ValueError(
             f"`far_offset` must have shape (num_query_heads,) = ({num_query_heads},). "

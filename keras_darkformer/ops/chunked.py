@@ -1,26 +1,29 @@
 """Causal attention in chunks: linear in the length, with or without an exact memory.
 
 A block of N chunks of C tokens is computed at once, and a state goes from block to block. Without
-an exact memory the keys of a block enter the sums. With a sliding window those enter that leave it,
-W tokens late, and the queries further meet the keys of their window themselves.
+an exact memory the keys of a block enter the sums. With one those enter that leave it, one at each
+token, and the queries further meet the keys in the memory themselves.
 
 The shapes' letters are those of `ops.features`.
 """
 
 from typing import TypedDict
 
+from keras import ops
+
 from keras_darkformer.ops.backend import reshape, scan
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.exact_memory import (
+    Sinks,
     band,
-    followed_by,
-    leaving,
+    combined,
+    joined,
+    none_of,
     padded_before,
-    tokens_of,
-    with_near,
-    written_by_row,
+    window_by_row,
 )
 from keras_darkformer.ops.features import FoldedFeatures
+from keras_darkformer.ops.meeting import Held, Marks, arrive, meet
 from keras_darkformer.ops.partition import (
     chunk_partition,
     join_blocks,
@@ -28,12 +31,13 @@ from keras_darkformer.ops.partition import (
     split_blocks,
     tokens_first,
 )
-from keras_darkformer.ops.state import State, Tokens, WindowedState
+from keras_darkformer.ops.state import MemoryState, State, Tokens
 from keras_darkformer.ops.sums import (
     Sums,
     add_keys,
     by_head,
     chunked_sums,
+    features_by_head,
     features_of_keys,
     features_of_queries,
     future,
@@ -49,12 +53,16 @@ class Carry(TypedDict, total=False):
     """What goes from block to block.
 
     `seen` are the sums that queries see. `written` are those of the state, where they differ: each
-    key's features are then computed once and added twice. `recent` is the window.
+    key's features are then computed once and added twice. `held` is the memory.
     """
 
     seen: Sums
     written: Sums
-    recent: Tokens
+    held: Held
+
+
+# What does not change from block to block, and has gradients.
+Constants = tuple[FoldedFeatures, tuple[Tensor, Tensor], Tensor, Sinks | None]
 
 
 def chunked(
@@ -62,70 +70,86 @@ def chunked(
     key: Tensor,
     value: Tensor,
     features: FoldedFeatures,
-    state: State | WindowedState,
+    state: State | MemoryState,
     call: Call,
-) -> tuple[Tensor, State | WindowedState]:
+) -> tuple[Tensor, State | MemoryState]:
     """Output `(b, t, n, v)` in float32, and the state after the keys; see `attention.attend`.
 
     Without `call.with_state` the state says nothing where masks are given.
     """
-    key_mask, write_mask, sliding_window, chunk_size, remat, with_state = call
+    memory, kv_heads = call.memory, key.shape[2]
     length, num_heads, head_dim = shape_of(query)[1:]
-    kv_heads = key.shape[2]
     groups = num_heads // kv_heads
-    blocks, chunks, chunk = chunk_partition(length, head_dim, groups, chunk_size)
+    blocks, chunks, chunk = chunk_partition(length, head_dim, groups, call.chunk_size)
     tokens = chunks * chunk
-    near_mask = None if sliding_window is None else band(chunk, sliding_window)
+    near_mask = band(chunk, memory.window) if memory.window else None
 
-    after = None
-    inputs = {"query": query, "key": key, "value": value, "mask": key_mask}
+    inputs, sinks, written = {"query": query}, None, call.write_mask
     if isinstance(state, State):
         carry = Carry(seen=pack(state))
+        inputs |= {"key": key, "value": value, "mask": call.key_mask}
+        write = written
     else:
-        assert sliding_window is not None
-        new = tokens_of(key, value, key_mask)
-        write_mask = key_mask if write_mask is None else write_mask
-        if write_mask is not None and with_state:
-            write_mask, after = written_by_row(state.recent, new, write_mask, sliding_window)
+        written = call.key_mask if written is None else written
+        arrival = arrive(key, value, call.key_mask, written, state, memory)
+        new, sinks, write = arrival.tokens, arrival.sinks, arrival.marks.enters
+        recent = state.recent if isinstance(state.recent, Tokens) else none_of(new)
         padding = blocks * tokens - length
-        recent, new = padded_before(state.recent, new, padding, sliding_window)
-        carry = Carry(seen=pack(state.sums), recent=recent)
-        inputs |= new._asdict()
-    if write_mask is not None and with_state:
-        carry["written"], inputs["write"] = carry["seen"], write_mask
+        first, rest = padded_before(recent, new, padding, memory.window)
+        carry = Carry(seen=pack(state.sums), held=Held(first, state.kept))
+        inputs |= {name: ops.swapaxes(x, 1, 2) for name, x in rest._asdict().items()}
+        inputs |= arrival.marks._asdict()
+    if write is not None and call.with_state:
+        carry["written"], inputs["write"] = carry["seen"], write
 
     def step(
-        carry: Carry, block: dict[str, Tensor], constants: tuple[FoldedFeatures, Tensor, Tensor]
-    ) -> tuple[Carry, Tensor]:
-        features, futures, near_mask = constants
-        query = by_head(block["query"], kv_heads)
-        due = Tokens(block["key"], block["value"], block.get("mask"))
-        if sliding_window is not None:
-            seen = followed_by(carry["recent"], due)
-            due, recent = leaving(seen, sliding_window)
-            due = due._replace(mask=due.mask > 0)
-        keys = features_of_keys(*due, features)
-        of_queries, scale = features_of_queries(query, features, scaled=sliding_window is not None)
+        carry: Carry, block: dict[str, Tensor], constants: Constants
+    ) -> tuple[Carry, tuple[Tensor, Tensor]]:
+        features, futures, near_mask, sinks = constants
+        query, met = by_head(block["query"], kv_heads), None
+        if memory:
+            new = Tokens(*(ops.swapaxes(block[name], 1, 2) for name in Tokens._fields))
+            marks = Marks(block["index"], block["asks"], block.get("enters"))
+            met = meet(query, new, carry["held"], sinks, marks, near_mask, chunks, chunk, memory)
+            keys = features_by_head(met.left.key, met.left.value, met.left.is_real, features)
+        else:
+            keys = features_of_keys(block["key"], block["value"], block.get("mask"), features)
+        of_queries, scale = features_of_queries(query, features, scaled=bool(memory))
         sums, key_scale, seen_after = chunked_sums(
             of_queries, keys, carry["seen"], groups, chunks, chunk, futures
         )
         behind = Carry(seen=seen_after)
         if "written" in carry:
-            behind["written"] = add_keys(carry["written"], keys, block["write"])
-        if sliding_window is None:
+            competed = None if met is None else met.competed
+            write = block["write"][:, None] if competed is None else competed
+            behind["written"] = add_keys(carry["written"], keys, write)
+        if met is None:
             output = normalize(*split_last(sums))
             output = reshape(output, (*shape_of(query)[:3], -1))
-        else:
-            behind["recent"] = recent
-            far_scale = reshape(scale, (*shape_of(key_scale), groups)) + key_scale[..., None]
-            output = with_near(query, seen, sums, far_scale, chunks, chunk, near_mask)
-        return behind, tokens_first(output, tokens)
+            return behind, (tokens_first(output, tokens), ())
+        behind["held"] = met.held
+        far_scale = reshape(scale, (*shape_of(key_scale), groups)) + key_scale[..., None]
+        output = combined(met.parts, sums, far_scale)
+        return behind, (tokens_first(output, tokens), met.exits)
 
-    constants = features, (future(chunk), future(chunks + 1)), near_mask
+    constants = features, (future(chunk), future(chunks + 1)), near_mask, sinks
     inputs = split_blocks(inputs, blocks, tokens)
-    carry, output = scan(step, carry, inputs, constants, remat=remat)
+    carry, (output, exits) = scan(step, carry, inputs, constants, remat=call.remat)
     sums = unpack(carry.get("written", carry["seen"]))
     output = join_blocks(output, length)
-    if sliding_window is None:
+    if isinstance(state, State):
         return output, sums
-    return output, WindowedState(sums, carry["recent"] if after is None else after)
+    recent = carry["held"].recent
+    if memory.window and written is not None and call.with_state:
+        # What all tokens had received when they left the window, or have by now.
+        gone = reshape(ops.swapaxes(exits, 1, 2), (*shape_of(recent.received)[:2], -1))
+        gone = ops.concatenate([gone, recent.received], axis=2)[:, :, padding:]
+        assert isinstance(state.recent, Tokens)
+        stream = joined(state.recent, arrival.tokens)._replace(received=gone)
+        recent = window_by_row(stream, arrival.marks.asks, memory.window)
+    return output, MemoryState(
+        sums,
+        () if sinks is None else sinks.tokens,
+        recent if memory.window else (),
+        carry["held"].kept,
+    )

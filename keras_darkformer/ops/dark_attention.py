@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.checks import (
     check_attention,
@@ -30,6 +31,8 @@ def dark_attention(
     query_shift: Tensor = None,
     key_shift: Tensor = None,
     sliding_window: int | None = None,
+    num_sinks: int = 0,
+    cache_size: int = 0,
     far_offset: Tensor = None,
     causal: bool = False,
     key_mask: Tensor = None,
@@ -59,9 +62,12 @@ def dark_attention(
     `proposal_log_weight`). Queries and keys may be centred, exactly: with `b` and `c` their shifts,
     the kernel is `exp((q^ - b)' Sigma (k^ - c) + b . k^)`, softmax's for `Sigma = I`.
 
-    With `sliding_window`, each query meets its last `sliding_window` keys with softmax's own
-    `exp(q . k / sqrt(h))`, and only those further back through features; both parts share one
-    normaliser, and `far_offset` shifts the logarithm of the far part's weights.
+    With an exact memory, each query meets the keys in it with softmax's own `exp(q . k / sqrt(h))`,
+    and only the others through features; both parts share one normaliser, and `far_offset` shifts
+    the logarithm of the far part's weights. In the memory are the first `num_sinks` tokens, on
+    which trained models put much of their attention; the last `sliding_window`; and `cache_size` of
+    those between, for each key/value head the ones that received most attention while they were in
+    the window. Its size does not depend on the length.
 
     Masked keys count for nothing, whatever they hold. A query that has no key to attend to gives
     zeros, and passes no gradient.
@@ -84,14 +90,18 @@ def dark_attention(
         key_shift: optional `c`, of shape `(k, h)`, on the scale of `k^`.
         sliding_window: optional int W. Query t meets keys t - W + 1 to t exactly; needs
             `causal=True`.
-        far_offset: optional, of shape `(n,)`, with `sliding_window`. -1e30 leaves the far part out,
-            to measure the window alone.
+        num_sinks: int S. Queries also meet the first S keys of their row that are not masked
+            exactly; needs `causal=True`.
+        cache_size: int G. And G of those that have left the window; needs a `sliding_window`. What
+            a key receives is the sum of the softmax weights of queries over sinks and window.
+        far_offset: optional, of shape `(n,)`, with an exact memory. -1e30 leaves the far part out,
+            to measure the memory alone.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = enters the state that
-            is returned; needs `causal=True`. `None` for all that may be attended to. With a sliding
-            window, tokens left out behind all others leave no trace; before others they take a
-            place in the window.
+            is returned; needs `causal=True`. `None` for all that may be attended to. With an exact
+            memory, tokens left out behind all others leave no trace; before others they take a
+            place in the window. They are no sinks, and not kept.
         initial_state: optional state returned by an earlier call: the keys seen before these.
         return_state: bool. Also return the state after these keys.
         chunk_size: optional int, tokens handled at once in the causal form. It changes speed and
@@ -104,8 +114,8 @@ def dark_attention(
     Returns:
         The output, of shape `(b, t, n, v)` and the inputs' dtype. With `return_state`,
         `(output, state)`: the state is a `State` of float32 tensors of shapes `(b, k, m, v)`,
-        `(b, k, m)` and `(b, k)`, whatever the length; with a sliding window a `WindowedState`,
-        which also holds the window's keys `(b, W, k, h)`, values `(b, W, k, v)` and mask `(b, W)`.
+        `(b, k, m)` and `(b, k)`, whatever the length; with an exact memory a `MemoryState`, which
+        also holds keys `(b, k, x, h)` and values `(b, k, x, v)`. See `initial_state`.
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
@@ -134,6 +144,8 @@ def dark_attention(
         - [Transformers are RNNs](https://arxiv.org/abs/2006.16236), for the state
         - [LoLCATs](https://arxiv.org/abs/2410.10254), for window and features
           under one normaliser
+        - [StreamingLLM](https://arxiv.org/abs/2309.17453), for sinks
+        - [H2O](https://arxiv.org/abs/2306.14048), for keeping keys by the attention they receive
     """
     query, key, value, key_mask, write_mask = tensors(query, key, value, key_mask, write_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
@@ -141,13 +153,15 @@ def dark_attention(
         *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
     check_parameters(parameters, key)
+    memory = Memory(sliding_window, num_sinks, cache_size)
+    memory.check()
     factored = initial_state is not None and are_few(query, parameters.projection.shape[-2])
     return attend(
         query,
         key,
         value,
-        folded(parameters, query, key, sliding_window, far_offset, factored=factored),
-        sliding_window=sliding_window,
+        folded(parameters, query, key, memory, far_offset, factored=factored),
+        memory=memory,
         causal=causal,
         key_mask=key_mask,
         write_mask=write_mask,
@@ -162,17 +176,17 @@ def folded(
     parameters: DarkParameters,
     query: Tensor,
     key: Tensor,
-    sliding_window: int | None,
+    memory: Memory,
     far_offset: Tensor,
     *,
     factored: bool = False,
 ) -> FoldedFeatures:
     """The parameters folded for these queries and keys."""
     (far_offset,) = tensors(far_offset)
-    check_far_offset(far_offset, sliding_window, query.shape[2])
+    check_far_offset(far_offset, memory, query.shape[2])
     sizes = key.shape[2], key.shape[3]
     features = fold(parameters, *sizes, factored=factored)
-    if sliding_window is None:
+    if not memory:
         return features
     scale = fold_query_scale(parameters, *sizes, query.shape[2], far_offset)
     return features._replace(query_scale=scale)

@@ -1,48 +1,89 @@
-"""The keys that a query meets with softmax's own kernel: those of a sliding window.
+"""The keys that queries meet with softmax's own kernel: an exact memory of constant size.
 
-A query sees the keys of its window with weights `exp(q . k / sqrt(h))`, older ones through
-features, and divides by the sum of both. A key enters the sums of features when it leaves the
-window.
+It holds sinks, the first S tokens of a row; the last W tokens; and between them G that are kept for
+each key/value head. A query sees the keys in the memory with weights `exp(q . k / sqrt(h))`, others
+through features, and divides by the sum of both. A key enters the sums of features when it leaves
+the memory.
 
-Near and far parts have scales of their own, the largest exact weight that a query sees and what its
-features amount to together; the larger of the two makes both. No key that is masked, to come, or
-far away and unlike the query has a say in it.
+Who is kept: a key receives attention while it is in the window, `softmax` over sinks and window
+being all that counts for this. When it leaves the window, what it has received is its score for
+good, and it competes with the keys that are kept; the one of the lowest score leaves the memory. So
+at every token one key leaves, be it another one than the window's oldest, and who is kept after a
+token does not depend on how the sequence is cut into pieces.
 
-The shapes' letters are those of `ops.features`; besides, N chunks of C tokens make a block.
+Parts have scales of their own, the largest exact weight that a query sees and what its features
+amount to together; the largest of them makes all. No key that is masked, to come, or far away and
+unlike the query has a say in it.
+
+The shapes' letters are those of `ops.features`; besides, N chunks of C tokens make a block of T.
 """
+
+from typing import NamedTuple
 
 from keras import ops
 
 from keras_darkformer.ops.backend import power, reshape, split_at
 from keras_darkformer.ops.features import TO_BASE
-from keras_darkformer.ops.partition import pad_front, shape_of
-from keras_darkformer.ops.state import LOG_ZERO, Tokens
+from keras_darkformer.ops.partition import shape_of
+from keras_darkformer.ops.state import LOG_ZERO, NOTHING, Tokens
 from keras_darkformer.ops.sums import FUTURE, TINY, normalize, split_last, with_ones
 from keras_darkformer.types import Tensor
 
 
+class Sinks(NamedTuple):
+    """The sinks that a call's queries see.
+
+    Attributes:
+        tokens: `Tokens`.
+        position: int32, `(b, S)`, from which query on they are there; -1 for those from before.
+    """
+
+    tokens: Tokens
+    position: Tensor
+
+
+class Part(NamedTuple):
+    """Some of the keys that the queries of a block meet exactly.
+
+    Attributes:
+        logits: `(b, k, N, C, g, x)`, far below zero where a key is not seen.
+        value: `(b, k, N, x, v + 1)`, with a column of ones.
+    """
+
+    logits: Tensor
+    value: Tensor
+
+
 def tokens_of(key: Tensor, value: Tensor, key_mask: Tensor) -> Tokens:
-    """Keys and values to keep. Zeros stand where a key is masked, whatever stood there."""
-    key, value = ops.cast(key, "float32"), ops.cast(value, "float32")
+    """Keys `(b, s, k, h)` and values to keep. Zeros stand where a key is masked."""
+    key, value = (ops.transpose(ops.cast(x, "float32"), (0, 2, 1, 3)) for x in (key, value))
+    received = ops.zeros_like(key[..., 0])
     if key_mask is None:
-        return Tokens(key, value, ops.ones(ops.shape(key)[:2], dtype="float32"))
-    key_mask = ops.broadcast_to(key_mask, ops.shape(key)[:2])
-    attended = key_mask[:, :, None, None]
-    key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
-    return Tokens(key, value, ops.cast(key_mask, "float32"))
+        return Tokens(key, value, received)
+    real = ops.broadcast_to(key_mask, (ops.shape(key)[0], ops.shape(key)[2]))[:, None]
+    received = ops.where(real, received, NOTHING)
+    key, value = (ops.where(real[..., None], x, 0.0) for x in (key, value))
+    return Tokens(key, value, received)
 
 
-def followed_by(tokens: Tokens, more: Tokens) -> Tokens:
+def none_of(tokens: Tokens) -> Tokens:
+    """No tokens, of the sizes of others."""
+    return Tokens(*(x[:, :, :0] for x in tokens))
+
+
+def joined(tokens: Tokens, more: Tokens) -> Tokens:
     """First these tokens, then those."""
-    return Tokens(*(ops.concatenate(pair, axis=1) for pair in zip(tokens, more, strict=True)))
+    return Tokens(*(ops.concatenate(pair, axis=2) for pair in zip(tokens, more, strict=True)))
 
 
 def leaving(seen: Tokens, size: int) -> tuple[Tokens, Tokens]:
     """The tokens that are older than the last `size`, and the last `size`."""
-    if seen.key.shape[1] is None:
-        return Tokens(*(x[:, :-size] for x in seen)), Tokens(*(x[:, -size:] for x in seen))
+    if not size:
+        return seen, none_of(seen)
+    if seen.key.shape[2] is None:
+        return Tokens(*(x[:, :, :-size] for x in seen)), Tokens(*(x[:, :, -size:] for x in seen))
     # The gradient of slices fills tensors with zeros.
-    due, last = zip(*(split_at(x, x.shape[1] - size, axis=1) for x in seen), strict=True)
+    due, last = zip(*(split_at(x, x.shape[2] - size, axis=2) for x in seen), strict=True)
     return Tokens(*due), Tokens(*last)
 
 
@@ -50,88 +91,174 @@ def padded_before(recent: Tokens, new: Tokens, padding: Tensor, size: int) -> tu
     """The window and the tokens after it, with padding before the oldest of the window."""
     if isinstance(padding, int) and not padding:
         return recent, new
-    stream = [pad_front(x, padding) for x in followed_by(recent, new)]
-    return Tokens(*(x[:, :size] for x in stream)), Tokens(*(x[:, size:] for x in stream))
+    batch, heads = shape_of(new.received)[:2]
+    shapes = [(batch, heads, padding, *x.shape[3:]) for x in new]
+    fill = zip(shapes, (0.0, 0.0, NOTHING), strict=True)
+    nothing = Tokens(*(ops.full(shape, x, dtype="float32") for shape, x in fill))
+    stream = joined(nothing, joined(recent, new))
+    return Tokens(*(x[:, :, :size] for x in stream)), Tokens(*(x[:, :, size:] for x in stream))
 
 
-def written_by_row(
-    recent: Tokens, new: Tokens, write_mask: Tensor, size: int
-) -> tuple[Tensor, Tokens]:
-    """The window behind the last new token that each row keeps, and what has left it by then.
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """Of `(b, k, x, ...)` the rows at `(b, k, y)`."""
+    batch, heads, length, *sizes = shape_of(x)
+    rows = ops.arange(batch * heads, dtype="int32") * length
+    places = ops.broadcast_to(places, (batch, heads, ops.shape(places)[2]))
+    places = places + reshape(rows, (batch, heads, 1))
+    return ops.take(reshape(x, (-1, *sizes)), places, axis=0)
+
+
+def tokens_at(tokens: Tokens, places: Tensor) -> Tokens:
+    """The tokens at `(b, k, y)`."""
+    return Tokens(*(rows_at(x, places) for x in tokens))
+
+
+def last_written(written: Tensor) -> Tensor:
+    """Up to and with which token a row is written, `(b, s) -> (b, 1)`."""
+    index = ops.arange(ops.shape(written)[1], dtype="int32")
+    return ops.max(ops.where(written, index + 1, 0), axis=1, keepdims=True)
+
+
+def window_by_row(seen: Tokens, written: Tensor, size: int) -> Tokens:
+    """The window behind the last new token that each row keeps.
 
     Args:
-        recent: the window before.
-        new: `Tokens` after it.
-        write_mask: bool, `(b, s)`: which of the new ones are kept. Others take a place in the
-            window, but those behind the last one of the row.
+        seen: the window before and the new tokens.
+        written: bool, `(b, s)`: which of the new ones are kept. Others take a place in the window,
+            but those behind the last one of the row.
         size: W.
-
-    Returns:
-        A bool mask `(b, s)` of the first s tokens of `recent` and `new` together: those that were
-        kept and have left. And the window.
     """
-    batch, length = shape_of(new.mask)
-    write_mask = ops.broadcast_to(write_mask, (batch, length))
-    seen = followed_by(recent, new)
-    kept = ops.concatenate([ops.ones((batch, size), dtype="bool"), write_mask], axis=1)
-    index = ops.arange(length, dtype="int32")
-    count = ops.max(ops.where(write_mask, index + 1, 0), axis=1, keepdims=True)  # (b, 1)
-    left = ops.logical_and(kept[:, :length], index < count)
-    rows = ops.arange(batch, dtype="int32")[:, None] * (length + size)
-    place = rows + count + ops.arange(size, dtype="int32")  # (b, W)
-    seen = seen._replace(mask=ops.where(kept, seen.mask, 0.0))
-    key, value, mask = (ops.take(reshape(x, (-1, *x.shape[2:])), place, axis=0) for x in seen)
-    return left, tokens_of(key, value, mask > 0)
+    before = ops.ones((ops.shape(written)[0], size), dtype="bool")
+    kept = ops.concatenate([before, written], axis=1)[:, None]
+    places = last_written(written) + ops.arange(size, dtype="int32")
+    seen = seen._replace(received=ops.where(kept, seen.received, NOTHING))
+    window = tokens_at(seen, places[:, None])
+    key, value = (ops.where(window.is_real[..., None], x, 0.0) for x in window[:2])
+    return window._replace(key=key, value=value)
 
 
-def with_near(
+def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tokens]:
+    """The sinks with those that new tokens become, and the other new tokens.
+
+    Args:
+        before: the sinks so far.
+        new: the new tokens.
+        written: bool, `(b, s)`: those that may become sinks, or `None` for all that are real.
+    """
+    size, length = before.key.shape[2], ops.shape(new.key)[2]
+    real = new.is_real[:, 0] if written is None else ops.logical_and(new.is_real[:, 0], written)
+    filled = ops.sum(ops.cast(before.is_real[:, 0], "int32"), axis=1, keepdims=True)
+    number = filled + ops.cumsum(ops.cast(real, "int32"), axis=1)  # from 1
+    slot = ops.arange(size, dtype="int32")
+    earlier = ops.cast(number[:, :, None] <= slot, "int32")
+    place = ops.sum(earlier, axis=1)  # of the token of each slot; the length, if there is none
+    is_old, is_new = slot < filled, place < length
+    found = tokens_at(new, ops.minimum(place, length - 1)[:, None])
+    found = found._replace(received=ops.where(is_new[:, None], 0.0 * found.received, NOTHING))
+    tokens = _where(is_old, before, _where(is_new, found, Tokens(0.0, 0.0, found.received)))
+    is_sink = ops.logical_and(real, number <= size)[:, None]
+    others = new._replace(received=ops.where(is_sink, NOTHING, new.received))
+    return Sinks(tokens, ops.where(is_old, -1, place)), others
+
+
+def _where(condition: Tensor, tokens: Tokens, others: Tokens) -> Tokens:
+    """Place by place, `condition` being `(b, x)`, one token or the other."""
+    key, value = (
+        ops.where(condition[:, None, :, None], x, y)
+        for x, y in zip(tokens[:2], others[:2], strict=True)
+    )
+    return Tokens(key, value, ops.where(condition[:, None], tokens.received, others.received))
+
+
+def local_part(
     query: Tensor,
     seen: Tokens,
-    far: Tensor,
-    far_scale: Tensor,
+    sinks: Sinks | None,
+    index: Tensor,
+    near_mask: Tensor,
     chunks: Tensor,
     chunk: int,
-    near_mask: Tensor,
-) -> Tensor:
-    """Output of queries that see the keys of their window, and a far part.
+    size: int,
+) -> Part:
+    """Sinks and window as the queries of a block see them.
 
     Args:
-        query: `(b, k, N * C * g, h)`.
+        query: `(b, k, N, C * g, h)`, scaled.
         seen: the W tokens before the block and those of the block.
+        sinks: `Sinks`, or `None`.
+        index: int32, `(b, T)`, which query of the call each is.
+        near_mask: from `band`, or `None` without a window.
+        chunks, chunk, size: N, C and W.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+    if sinks is not None:
+        batch, kv_heads = shape_of(seen.key)[:2]
+        shape = (batch, kv_heads, chunks)
+        for into, x in ((keys, sinks.tokens.key), (values, with_ones(sinks.tokens.value))):
+            into.append(ops.broadcast_to(x[:, :, None], (*shape, *x.shape[2:])))
+        there = sinks.position[:, None] <= index[..., None]  # (b, T, S)
+        there = reshape(there, (batch, 1, chunks, chunk, -1))
+        there = ops.logical_and(there, sinks.tokens.is_real[:, :1, None, None])
+        masks.append(ops.where(there, 0.0, FUTURE))
+    if near_mask is not None:
+        keys.append(_bands(seen.key, size, chunks, chunk))
+        values.append(_bands(with_ones(seen.value), size, chunks, chunk))
+        mask = _bands(ops.where(seen.is_real[:, :1], 0.0, FUTURE), size, chunks, chunk)
+        masks.append(mask[:, :, :, None] + near_mask)
+    key, value = (x[0] if len(x) == 1 else ops.concatenate(x, axis=3) for x in (keys, values))
+    mask = masks[0] if len(masks) == 1 else ops.concatenate(masks, axis=4)
+    logits = reshape(
+        query @ ops.swapaxes(key, -1, -2), (*shape_of(query)[:3], chunk, -1, key.shape[3])
+    )
+    return Part(logits + mask[:, :, :, :, None], value)
+
+
+def received(part: Part, asks: Tensor) -> Tensor:
+    """The attention that the keys of a part receive, as if there were no others, `(b, k, N, x)`.
+
+    Args:
+        part: from `local_part`.
+        asks: bool, `(b, N, C)`: whose attention counts.
+    """
+    logits = ops.stop_gradient(part.logits)
+    largest = ops.maximum(ops.max(logits, axis=-1, keepdims=True), LOG_ZERO)
+    weights = power(logits - largest)
+    total = ops.sum(weights, axis=-1, keepdims=True)
+    share = ops.cast(asks, "float32")[:, None, :, :, None, None] / ops.maximum(total, TINY)
+    return ops.sum(weights * share, axis=(3, 4))
+
+
+def combined(parts: list[Part], far: Tensor, far_scale: Tensor) -> Tensor:
+    """Output of queries that see parts of the memory, and a far part.
+
+    Args:
+        parts: of the memory.
         far: what features give, `(b, k, N, C, g, v + 1)`.
         far_scale: its log-scale, `(b, k, N, C, g)`.
-        chunks: N.
-        chunk: C.
-        near_mask: from `band`.
 
     Returns:
         `(b, k, N * C * g, v)`.
     """
-    batch, kv_heads, rows, head_dim = shape_of(query)
-    width = near_mask.shape[1]
-    size = width - chunk + 1
-    key = _bands(ops.transpose(seen.key, (0, 2, 1, 3)), size, chunks, chunk)
-    value = _bands(with_ones(ops.transpose(seen.value, (0, 2, 1, 3))), size, chunks, chunk)
-    mask = _bands(ops.where(seen.mask > 0, 0.0, FUTURE)[:, None], size, chunks, chunk)
-
-    query = reshape(query * (head_dim**-0.5 * TO_BASE), (batch, kv_heads, chunks, -1, head_dim))
-    logits = query @ ops.swapaxes(key, -1, -2)
-    logits = reshape(logits, (batch, kv_heads, chunks, chunk, -1, width))
-    logits = logits + (mask[:, :, :, None] + near_mask)[:, :, :, :, None]
-    scale = ops.maximum(ops.max(ops.stop_gradient(logits), axis=-1), LOG_ZERO)
     # The far part's own scale is the largest that it could be; what it is may be far below, and
     # must not push the window's weights down.
     amount = ops.stop_gradient(far[..., -1])
     alive = ops.logical_and(amount > TINY, far_scale > 0.5 * LOG_ZERO)
     log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE
-    scale = ops.maximum(scale, ops.where(alive, far_scale + log_amount, LOG_ZERO))
+    scale = ops.where(alive, far_scale + log_amount, LOG_ZERO)
+    for part in parts:
+        scale = ops.maximum(scale, ops.max(ops.stop_gradient(part.logits), axis=-1))
     # At most 1 / TINY, and the product at most the values.
     far = far * power(ops.where(alive, far_scale - scale, FUTURE))[..., None]
-    weights = power(logits - scale[..., None])
-    weights = reshape(weights, (batch, kv_heads, chunks, -1, width))
-    sums = reshape(weights @ value, (batch, kv_heads, rows, value.shape[-1]))
-    sums = sums + reshape(far, (batch, kv_heads, rows, value.shape[-1]))
-    return normalize(*split_last(sums))
+    batch, kv_heads, chunks, chunk, groups, columns = shape_of(far)
+    rows = chunk * groups
+    sums = reshape(far, (batch, kv_heads, chunks, rows, columns))
+    for part in parts:
+        weights = power(part.logits - scale[..., None])
+        weights = reshape(weights, (batch, kv_heads, chunks, rows, part.value.shape[3]))
+        sums = sums + weights @ part.value
+    return normalize(*split_last(reshape(sums, (batch, kv_heads, chunks * rows, columns))))
 
 
 def band(chunk: int, size: int) -> Tensor:
@@ -157,3 +284,19 @@ def _bands(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
     bands = [x[:, :, i : i - before or None] for i in range(before + 1)]
     bands[0] = bands[0][:, :, :, before * chunk - (size - 1) :]
     return ops.concatenate(bands, axis=3) if before else bands[0]
+
+
+def added_up(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
+    """`(b, k, N, C + W - 1) -> (b, k, W + N * C)`: what the bands of all chunks say of a token."""
+    batch, heads = shape_of(x)[:2]
+    before = -(-(size - 1) // chunk)
+    x = ops.pad(x, [(0, 0), (0, 0), (0, 0), (before * chunk - (size - 1), 0)])
+    x = reshape(x, (batch, heads, chunks, before + 1, chunk))
+    total = sum(
+        ops.pad(x[:, :, :, i], [(0, 0), (0, 0), (i, before - i), (0, 0)]) for i in range(before + 1)
+    )
+    total = reshape(total, (batch, heads, (chunks + before) * chunk))
+    missing = before * chunk - size
+    if missing < 0:
+        return ops.pad(total, [(0, 0), (0, 0), (-missing, 0)])
+    return total[:, :, missing:]

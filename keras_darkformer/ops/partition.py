@@ -50,12 +50,12 @@ def split_blocks(inputs: dict[str, Tensor], blocks: int, tokens: Tensor) -> dict
     """`(b, length, ...) -> (b, blocks, tokens, ...)`, filled up before the first token.
 
     Behind the last one, what fills up would push the last tokens out of a window. Keys that fill up
-    are masked: where there is a `key`, the result has a `mask`. Inputs that are `None` are left
+    are masked: a `mask` that is `None` then becomes one. Other inputs that are `None` are left
     out.
     """
     batch, length = shape_of(next(iter(inputs.values())))[:2]
     is_whole = isinstance(tokens, int) and blocks * tokens == length
-    if not is_whole and "key" in inputs and inputs["mask"] is None:
+    if not is_whole and "mask" in inputs and inputs["mask"] is None:
         inputs = inputs | {"mask": ops.ones((batch, length), dtype="bool")}
     parts = {}
     for name, x in inputs.items():

@@ -4,13 +4,15 @@ from keras import ops, tree
 
 from keras_darkformer.ops.backend import reshape
 from keras_darkformer.ops.call import Call
-from keras_darkformer.ops.exact_memory import band, followed_by, leaving, tokens_of, with_near
+from keras_darkformer.ops.exact_memory import band, combined, none_of
 from keras_darkformer.ops.features import TO_BASE, FoldedFeatures
+from keras_darkformer.ops.meeting import Held, arrive, meet
 from keras_darkformer.ops.partition import tokens_first
-from keras_darkformer.ops.state import State, WindowedState
+from keras_darkformer.ops.state import MemoryState, State, Tokens
 from keras_darkformer.ops.sums import (
     add_key,
     by_head,
+    features_by_head,
     features_of_keys,
     features_of_queries,
     normalize,
@@ -23,27 +25,34 @@ def recurrent(
     key: Tensor,
     value: Tensor,
     features: FoldedFeatures,
-    state: State | WindowedState,
+    state: State | MemoryState,
     call: Call,
-) -> tuple[Tensor, State | WindowedState]:
+) -> tuple[Tensor, State | MemoryState]:
     """Output `(b, t, n, v)` in float32, and the state after the key; see `attention.attend`."""
-    length, (key_mask, write_mask, sliding_window, *_) = ops.shape(query)[1], call
-    query = by_head(query, features.num_heads)
-    after: State | WindowedState
-    if isinstance(state, WindowedState):
-        assert sliding_window is not None
-        seen = followed_by(state.recent, tokens_of(key, value, key_mask))
-        due, recent = leaving(seen, sliding_window)
-        keys = features_of_keys(due.key, due.value, due.mask > 0, features)
-        sums = add_key(state.sums, keys)
+    length, key_mask, write_mask = ops.shape(query)[1], call.key_mask, call.write_mask
+    query, memory = by_head(query, features.num_heads), call.memory
+    after: State | MemoryState
+    if isinstance(state, MemoryState):
+        # A masked key leaves no trace, not even its place in the window.
+        write_mask = key_mask if write_mask is None else write_mask
+        arrival = arrive(key, value, key_mask, write_mask, state, memory)
+        recent = state.recent if isinstance(state.recent, Tokens) else none_of(arrival.tokens)
+        near_mask = band(1, memory.window) if memory.window else None
+        held, sinks = Held(recent, state.kept), arrival.sinks
+        met = meet(query, arrival.tokens, held, sinks, arrival.marks, near_mask, 1, 1, memory)
+        left = met.left
+        sums = add_key(state.sums, features_by_head(left.key, left.value, left.is_real, features))
         of_queries, scale = features_of_queries(query, features, scaled=True)
         read = [of_queries @ sums.kv_state, of_queries @ sums.key_state[..., None]]
         far = ops.concatenate(read, axis=-1)[:, :, None, None]
         far_scale = (scale + sums.log_scale[..., None] * TO_BASE)[:, :, None, None]
-        output = with_near(query, seen, far, far_scale, 1, 1, band(1, sliding_window))
-        after = WindowedState(sums, recent)
-        # A masked key leaves no trace, not even its place in the window.
-        write_mask = key_mask if write_mask is None else write_mask
+        output = combined(met.parts, far, far_scale)
+        after = MemoryState(
+            sums,
+            () if sinks is None else sinks.tokens,
+            met.held.recent if memory.window else (),
+            met.held.kept,
+        )
     else:
         if key_mask is not None:
             key_mask = ops.broadcast_to(key_mask, ops.shape(key)[:2])
@@ -55,9 +64,7 @@ def recurrent(
     return tokens_first(output, length), after
 
 
-def _where(
-    rows: Tensor, new: State | WindowedState, old: State | WindowedState
-) -> State | WindowedState:
+def _where(rows: Tensor, new: State | MemoryState, old: State | MemoryState) -> State | MemoryState:
     """Row by row, one state or the other."""
 
     def choose(new: Tensor, old: Tensor) -> Tensor:

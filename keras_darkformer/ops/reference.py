@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.backend import BASE
 from keras_darkformer.ops.features import FoldedFeatures
 
@@ -32,6 +33,7 @@ def dark_attention_reference(
     query_shift: np.ndarray | None = None,
     key_shift: np.ndarray | None = None,
     sliding_window: int | None = None,
+    num_sinks: int = 0,
     far_offset: np.ndarray | None = None,
     causal: bool = False,
     key_mask: np.ndarray | None = None,
@@ -43,7 +45,7 @@ def dark_attention_reference(
     the offset of the far part:
 
         far:   L_tsj = log phi_j(q_t) + log phi_j(k_s) + q^_t . c - b . c + d
-        near:  L_ts = q_t . k_s / sqrt(h),    t - s < W
+        near:  L_ts = q_t . k_s / sqrt(h),    t - s < W or s one of the first S not masked
         K_ts = sum_j exp L_tsj,    P_ts = K_ts / sum_s K_ts,    O = P V
         dP = dO V',    dK_ts = (dP_ts - sum_s dP_ts P_ts) / sum_s K_ts
         d log phi_j(q_t) = sum_s dK_ts exp L_tsj,  and so for k_s
@@ -74,6 +76,11 @@ def dark_attention_reference(
     if key_mask is not None:
         visible &= np.asarray(key_mask, bool)[:, None, :]
 
+    real = np.ones((batch, num_keys), bool) if key_mask is None else np.asarray(key_mask, bool)
+    sinks = [
+        np.flatnonzero(np.broadcast_to(real, (batch, num_keys))[b])[:num_sinks]
+        for b in range(batch)
+    ]
     output = np.zeros((batch, num_queries, num_heads, value_dim))
     gradients = Gradients(*(np.zeros(x.shape) for x in (query, key, value, geometry)))
     scale = head_dim**-0.25
@@ -90,11 +97,12 @@ def dark_attention_reference(
             log_k = log_k + (y @ shift_q[k])[:, None]
             for t in range(num_queries):
                 seen = visible[b, t].copy()
-                near = np.zeros(num_keys, bool)
-                if sliding_window is not None:
-                    near = np.arange(num_keys) > t - sliding_window
-                    if offset[n] < LEFT_OUT:
-                        seen &= near
+                near = np.arange(num_keys) > t - (sliding_window or 0)
+                near[sinks[b]] = True
+                if sliding_window is None and not num_sinks:
+                    near[:] = False
+                elif offset[n] < LEFT_OUT:
+                    seen &= near
                 if not seen.any():
                     continue
                 # One column for the exact kernel, which far keys do not have, and the features.
@@ -173,51 +181,93 @@ def dark_state_reference(
     return np.einsum("bskm,bskv->bkmv", features, value), features.sum(axis=1)
 
 
-def windowed_attention_reference(
+def memory_attention_reference(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
     features: FoldedFeatures,
-    sliding_window: int,
+    memory: Memory,
     *,
     key_mask: np.ndarray | None = None,
+    write_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`ops.attention.attend` with a window as its definition reads, in float64.
+    """`ops.attention.attend` with an exact memory as its definition reads, in float64.
 
     In logarithms to the base of `ops.backend`, for query t and key s <= t of one head:
 
-        near(t, s) = q_t . k_s / sqrt(h) / log(base)                 t - s < W
+        near(t, s) = q_t . k_s / sqrt(h) / log(base)                 s in the memory at t
         far(t, s) = log sum_j exp(log phi_q[j](q_t) + log phi_k[j](k_s))
-                    + q_t f - |q_t N_q|^2 + e                        t - s >= W
+                    + q_t f - |q_t N_q|^2 + e                        else
         O_t = sum_s w_ts v_s / sum_s w_ts,    w = base^near or base^far
 
-    Queries that see no key give zeros.
+    What is in the memory says `exact_keys`. Queries that see no key give zeros.
     """
     assert features.query_scale is not None
     query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
     batch, length, num_heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    groups = num_heads // key.shape[2]
+    real = np.ones((batch, length), bool) if key_mask is None else np.asarray(key_mask, bool)
+    written = real if write_mask is None else real & write_mask
     output = np.zeros((batch, length, num_heads, value.shape[3]))
     for b in range(batch):
-        for n in range(num_heads):
-            k = n // (num_heads // kv_heads)
-            q, keys = query[b, :, n], key[b, :, k]
+        for k in range(key.shape[2]):
+            heads = range(k * groups, (k + 1) * groups)
             # Natural logarithms from here on.
-            near = q @ keys.T / np.sqrt(head_dim)
-            far = _far_logits(q, keys, k, n, features) * np.log(BASE)
-            for t in range(length):
-                seen = np.arange(length) <= t
-                if key_mask is not None:
-                    seen &= np.asarray(key_mask, bool)[b]
-                is_near = np.arange(length) > t - sliding_window
+            near = np.stack([query[b, :, n] @ key[b, :, k].T for n in heads]) / np.sqrt(head_dim)
+            exact = exact_keys(near, real[b], written[b], memory)
+            for n in heads:
+                q, keys = query[b, :, n], key[b, :, k]
+                far = _far_logits(q, keys, k, n, features) * np.log(BASE)
+                logits = np.where(exact, near[n - k * groups], far)
+                seen = np.tri(length, dtype=bool) & real[b]
                 if features.query_scale.bias[n] < LEFT_OUT:
-                    seen &= is_near
-                if not seen.any():
-                    continue
-                weights = np.where(is_near, near[t], far[t])[seen]
-                weights = np.exp(weights - weights.max())
-                output[b, t, n] = weights @ value[b, seen, k] / weights.sum()
+                    seen &= exact
+                for t in np.flatnonzero(seen.any(axis=1)):
+                    weights = np.exp(logits[t, seen[t]] - logits[t, seen[t]].max())
+                    output[b, t, n] = weights @ value[b, seen[t], k] / weights.sum()
     return output
+
+
+def exact_keys(
+    near: np.ndarray, real: np.ndarray, written: np.ndarray, memory: Memory
+) -> np.ndarray:
+    """Which keys each query of one key/value head meets exactly, bool `(t, s)`.
+
+    The sinks are the first `num_sinks` tokens that are written. Other keys are in the window for
+    `sliding_window` tokens. Then they compete with those that are kept: of the keys that have left
+    the window, the `cache_size` that received most attention in it, sinks and window being all that
+    a query saw, stay in the memory. A key that is not among them, or no longer, has left for good.
+
+    What is not written, or leaves the window after the last token that is, does not compete, and
+    the attention of what is not written does not count.
+
+    Args:
+        near: softmax's logits, `(g, t, s)`.
+        real: bool, `(s,)`: which tokens are not masked.
+        written: bool, `(s,)`: which of these enter the state.
+        memory: `Memory`.
+    """
+    window, length = memory.window, len(real)
+    count = np.max(np.flatnonzero(written), initial=-1) + 1
+    sinks = np.flatnonzero(written)[: memory.num_sinks]
+    others = real.copy()
+    others[sinks] = False
+    received, kept = np.zeros(length), set[int]()
+    exact = np.zeros((length, length), bool)
+    for t in range(length):
+        if t >= window and others[t - window] and written[t - window] and t < count:
+            kept.add(t - window)
+            if len(kept) > memory.cache_size:
+                kept.remove(min(kept, key=lambda s: (received[s], s)))
+        recent = np.arange(max(0, t - window + 1), t + 1) if window else np.arange(0)
+        recent = recent[others[recent]]
+        local = [*sinks[sinks <= t], *recent]
+        exact[t, [*local, *kept]] = True
+        if written[t] and local:
+            weights = np.exp(near[:, t, local] - near[:, t, local].max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            received[local] += weights.sum(axis=0)
+    return exact
 
 
 def _far_logits(

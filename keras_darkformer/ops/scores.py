@@ -4,7 +4,9 @@ import math
 
 from keras import ops
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.backend import BASE, power, reshape
+from keras_darkformer.ops.cache import OUT, compete
 from keras_darkformer.ops.features import (
     TO_BASE,
     FoldedFeatures,
@@ -12,13 +14,13 @@ from keras_darkformer.ops.features import (
     log_query_features,
     log_query_scale,
 )
-from keras_darkformer.ops.state import LOG_ZERO
+from keras_darkformer.ops.state import LOG_ZERO, NOTHING
 from keras_darkformer.ops.sums import TINY
 from keras_darkformer.types import Tensor
 
 
 def log_scores(
-    query: Tensor, key: Tensor, features: FoldedFeatures, sliding_window: int | None = None
+    query: Tensor, key: Tensor, features: FoldedFeatures, exact: Tensor = None
 ) -> Tensor:
     """Logarithms of the weights that `attention.attend` gives, before it normalises them.
 
@@ -26,10 +28,10 @@ def log_scores(
         query: `(b, t, n, h)`, any float dtype.
         key: `(b, s, k, h)`.
         features: `FoldedFeatures`.
-        sliding_window: int W, or `None`.
+        exact: bool, from `exact_pairs`: which pairs meet in the memory; `None` without one.
 
     Returns:
-        `(b, n, t, s)` in float32, natural logarithms. Without a window they are known up to a
+        `(b, n, t, s)` in float32, natural logarithms. Without a memory they are known up to a
         constant of each query. Nothing is masked.
     """
     batch, length, num_heads, head_dim = tuple(ops.shape(query))
@@ -46,16 +48,66 @@ def log_scores(
     products = power(query_logits - query_max) @ ops.swapaxes(power(key_logits - key_max), 2, 3)
     scores = ops.log(ops.maximum(products, TINY)) * TO_BASE
     scores = scores + query_max + ops.swapaxes(key_max, 2, 3) + key_scale[:, :, None, :]
-    if sliding_window is not None:
+    if exact is not None:
         assert features.query_scale is not None
         scores = scores + log_query_scale(rows, features.query_scale)[..., None]
     scores = reshape(scores, (batch, kv_heads, length, groups, -1))
-    if sliding_window is not None:
-        near = ops.einsum("bktgh,bksh->bktgs", query, key) * (head_dim**-0.5 * TO_BASE)
-        age = ops.arange(length)[:, None] - ops.arange(ops.shape(key)[2])[None, :]
-        scores = ops.where(age[:, None] < sliding_window, near, scores)
-    scores = ops.transpose(scores, (0, 1, 3, 2, 4))
-    return reshape(scores, (batch, num_heads, length, -1)) * math.log(BASE)
+    scores = reshape(ops.transpose(scores, (0, 1, 3, 2, 4)), (batch, num_heads, length, -1))
+    scores = scores * math.log(BASE)
+    if exact is None:
+        return scores
+    near = ops.einsum("bktgh,bksh->bkgts", query, key) * head_dim**-0.5
+    return ops.where(exact, reshape(near, (batch, num_heads, length, -1)), scores)
+
+
+def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = None) -> Tensor:
+    """Which pairs of a causal call on a whole sequence meet in the exact memory.
+
+    Args:
+        query: `(b, t, n, h)`.
+        key: `(b, t, k, h)`.
+        memory: `Memory`.
+        key_mask: bool, `(b, t)`, or `None`.
+
+    Returns:
+        Bool, `(b, n, t, t)`. Pairs of a masked key may be among them.
+    """
+    batch, length, num_heads, _ = tuple(ops.shape(query))
+    kv_heads, index = key.shape[2], ops.arange(length, dtype="int32")
+    real = ops.ones((batch, length), dtype="bool")
+    if key_mask is not None:
+        real = ops.broadcast_to(ops.cast(key_mask, "bool"), (batch, length))
+    number = ops.cumsum(ops.cast(real, "int32"), axis=1)
+    sink = ops.logical_and(real, number <= memory.num_sinks)  # (b, s)
+    age = index[:, None] - index[None, :]
+    recent = ops.logical_and(age >= 0, age < memory.window)
+    local = ops.logical_or(recent, sink[:, None])  # (b, t, s)
+    exact = local[:, None]
+    if memory.cache_size:
+        seen = ops.logical_and(ops.logical_and(local, real[:, None]), age >= 0)
+        logits = ops.stop_gradient(exact_logits(query, key))
+        share = ops.exp(log_softmax(logits, seen[:, None]))
+        asked = ops.logical_and(ops.logical_and(recent, real[:, :, None]), seen)
+        share = ops.where(asked[:, None], share, 0.0)
+        share = reshape(share, (batch, kv_heads, -1, length, length))
+        received = ops.sum(share, axis=(2, 3))  # (b, k, s)
+        competes = ops.logical_and(real, ops.logical_not(sink))[:, None]
+        scores = ops.where(competes, received, OUT)
+        # What enters at each token; nothing while the window fills, or behind the last real token.
+        nothing = ops.full((batch, kv_heads, min(memory.window, length)), OUT, dtype="float32")
+        entering = ops.concatenate([nothing, scores], axis=2)[:, :, :length]
+        last = ops.max(ops.where(real, index + 1, 0), axis=1)[:, None, None]
+        entering = ops.where(index < last, entering, OUT)
+        empty = ops.full((batch, kv_heads, memory.cache_size), NOTHING, dtype="float32")
+        leaves = compete(empty, entering)[0][:, :, memory.cache_size :]
+        # Key s entered as number s + W.
+        stays = ops.concatenate(
+            [leaves[:, :, memory.window :], ops.zeros_like(nothing, dtype="int32")], axis=2
+        )
+        kept = ops.logical_and(age >= memory.window, index[:, None] < stays[:, :, None])
+        exact = ops.logical_or(exact, kept)
+    exact = ops.broadcast_to(exact, (batch, kv_heads, length, length))
+    return ops.repeat(exact, num_heads // kv_heads, axis=1)
 
 
 def exact_logits(query: Tensor, key: Tensor) -> Tensor:

@@ -12,21 +12,27 @@ The shapes' letters are those of `ops.features`; besides, D devices.
 
 from keras import ops, tree
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import attend, output_dtype
-from keras_darkformer.ops.backend import SequenceAxis
+from keras_darkformer.ops.backend import SequenceAxis, reshape
 from keras_darkformer.ops.call import Call
-from keras_darkformer.ops.checks import check_attention, check_causal, check_parameters
+from keras_darkformer.ops.checks import (
+    check_attention,
+    check_causal,
+    check_parameters,
+)
 from keras_darkformer.ops.dark_attention import folded, tensors
-from keras_darkformer.ops.exact_memory import tokens_of
+from keras_darkformer.ops.exact_memory import find_sinks, leaving, tokens_of
 from keras_darkformer.ops.features import DarkParameters, FoldedFeatures
 from keras_darkformer.ops.parallel import absorb, read
 from keras_darkformer.ops.state import (
     LOG_ZERO,
+    NOTHING,
     AttentionState,
+    MemoryState,
     State,
     StateShapes,
     Tokens,
-    WindowedState,
     add_states,
 )
 from keras_darkformer.ops.sums import FUTURE
@@ -46,6 +52,7 @@ def sequence_parallel_dark_attention(
     query_shift: Tensor = None,
     key_shift: Tensor = None,
     sliding_window: int | None = None,
+    num_sinks: int = 0,
     far_offset: Tensor = None,
     causal: bool = False,
     key_mask: Tensor = None,
@@ -73,6 +80,8 @@ def sequence_parallel_dark_attention(
             `dark_attention`, the same on every device.
         axis_name: str. The mesh axis that the length is split along.
         sliding_window: optional int W, at most the tokens of one device.
+        num_sinks: int, at most the tokens of one device. There is no `cache_size`: which keys are
+            kept is known token by token, one device after the other.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s / D)` or `(1, s / D)`, true = attend: the
             part of this device.
@@ -118,19 +127,21 @@ def sequence_parallel_dark_attention(
     axis = SequenceAxis(axis_name)
     query, key, value, key_mask = tensors(query, key, value, key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
-    check_causal(sliding_window, None, causal=causal)
+    memory = Memory(sliding_window, num_sinks)
+    memory.check()
+    check_causal(memory, None, causal=causal)
     parameters = DarkParameters(
         *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
     check_parameters(parameters, key)
-    features = folded(parameters, query, key, sliding_window, far_offset)
+    features = folded(parameters, query, key, memory, far_offset)
     call = Call(None if key_mask is None else ops.cast(key_mask, "bool"), remat=remat)
     shapes = StateShapes(features.num_heads, features.num_features, value.shape[3])
     zeros = _differing(shapes.zeros(key.shape[0]), (query, key, value, key_mask, parameters))
     before: AttentionState | None = None
-    if sliding_window is not None:
-        _check_window(sliding_window, key, initial_state, return_state)
-        before = _window_before(axis, key, value, features, zeros, sliding_window, call)
+    if memory:
+        _check_sizes(memory, key, initial_state, return_state)
+        before = _memory_before(axis, key, value, features, zeros, memory, call)
     else:
         others = () if initial_state is None else (shapes.check(initial_state, key.shape[0]),)
         own = absorb(key, value, features, zeros, call)
@@ -144,7 +155,7 @@ def sequence_parallel_dark_attention(
             key,
             value,
             features,
-            sliding_window=sliding_window,
+            memory=memory,
             causal=True,
             key_mask=key_mask,
             initial_state=before,
@@ -157,19 +168,20 @@ def sequence_parallel_dark_attention(
     return (output, state) if return_state else output
 
 
-def _check_window(
-    sliding_window: int, key: Tensor, initial_state: State | None, return_state: bool
+def _check_sizes(
+    memory: Memory, key: Tensor, initial_state: State | None, return_state: bool
 ) -> None:
-    if sliding_window > key.shape[1]:
-        raise ValueError(
-            "`sliding_window` must fit into one device's part of the sequence, or tokens "
-            "would be needed from more than the neighbour. "
-            f"Received: sliding_window={sliding_window}, {key.shape[1]} tokens per device"
-        )
+    for name in ("sliding_window", "num_sinks"):
+        if (size := getattr(memory, name) or 0) > key.shape[1]:
+            raise ValueError(
+                f"`{name}` must fit into one device's part of the sequence, or tokens would be "
+                "needed from more than the neighbour. "
+                f"Received: {name}={size}, {key.shape[1]} tokens per device"
+            )
     if initial_state is not None or return_state:
         raise ValueError(
-            "`initial_state` and `return_state` do not go with a `sliding_window` here: the "
-            "last tokens of a padded sequence lie on different devices in every row."
+            "`initial_state` and `return_state` do not go with a `sliding_window` or `num_sinks` "
+            "here: the last tokens of a padded sequence lie on different devices in every row."
         )
 
 
@@ -213,32 +225,55 @@ def _added(*states: State) -> State:
     return add_states(stacked, ops.zeros((len(states),)))
 
 
-def _window_before(
+def _memory_before(
     axis: SequenceAxis,
     key: Tensor,
     value: Tensor,
     features: FoldedFeatures,
     zeros: State,
-    size: int,
+    memory: Memory,
     call: Call,
-) -> WindowedState:
-    """The state with a window of `size` tokens that this device's tokens go on from.
+) -> MemoryState:
+    """The state with an exact memory that this device's tokens go on from.
 
     The neighbour's last tokens are in the window, and all before them in the sums. So each device
     sums up what leaves its window by itself and, from there on, everything.
     """
     tokens = tokens_of(key, value, call.key_mask)
-    parts = zip(*(ops.split(x, [x.shape[1] - size], axis=1) for x in tokens), strict=True)
+    sinks: Tokens | tuple[()] = ()
+    if memory.num_sinks:
+        before = _sinks_before(axis, tokens, memory.num_sinks)
+        sinks, tokens = before, find_sinks(before, tokens, None)[1]
     state, states = zeros, []
-    for part_key, part_value, mask in parts:
-        if part_key.shape[1]:
-            part = call._replace(key_mask=mask > 0)
-            state = absorb(part_key, part_value, features, state, part)
+    for part in leaving(tokens, memory.window):
+        if part.key.shape[2]:
+            by_token = [ops.swapaxes(x, 1, 2) for x in part[:2]]
+            masked = call._replace(key_mask=part.is_real[:, 0])
+            state = absorb(by_token[0], by_token[1], features, state, masked)
         states.append(state)
     left, everything = states
     further = _before(axis, everything, axis.index - 1)
     kv_state, key_state, log_scale = (axis.from_previous(x) for x in left)
     # The first device is sent zeros; as a scale that would be a large one.
-    log_scale = ops.where(axis.index == 0, LOG_ZERO, log_scale)
-    recent = Tokens(*(axis.from_previous(x[:, -size:]) for x in tokens))
-    return WindowedState(_added(further, State(kv_state, key_state, log_scale)), recent)
+    is_first = axis.index == 0
+    log_scale = ops.where(is_first, LOG_ZERO, log_scale)
+    sums = _added(further, State(kv_state, key_state, log_scale))
+    if not memory.window:
+        return MemoryState(sums, sinks, (), ())
+    recent = Tokens(*map(axis.from_previous, leaving(tokens, memory.window)[1]))
+    recent = recent._replace(received=ops.where(is_first, NOTHING, recent.received))
+    return MemoryState(sums, sinks, recent, ())
+
+
+def _sinks_before(axis: SequenceAxis, tokens: Tokens, size: int) -> Tokens:
+    """The first tokens of the devices before this one."""
+    nothing = Tokens(*(0.0 * x[:, :, :1] for x in tokens))
+    nothing = Tokens(*(ops.repeat(x, size, axis=2) for x in nothing))
+    nothing = nothing._replace(received=nothing.received + NOTHING)
+    own = find_sinks(nothing, tokens, None)[0].tokens
+    gathered = Tokens(*(axis.gather(x) for x in own))  # (D, b, k, S, ...)
+    index = ops.arange(gathered.received.shape[0], dtype="int32")
+    earlier = reshape(index < axis.index, (-1, 1, 1, 1))
+    gathered = gathered._replace(received=ops.where(earlier, gathered.received, NOTHING))
+    in_order = Tokens(*(ops.concatenate(ops.unstack(x), axis=2) for x in gathered))
+    return find_sinks(nothing, in_order, None)[0].tokens

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 from keras import ops
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.checks import shapes_differ
 from keras_darkformer.types import Shape, Tensor
 
 # Stands for log(0). Finite, so that differences of two of them are zero instead of NaN; far below
 # any log-feature that can matter.
 LOG_ZERO = -1e30
+# What a place without a token has received.
+NOTHING = -1.0
 
 
 class State(NamedTuple):
@@ -33,36 +36,46 @@ class State(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Keys and values kept as they are.
+    """Keys and values kept as they are, each head's by itself.
 
     Attributes:
-        key: `(b, x, k, h)`.
-        value: `(b, x, k, v)`.
-        mask: `(b, x)`, 1 where there is a token, 0 where it is masked or missing.
+        key: `(b, k, x, h)`.
+        value: `(b, k, x, v)`.
+        received: float32, `(b, k, x)`, the attention that a key has received so far, see
+            `exact_memory`; -1 where there is no token or it is masked.
     """
 
     key: Tensor
     value: Tensor
-    mask: Tensor
+    received: Tensor
+
+    @property
+    def is_real(self) -> Tensor:
+        """Where there is a token, bool `(b, k, x)`."""
+        return self.received > NOTHING
 
 
-class WindowedState(NamedTuple):
-    """The state with a sliding window of the exact kernel.
+class MemoryState(NamedTuple):
+    """The state with an exact memory. Parts that the memory has not are empty tuples.
 
     Attributes:
-        sums: `State` of the keys that have left the window.
-        recent: `Tokens`, the last `sliding_window` of them.
+        sums: `State` of the keys that have left the memory.
+        sinks: `Tokens`, the first `num_sinks`.
+        recent: `Tokens`, the last `sliding_window`.
+        kept: `Tokens`, `cache_size` of those between, oldest first.
     """
 
     sums: State
-    recent: Tokens
+    sinks: Tokens | tuple[()]
+    recent: Tokens | tuple[()]
+    kept: Tokens | tuple[()]
 
 
 class PositionedState(NamedTuple):
     """The state of a layer that counts positions for rotary embeddings.
 
     Attributes:
-        attention: `State` or `WindowedState`.
+        attention: `State` or `MemoryState`.
         position: `(b,)`, tokens seen.
     """
 
@@ -70,7 +83,7 @@ class PositionedState(NamedTuple):
     position: Tensor
 
 
-AttentionState: TypeAlias = State | WindowedState | PositionedState
+AttentionState: TypeAlias = State | MemoryState | PositionedState
 
 
 class StateShapes(NamedTuple):
@@ -80,8 +93,8 @@ class StateShapes(NamedTuple):
         num_heads: k, heads of keys and values.
         num_features: m.
         value_dim: v.
-        head_dim: h; only a window asks for it.
-        sliding_window: W, or `None` without a window.
+        head_dim: h; only an exact memory asks for it.
+        memory: `Memory`.
         positioned: whether positions are counted.
     """
 
@@ -89,28 +102,36 @@ class StateShapes(NamedTuple):
     num_features: int
     value_dim: int
     head_dim: int | None = None
-    sliding_window: int | None = None
+    memory: Memory = Memory()
     positioned: bool = False
 
     def leaves(self) -> list[Shape]:
         """The shapes of all leaves, less the batch, in the order of `keras.tree`."""
-        k, m, v, h, window, positioned = self
+        k, m, v, h = self[:4]
         shapes: list[Shape] = [(k, m, v), (k, m), (k,)]
-        if window is not None:
-            shapes += [(window, k, h), (window, k, v), (window,)]
-        return [*shapes, ()] if positioned else shapes
+        for size in self._sizes:
+            shapes += [(k, size, h), (k, size, v), (k, size)] if size else []
+        return [*shapes, ()] if self.positioned else shapes
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.memory.num_sinks, self.memory.window, self.memory.cache_size
 
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The state of these leaves."""
-        sums = State(*leaves[:3])
-        windowed = self.sliding_window is not None
-        state = WindowedState(sums, Tokens(*leaves[3:6])) if windowed else sums
-        return PositionedState(state, leaves[-1]) if self.positioned else state
+        rest = iter(leaves)
+        state: Any = State(*(next(rest) for _ in range(3)))
+        if self.memory:
+            parts = [Tokens(*(next(rest) for _ in range(3))) if x else () for x in self._sizes]
+            state = MemoryState(state, *parts)
+        return PositionedState(state, next(rest)) if self.positioned else state
 
     def zeros(self, batch_size: Tensor) -> Any:
         """The state before the first token."""
         leaves = [ops.zeros((batch_size, *shape), dtype="float32") for shape in self.leaves()]
-        leaves[2] = ops.full((batch_size, self.num_heads), LOG_ZERO, dtype="float32")
+        leaves[2] = leaves[2] + LOG_ZERO
+        for index in range(5, len(leaves) - self.positioned, 3):
+            leaves[index] = leaves[index] + NOTHING
         return self.pack(leaves)
 
     def spec(self, batch_size: int | None) -> Any:
@@ -156,9 +177,11 @@ def initial_state(
     num_features: int,
     value_dim: int,
     *,
-    sliding_window: int | None = None,
     head_dim: int | None = None,
-) -> State | WindowedState:
+    sliding_window: int | None = None,
+    num_sinks: int = 0,
+    cache_size: int = 0,
+) -> State | MemoryState:
     """The state of `dark_attention` before the first token.
 
     Args:
@@ -166,25 +189,27 @@ def initial_state(
         num_key_value_heads: int, k.
         num_features: int, m.
         value_dim: int, v.
-        sliding_window: int W, the keys that the exact kernel sees, or `None`.
-        head_dim: int, h; needed with a window.
+        head_dim: int, h; needed with an exact memory.
+        sliding_window, num_sinks, cache_size: as for `dark_attention`.
 
     Returns:
         A `State` of float32 tensors: `kv_state` of shape `(b, k, m, v)` and `key_state`
         `(b, k, m)`, the sums over the tokens seen of features times values and of features, both
         scaled by `exp(-log_scale)`, and `log_scale` `(b, k)`, the running maximum of the
-        log-features. With a window a `WindowedState`: such `sums` of the keys older than the last
-        W, and the last W themselves as `recent`, keys `(b, W, k, h)`, values `(b, W, k, v)` and a
-        mask `(b, W)`, 1 where there is a token and 0 where it is masked or missing.
+        log-features. With an exact memory a `MemoryState`: such `sums` of the keys that have left
+        it, and the `Tokens` in it, x of each kind: keys `(b, k, x, h)`, values `(b, k, x, v)` and
+        what they have received `(b, k, x)`, -1 where there is no token.
 
     Raises:
-        ValueError: if there is a window and no `head_dim`.
+        ValueError: if there is a memory and no `head_dim`, or a cache without a window.
     """
-    if sliding_window is not None and head_dim is None:
-        raise ValueError("`sliding_window` needs a `head_dim`: the state holds keys.")
-    return StateShapes(
-        num_key_value_heads, num_features, value_dim, head_dim, sliding_window
-    ).zeros(batch_size)
+    memory = Memory(sliding_window, num_sinks, cache_size)
+    memory.check()
+    if memory and head_dim is None:
+        raise ValueError("An exact memory needs a `head_dim`: the state holds keys.")
+    return StateShapes(num_key_value_heads, num_features, value_dim, head_dim, memory).zeros(
+        batch_size
+    )
 
 
 def add_states(states: State, log_weight: Tensor) -> State:

@@ -126,16 +126,25 @@ def features_of_queries(
 def features_of_keys(
     key: Tensor, value: Tensor, key_mask: Tensor, features: FoldedFeatures
 ) -> KeyFeatures:
-    """Keys `(b, s, k, h)` and values `(b, s, k, v)` as the sums take them.
+    """Keys `(b, s, k, h)` and values `(b, s, k, v)` as the sums take them; see `features_by_head`.
 
-    A masked key, `key_mask` being bool `(b, s)` or `None`, has no scale and no value, whatever
-    stood there.
+    `key_mask` is bool `(b, s)` or `None`.
     """
-    key, value = ops.cast(key, "float32"), ops.cast(value, "float32")
+    key, value = (ops.transpose(ops.cast(x, "float32"), (0, 2, 1, 3)) for x in (key, value))
+    key_mask = None if key_mask is None else key_mask[:, None]
+    return features_by_head(key, value, key_mask, features)
+
+
+def features_by_head(
+    key: Tensor, value: Tensor, key_mask: Tensor, features: FoldedFeatures
+) -> KeyFeatures:
+    """Keys `(b, k, s, h)` and values `(b, k, s, v)` as the sums take them.
+
+    A masked key, `key_mask` being bool `(b, 1 or k, s)` or `None`, has no scale and no value,
+    whatever stood there.
+    """
     if key_mask is not None:
-        attended = key_mask[:, :, None, None]
-        key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
-    key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
+        key, value = (ops.where(key_mask[..., None], x, 0.0) for x in (key, value))
     logits, log_scale = log_key_features(key, features)
     largest = ops.max(ops.stop_gradient(logits), axis=-1)
     # The scales are constants to the gradient: all of it goes the way of the features, where a sum
@@ -144,15 +153,15 @@ def features_of_keys(
     of_keys = power(logits - (largest + (constant - log_scale))[..., None])
     log_scale = ops.maximum(constant + largest, LOG_ZERO)
     if key_mask is not None:
-        log_scale = ops.where(key_mask[:, None, :], log_scale, MASKED)
+        log_scale = ops.where(key_mask, log_scale, MASKED)
     return KeyFeatures(of_keys, log_scale, value)
 
 
 def add_keys(sums: Sums, keys: KeyFeatures, mask: Tensor = None) -> Sums:
-    """The sums with more keys, those of `mask`, bool `(b, s)`, or all."""
+    """The sums with more keys, those of `mask`, bool `(b, 1 or k, s)`, or all."""
     key_scale = keys.log_scale
     if mask is not None:
-        key_scale = ops.where(mask[:, None, :], key_scale, MASKED)
+        key_scale = ops.where(mask, key_scale, MASKED)
     new_scale = ops.maximum(sums.log_scale, ops.max(key_scale, axis=-1))
     value = with_ones(keys.value) * power(key_scale - new_scale[..., None])[..., None]
     decay = power(sums.log_scale - new_scale)[..., None, None]

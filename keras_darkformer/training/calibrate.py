@@ -112,7 +112,8 @@ def calibrate(
     statistics = {
         id(layer): layer.feature_map.statistics(options, max_tokens) for layer in layers.values()
     }
-    window = max(layer.feature_map.sliding_window or 0 for layer in layers.values())
+    memories = [layer.feature_map.memory for layer in layers.values()]
+    window = max(memory.window + memory.num_sinks + memory.cache_size for memory in memories)
     longest = 0
     kept: Kept = []
     progress = keras.utils.Progbar(None, verbose=int(verbose), unit_name="batch")
@@ -226,9 +227,9 @@ def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Ke
     """Another look at some batches, with the fitted features, for the far parts' scale."""
     windowed, masses = [], {}
     for layer in layers.values():
-        if (window := layer.feature_map.sliding_window) is not None:
+        if layer.feature_map.memory:
             windowed.append(layer)
-            masses[id(layer)] = FarMass(layer.feature_map.log_scores, window)
+            masses[id(layer)] = FarMass(layer.feature_map)
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         masses[id(layer)].add(
@@ -254,8 +255,8 @@ def _tokens(kept: Kept) -> int:
 def _check_length(longest: int, window: int) -> None:
     if longest <= window:
         raise ValueError(
-            f"`data` must have sequences longer than the sliding window of {window} tokens, or "
-            f"there is nothing behind it to fit. Received: {longest} tokens at most"
+            f"`data` must have sequences longer than the {window} tokens that are kept exactly, or "
+            f"there is nothing else to fit. Received: {longest} tokens at most"
         )
 
 

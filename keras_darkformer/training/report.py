@@ -65,7 +65,7 @@ class ApproximationReport(dict):
         return means
 
     def __rich__(self) -> Table:
-        windowed = any(layer["sliding_window"] for layer in self["layers"])
+        windowed = any(layer["sliding_window"] or layer["num_sinks"] for layer in self["layers"])
         table = Table(title=f"Attention against exact softmax, {self['tokens']:,} queries a head")
         columns = ["layer", "head", "m", "map", "error", "Performer", "uniform", "KL"]
         columns += ["KL Performer", "KL uniform", "eff. dims"]
@@ -246,8 +246,10 @@ class _Judge:
         visible = heads.visible
         logits = exact_logits(query, key)
         exact = log_softmax(logits, visible)
+        of_features = heads.for_features(self.map)
+        pairs = self.map.exact_pairs(*of_features, heads.key_mask)
         scores = {
-            "dark": self.map.log_scores(*heads.for_features(self.map)),
+            "dark": self.map.log_scores(*of_features, pairs),
             "performer": log_scores(query, key, self.performer),
             "uniform": ops.zeros_like(logits),
         }
@@ -278,11 +280,9 @@ class _Judge:
             kl = ops.sum(ops.where(visible, weights * (exact - log_weights), 0.0), axis=-1)
             self.errors[arm].append(_by_head(error, counts))
             self.divergences[arm].append(_by_head(kl, counts))
-            if arm == "dark" and self.map.sliding_window is not None:
-                index = np.arange(logits.shape[2])
-                behind = index[:, None] - index[None, :] >= self.map.sliding_window
+            if arm == "dark" and pairs is not None:
                 for kept, of in ((self.far, own), (self.exact_far, weights)):
-                    kept.append(_by_head(ops.sum(ops.where(behind, of, 0.0), axis=-1), counts))
+                    kept.append(_by_head(ops.sum(ops.where(pairs, 0.0, of), axis=-1), counts))
 
     def result(self, name: str) -> Config:
         feature_map = self.map
@@ -309,7 +309,7 @@ class _Judge:
             "name": name,
             "num_features": feature_map.num_features,
             "feature_map": feature_map.kind,
-            "sliding_window": feature_map.sliding_window,
+            **feature_map.memory._asdict(),
             "heads": heads,
         }
 

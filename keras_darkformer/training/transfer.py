@@ -225,7 +225,9 @@ def transfer_loss(feature_map: FeatureMap, heads: Heads) -> Tensor:
     visible = heads.visible
     logits = exact_logits(heads.query, heads.key)
     exact = log_softmax(logits, visible)
-    ours = log_softmax(feature_map.log_scores(*heads.for_features(feature_map)), visible)
+    query, key = heads.for_features(feature_map)
+    pairs = feature_map.exact_pairs(query, key, heads.key_mask)
+    ours = log_softmax(feature_map.log_scores(query, key, pairs), visible)
     # Queries that see nothing, and padding, say nothing.
     counts = ops.any(visible, axis=-1)
     if heads.key_mask is not None and query.shape[1] == key.shape[1]:

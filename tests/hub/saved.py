@@ -38,12 +38,12 @@ BACKBONES = {
 LOADERS = TASKS | BACKBONES
 
 # Fitted models: options of the conversion, of calibration, and whether to train afterwards.
-WINDOW = 6
+MEMORY = {"sliding_window": 4, "num_sinks": 2, "cache_size": 3}
 DATA = [inputs(14, 9, 5), inputs(7, 14, 12)]
 KINDS = {
     "spectral": ({}, {"method": "spectral"}, False),
     "clusters": ({}, {"method": "clusters", "refine": False}, False),
-    "windowed": ({"sliding_window": WINDOW}, {"refine": False}, False),
+    "windowed": (MEMORY, {"refine": False}, False),
     "transferred": ({"tie_geometry": False}, {"refine": False}, True),
     "before": ({"rope_geometry": "before"}, {}, False),
 }

@@ -36,6 +36,7 @@ CONFIGS = [
     {"feature_map": "exponential", "seed": 3, "layers": [0, 2], "num_features": [16, 8]},
     {"feature_map": ["exponential", "dark"], "layers": [0, 2], "projection": "gaussian"},
     {"rank": 4, "tie_geometry": False, "sliding_window": 5, "geometry_scale": 0.5, "remat": True},
+    {"sliding_window": 5, "num_sinks": 2, "cache_size": 3},
     {"rope_geometry": "before", "attention_mode": "exact", "chunk_size": 4},
     {"train_geometry": False, "train_projection": True},
 ]

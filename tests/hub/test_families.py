@@ -52,7 +52,7 @@ OF_ALL = (
     "stock preset",
 )
 # What is asked of one of each kind, of more kinds where nothing has to be compiled.
-OF_KINDS = ("recurrent = parallel", "fit", "LoRA", "window")
+OF_KINDS = ("recurrent = parallel", "fit", "LoRA", "memory")
 MORE_KINDS = ("Llama", "Mixtral", "Qwen3", "Phi3", "GPT2", "Bert") if BACKEND == "torch" else KINDS
 QUESTIONS = [
     (family, check)
@@ -74,8 +74,8 @@ def case(request):
 
 @pytest.mark.parametrize(("case", "check"), QUESTIONS, indirect=["case"], ids=str)
 def test_a_family_does(case, check):
-    if check == "window" and not case.family.causal:  # whose attention has no window
-        with pytest.raises(ValueError, match="`sliding_window` needs causal attention"):
+    if check == "memory" and not case.family.causal:  # whose attention has no window
+        with pytest.raises(ValueError, match="need causal attention"):
             CHECKS[check](case)
         CHECKS["calibrate, transfer, report"](case)
     else:
@@ -173,7 +173,7 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
     assert (config["sliding_window"], config["dark_sliding_window"]) == (WINDOW, 3)
     model.backbone.save_to_preset(tmp_path)
     loaded = keras_hub.models.Backbone.from_preset(str(tmp_path))
-    assert [x.sliding_window for x in feature_maps(loaded)] == [3, 3, 3]
+    assert [x.memory.window for x in feature_maps(loaded)] == [3, 3, 3]
     batch = inputs(LENGTH, 5, 9)
     np.testing.assert_array_equal(outputs(loaded, batch), outputs(model.backbone, batch))
 
@@ -181,7 +181,7 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("Bert", {"sliding_window": 4}, "`sliding_window` needs causal attention; Bert's"),
+        ("Bert", {"sliding_window": 4}, "need causal attention; that of Bert"),
         ("GPT2", {"rope_geometry": "before"}, "needs rotary positions, which GPT2 does not have"),
         ("Llama", {"layers": []}, "`layers` is empty"),
     ],

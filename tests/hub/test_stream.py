@@ -14,7 +14,7 @@ TOKENS = inputs(LENGTH, LENGTH, LENGTH)["token_ids"]
 # One of the layers of gemma2 is left exact, with a key/value cache.
 BUILDERS = {
     "gemma2": lambda: dark(gemma2()),
-    "window": lambda: dark(gemma(), sliding_window=3),
+    "memory": lambda: dark(gemma(), sliding_window=3, num_sinks=1, cache_size=3),
 }
 
 

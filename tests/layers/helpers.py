@@ -28,11 +28,14 @@ FEATURE_OPTIONS = {
     "tie_geometry": False,
     "rope_geometry": "after",
     "sliding_window": 7,
+    "num_sinks": 2,
+    "cache_size": 3,
     "seed": 5,
 }
 ATTENTION_OPTIONS = FEATURE_OPTIONS | {"attention_mode": "exact", "chunk_size": 3, "remat": True}
 OTHER_OPTIONS = {"rank": 6, "tie_geometry": True, "rope_geometry": "before"}
-EXPONENTIAL_OPTIONS = {"feature_map": "exponential", "sliding_window": None}
+NO_MEMORY = {"sliding_window": None, "num_sinks": 0, "cache_size": 0}
+EXPONENTIAL_OPTIONS = {"feature_map": "exponential"} | NO_MEMORY
 
 # Real tokens (true) and padding behind them. Every row has some of both.
 PADDING = np.arange(LENGTH) < np.array([[4], [6]])

@@ -12,6 +12,7 @@ from keras_darkformer.ops import dark_features, draw_projection
 from .helpers import (
     FEATURE_OPTIONS,
     HEADS,
+    NO_MEMORY,
     WIDTH,
     arrays,
     assert_close,
@@ -46,7 +47,7 @@ def feature_map(case="plain", **options):
 
 def calibrated(case, **options):
     layer = feature_map(case, **options)
-    causal = layer.sliding_window is not None
+    causal = bool(layer.memory)
     layer.calibrate(QUERY, KEY, causal=causal, **CASES[case][1])
     return layer
 
@@ -94,9 +95,9 @@ def test_a_map_is_of_its_class_only(cls):
 
 def test_the_config_of_an_exponential_map_holds_every_argument():
     sizes = {"num_heads": 3, "head_dim": 6, "num_query_heads": 6}
-    options = FEATURE_OPTIONS | {"rope_geometry": "before", "sliding_window": None}
+    options = FEATURE_OPTIONS | NO_MEMORY | {"rope_geometry": "before"}
     del options["feature_map"]  # the class says it
-    assert_config_is_complete(ExponentialFeatureMap, sizes | options, but=("sliding_window",))
+    assert_config_is_complete(ExponentialFeatureMap, sizes | options, but=tuple(NO_MEMORY))
 
 
 def test_an_exponential_map_has_no_window():

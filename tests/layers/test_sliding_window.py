@@ -7,7 +7,7 @@ from backends import DEFAULT_JIT, compiled
 from keras import ops
 
 from keras_darkformer import DarkAttention
-from keras_darkformer.ops import PositionedState, WindowedState
+from keras_darkformer.ops import MemoryState, PositionedState
 from keras_darkformer.ops.reference import dark_attention_reference
 
 from .helpers import (
@@ -81,9 +81,10 @@ def test_window_as_long_as_the_sequence_is_softmax(size):
     assert_close(call(layer, X, X, use_causal_mask=True), expected)
 
 
+@pytest.mark.parametrize("memory", [{}, {"num_sinks": 1, "cache_size": 2}], ids=["window", "kept"])
 @alone_or_not
-def test_steps_give_the_outputs_of_the_whole(alone):
-    layer = windowed(alone=alone, rope_max_wavelength=100.0)
+def test_steps_give_the_outputs_of_the_whole(alone, memory):
+    layer = windowed(alone=alone, rope_max_wavelength=100.0, **memory)
     whole = {"use_causal_mask": True, "return_state": True}
     expected, expected_state = call(layer, X, X, **whole)
 
@@ -101,8 +102,11 @@ def test_steps_give_the_outputs_of_the_whole(alone):
     assert_close(np.concatenate(outputs, axis=1), expected, 1e-4)
     for x in (state, expected_state):
         assert isinstance(x, PositionedState)
-        assert isinstance(x.attention, WindowedState)
-    assert_close(state.attention.recent, expected_state.attention.recent)
+        assert isinstance(x.attention, MemoryState)
+    for tokens, expected_tokens in zip(
+        *(x.attention[1:] for x in (state, expected_state)), strict=True
+    ):
+        assert_close(tokens, expected_tokens)
     assert_close(state.position, expected_state.position)
 
     token = keras.KerasTensor((BATCH, 1, WIDTH))
@@ -160,9 +164,9 @@ def test_all_that_is_trainable_has_a_gradient_but_for_a_far_part_that_is_left_ou
 @pytest.mark.parametrize("x", [X, keras.KerasTensor(X.shape)], ids=["real", "symbolic"])
 def test_calls_that_are_not_causal_are_refused(x):
     layer = windowed()
-    with pytest.raises(ValueError, match="`sliding_window` needs `use_causal_mask=True`"):
+    with pytest.raises(ValueError, match="need `use_causal_mask=True`"):
         layer(x, x)
-    with pytest.raises(ValueError, match="`sliding_window` needs `use_causal_mask=True`"):
+    with pytest.raises(ValueError, match="need `use_causal_mask=True`"):
         layer(x, x, attention_mask=np.ones((1, LENGTH), bool))
     # A causal `attention_mask` says the same.
     mask, symbolic = np.tri(LENGTH, dtype=bool), keras.KerasTensor(X.shape)

@@ -29,6 +29,7 @@ class Case:
     untied: bool = False  # with query_geometry
     shifted: bool = False  # with query_shift and key_shift
     window: int | None = None  # with sliding_window and far_offset
+    num_sinks: int = 0  # with far_offset
     window_alone: bool = False  # with a far_offset that leaves the far part out
     shared: bool = False  # one projection for all heads
     scale: float = 1.0
@@ -100,11 +101,12 @@ def _draw(case):
     if case.shifted:
         for name in ("query_shift", "key_shift"):
             options[name] = 0.7 * normal(kv_heads, head_dim)
-    if case.window is not None:
+    if case.window is not None or case.num_sinks:
         far_offset = normal(num_heads)
         if case.window_alone:
             far_offset = np.full_like(far_offset, -1e30)
         options |= {"sliding_window": case.window, "far_offset": far_offset}
+        options |= {"num_sinks": case.num_sinks} if case.num_sinks else {}
     return query, key, value, geometry, options, upstream
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from backends import DEFAULT_JIT, compiled, to_numpy
 from keras import ops, tree
 
-from keras_darkformer.ops import WindowedState, initial_state
+from keras_darkformer.ops import MemoryState, initial_state
 from keras_darkformer.ops.reference import dark_state_reference
 
 from .cases import assert_close
@@ -24,11 +24,16 @@ def tensors_of(state):
 
 
 def unscaled(state, log_scale=0.0):
-    """The sums themselves times `exp(-log_scale)`, then the window's tokens, in float64."""
-    sums, recent = (state.sums, state.recent) if isinstance(state, WindowedState) else (state, ())
-    kv_state, key_state, own, *recent = (np.asarray(x, "float64") for x in (*sums, *recent))
+    """The sums themselves times `exp(-log_scale)`, then the memory's tokens, in float64."""
+    sums, *parts = state if isinstance(state, MemoryState) else (state,)
+    kv_state, key_state, own = (np.asarray(x, "float64") for x in sums)
     scale = np.exp(own - log_scale)[..., None]
-    return [kv_state * scale[..., None], key_state * scale, *recent]
+    found = [kv_state * scale[..., None], key_state * scale]
+    for tokens in filter(None, parts):
+        key, value, received = (np.asarray(x, "float64") for x in tokens)
+        real = received[..., None] >= 0
+        found += [np.where(real, key, 0), np.where(real, value, 0), received]
+    return found
 
 
 def assert_same_state(actual, expected, tolerance=1e-4):
@@ -55,7 +60,7 @@ def window_reference(key, value, written, size):
         size: W.
 
     Returns:
-        A bool mask `(b, s)`, and the window's keys, values and mask.
+        A bool mask `(b, s)`, and the window's keys, values and `received`, by head.
     """
     index = np.arange(written.shape[1])
     count = np.max(np.where(written, index + 1, 0), axis=1)
@@ -65,7 +70,9 @@ def window_reference(key, value, written, size):
         x = np.where(written.reshape(*written.shape, *[1] * (x.ndim - 2)), x, 0.0)
         x = np.concatenate([np.zeros((len(x), size, *x.shape[2:])), x], axis=1)
         recent.append(np.stack([row[n : n + size] for row, n in zip(x, count, strict=True)]))
-    return left, recent
+    key, value, real = (np.swapaxes(x, 1, 2) if x.ndim > 2 else x for x in recent)
+    received = np.repeat(np.where(real, 0.0, -1.0)[:, None], key.shape[1], axis=1)
+    return left, (key, value, received)
 
 
 def assert_state_is_of(state, case, written=None, arrays=None):

@@ -64,7 +64,7 @@ BAD_FEATURES = [
     ({"sliding_window": 2.0, "causal": True}, "`sliding_window` must be a positive integer"),
     (
         {"sliding_window": 3, "causal": True, "initial_state": SUMS},
-        r"`initial_state` must be .*\(2, 3, 2, 8\), \(2, 3, 2, 5\), \(2, 3\)",
+        r"`initial_state` must be .*\(2, 2, 3, 8\), \(2, 2, 3, 5\), \(2, 2, 3\)",
     ),
     (
         {"initial_state": (zeros(2, 2, 16, 4), zeros(2, 2, 16), zeros(2, 2))},
@@ -88,7 +88,7 @@ BAD_WRITES = [
 BAD_OPTIONS = [
     ({"chunk_size": 0}, "`chunk_size` must be a positive integer"),
     ({"chunk_size": 64.0}, "`chunk_size` must be a positive integer"),
-    ({"sliding_window": 3}, "`sliding_window` needs `causal=True`"),
+    ({"sliding_window": 3}, "`sliding_window` and `num_sinks` need `causal=True`"),
     ({"far_offset": zeros(4)}, "`far_offset` needs a `sliding_window`"),
     (
         {"sliding_window": 3, "causal": True, "far_offset": zeros(2)},
@@ -125,5 +125,5 @@ def test_exact_attention_names_the_argument_that_does_not_fit(changes, message):
 
 
 def test_state_with_a_window_needs_to_know_the_size_of_keys():
-    with pytest.raises(ValueError, match="`sliding_window` needs a `head_dim`"):
+    with pytest.raises(ValueError, match="needs a `head_dim`"):
         initial_state(2, 2, 16, 5, sliding_window=3)

@@ -32,6 +32,8 @@ CASES = {
     ),
     "window": (Case(length=104, causal=True, masked=True, window=5, **ODD), {}),
     "window of a whole part": (Case(length=64, causal=True, window=8), {}),
+    "sinks": (Case(length=32, causal=True, masked=True, window=3, num_sinks=4, **ODD), {}),
+    "sinks alone": (Case(length=64, causal=True, masked=True, num_sinks=4), {}),
     "window on two axes": (
         Case(length=64, causal=True, masked=True, window=7, **ODD),
         {"batch_axis": "batch"},
@@ -46,6 +48,7 @@ def job(case, options):
     arguments = dict(zip(("query", "key", "value", "geometry"), case.arrays, strict=True))
     arguments |= {name: x for name, x in case.options.items() if hasattr(x, "shape")}
     options = {"causal": case.causal, "sliding_window": case.window} | options
+    options["num_sinks"] = case.num_sinks
     return arguments, case.upstream, options
 
 
@@ -154,7 +157,7 @@ def test_other_backends_are_told_that_it_needs_jax():
         ("`initial_state`", Case(length=8, causal=True), {"initial_state": (np.zeros(3),)}),
         ("`chunk_size`", Case(length=8, causal=True), {"chunk_size": 0}),
         ("same length", Case(length=8, key_length=4), {"causal": True}),
-        ("needs `causal=True`", Case(length=8), {"sliding_window": 3}),
+        ("need `causal=True`", Case(length=8), {"sliding_window": 3}),
     ],
 )
 def test_what_cannot_be_is_refused(message, case, options):

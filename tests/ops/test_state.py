@@ -6,11 +6,12 @@ import pytest
 from backends import run, to_numpy, value_and_gradients
 from keras import ops, tree
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops import (
+    MemoryState,
     PositionedState,
     State,
     Tokens,
-    WindowedState,
     dark_attention,
     initial_state,
 )
@@ -148,9 +149,11 @@ def test_masked_keys_leave_the_state_as_it_was(causal):
 
 SHAPES = {
     "sums": StateShapes(2, 16, 6),
-    "window": StateShapes(2, 16, 6, 8, 3),
+    "window": StateShapes(2, 16, 6, 8, Memory(3)),
+    "sinks": StateShapes(2, 16, 6, 8, Memory(None, 2)),
+    "kept": StateShapes(2, 16, 6, 8, Memory(3, 2, 5)),
     "positioned": StateShapes(2, 16, 6, positioned=True),
-    "positioned-window": StateShapes(2, 16, 6, 8, 3, positioned=True),
+    "positioned-kept": StateShapes(2, 16, 6, 8, Memory(3, 2, 5), positioned=True),
 }
 each_state = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 
@@ -168,23 +171,29 @@ def test_state_before_the_first_token_its_spec_and_its_check_agree(shapes):
 
 
 def test_state_has_named_parts_of_the_shapes_that_it_says():
-    state = SHAPES["positioned-window"].zeros(4)
+    state = SHAPES["positioned-kept"].zeros(4)
     assert isinstance(state, PositionedState)
     assert tuple(state.position.shape) == (4,)
-    assert isinstance(state.attention, WindowedState)
-    sums, recent = state.attention
+    assert isinstance(state.attention, MemoryState)
+    sums, *memory = state.attention
     assert isinstance(sums, State)
-    assert isinstance(recent, Tokens)
     assert [tuple(x.shape) for x in sums] == [(4, 2, 16, 6), (4, 2, 16), (4, 2)]
-    assert [tuple(x.shape) for x in recent] == [(4, 3, 2, 8), (4, 3, 2, 6), (4, 3)]
-    assert not any(to_numpy(x).any() for x in (sums.kv_state, sums.key_state, *recent))
+    for tokens, size in zip(memory, (2, 3, 5), strict=True):
+        assert isinstance(tokens, Tokens)
+        shapes = [(4, 2, size, 8), (4, 2, size, 6), (4, 2, size)]
+        assert [tuple(x.shape) for x in tokens] == shapes
+        assert not any(to_numpy(x).any() for x in (*sums[:2], *tokens[:2], tokens.is_real))
+    assert SHAPES["window"].zeros(4)[1::2] == ((), ())
     np.testing.assert_array_equal(to_numpy(sums.log_scale), np.float32(-1e30))
 
 
 def test_initial_state_is_that_of_its_sizes():
     assert_equal_states(to_numpy(initial_state(4, 2, 16, 6)), to_numpy(SHAPES["sums"].zeros(4)))
-    windowed = initial_state(4, 2, 16, 6, sliding_window=3, head_dim=8)
-    assert_equal_states(to_numpy(windowed), to_numpy(SHAPES["window"].zeros(4)))
+    sizes = {"sliding_window": 3, "num_sinks": 2, "cache_size": 5}
+    kept = initial_state(4, 2, 16, 6, head_dim=8, **sizes)
+    assert_equal_states(to_numpy(kept), to_numpy(SHAPES["kept"].zeros(4)))
+    with pytest.raises(ValueError, match="needs a `head_dim`"):
+        initial_state(4, 2, 16, 6, num_sinks=1)
 
 
 @each_state
@@ -193,7 +202,7 @@ def test_state_comes_out_of_keras_tree_as_it_went_in(shapes):
     leaves = tree.flatten(state)
     assert [x.shape[1:] for x in leaves] == shapes.leaves()
     numbered = tree.pack_sequence_as(state, list(range(len(leaves))))
-    assert numbered == shapes.pack(range(len(leaves)))
+    assert tree.flatten(numbered) == list(range(len(leaves)))
     for copy in (numbered, tree.map_structure(lambda x: x, state)):
         tree.assert_same_structure(copy, state)
         assert type(copy) is type(state)

@@ -17,12 +17,13 @@ from backends import (
 )
 from keras import ops, tree
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops import attention, exact_dark_attention, partition
 from keras_darkformer.ops.backend import BASE
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.chunked import chunked
 from keras_darkformer.ops.features import FoldedFeatures, QueryScale
-from keras_darkformer.ops.reference import windowed_attention_reference
+from keras_darkformer.ops.reference import memory_attention_reference
 from keras_darkformer.ops.state import StateShapes
 
 from .cases import Case, assert_close
@@ -83,11 +84,16 @@ def made_once(make):
     @functools.wraps(make)
     def function(*arguments, **options):
         named = (*arguments, *options, *options.values())
-        key = tuple(x if isinstance(x, int | str | Case) else id(x) for x in named)
+        key = tuple(x if isinstance(x, int | str | Case | Memory) else id(x) for x in named)
         # The arguments are kept, for as long as an id stands for them.
         return made.setdefault(key, (make(*arguments, **options), named))[0]
 
     return function
+
+
+def memory_of(size):
+    """A memory, or a window of so many tokens."""
+    return size if isinstance(size, Memory) else Memory(size)
 
 
 @made_once
@@ -98,7 +104,7 @@ def windowed(size, **options):
     def function(query, key, value, *weights):
         features = folded(weights)
         return attention.attend(
-            query, key, value, features, sliding_window=size, causal=True, **options
+            query, key, value, features, memory=memory_of(size), causal=True, **options
         )
 
     return function
@@ -131,7 +137,9 @@ def attend_with_gradients(case, size, arrays=None, *, jit=DEFAULT_JIT, **options
 def expected(case, size, arrays=None, **options):
     query, key, value, *weights = arrays or arrays_of(case)
     options = {"key_mask": case.key_mask} | options
-    return windowed_attention_reference(query, key, value, folded(weights), size, **options)
+    return memory_attention_reference(
+        query, key, value, folded(weights), memory_of(size), **options
+    )
 
 
 # Outputs.
@@ -221,8 +229,8 @@ def test_halves_are_computed_in_float32(dtype):
 
     def function(query, key, value, *weights):
         query, key, value = (ops.cast(x, dtype) for x in (query, key, value))
-        state = StateShapes(2, case.num_features, 6, case.head_dim, 16).zeros(1)
-        call = Call(ops.convert_to_tensor(case.key_mask), sliding_window=16, with_state=True)
+        state = StateShapes(2, case.num_features, 6, case.head_dim, Memory(16)).zeros(1)
+        call = Call(ops.convert_to_tensor(case.key_mask), memory=Memory(16), with_state=True)
         output, state = chunked(query, key, value, folded(weights), state, call)
         for x in (output, *tree.flatten(state)):
             assert keras.backend.standardize_dtype(x.dtype) == "float32"
@@ -234,8 +242,8 @@ def test_halves_are_computed_in_float32(dtype):
 def test_window_of_keys_to_come_is_refused():
     case = Case(length=4)
     query, key, value, *weights = arrays_of(case)
-    with pytest.raises(ValueError, match="`sliding_window` needs `causal=True`"):
-        attention.attend(query, key, value, folded(weights), sliding_window=2)
+    with pytest.raises(ValueError, match="`sliding_window` and `num_sinks` need `causal=True`"):
+        attention.attend(query, key, value, folded(weights), memory=Memory(2))
 
 
 # Gradients.
@@ -377,12 +385,12 @@ def test_what_stands_at_masked_keys_changes_nothing():
 
 def shapes_of(case, size):
     value_dim = case.value_dim or case.head_dim
-    return StateShapes(case.heads[1], case.num_features, value_dim, case.head_dim, size)
+    return StateShapes(case.heads[1], case.num_features, value_dim, case.head_dim, memory_of(size))
 
 
 def assert_state_is_of(state, key, value, written, case):
     """The last keys, and the sums over those before; `written` is bool, `(b, s)`."""
-    size = state.recent.key.shape[1]
+    size = state.recent.key.shape[2]
     left, recent = window_reference(key, value, written, size)
     kv_state, key_state, *actual_recent = unscaled(state)
     for actual, of_window in zip(actual_recent, recent, strict=True):
@@ -454,7 +462,7 @@ def test_masked_token_of_its_own_leaves_the_state_as_it_was():
     rows = (tree.map_structure(lambda x: x[0], x) for x in (after, state))
     assert_equal_states(*rows)
     for before, leaf in zip(state.recent[:2], after.recent[:2], strict=True):
-        np.testing.assert_array_equal(leaf[1, :-1], before[1, 1:])
+        np.testing.assert_array_equal(leaf[1, :, :-1], before[1, :, 1:])
 
 
 def test_mask_of_one_row_is_for_all_rows():

@@ -55,12 +55,12 @@ def feature_scores(feature_map, query, key):
     log_query = log_features(x - b, each.get("query_geometry", geometry))
     log_key = log_features(y - c, geometry) + tilt[..., None]
     far = _log_products(log_query, log_key)
-    if feature_map.sliding_window is None:
+    if not feature_map.memory:
         return far
     shift = np.einsum("btnh,nh->bnt", x, np.broadcast_to(c, (x.shape[2], head_dim)))
     near = _pairs(x, y) - shift[..., None]
     far = far + each["far_offset"][:, None, None]
-    return np.where(behind(feature_map.sliding_window, x.shape[1]), far, near)
+    return np.where(behind(feature_map.memory.window, x.shape[1]), far, near)
 
 
 def behind(window, length):

@@ -393,7 +393,9 @@ def test_sequences_no_longer_than_the_window_are_refused(padded):
     model = dark_gemma(sliding_window=6)[1]
     batch = inputs(6, 3, 5) if padded else inputs(6, 6, 6, total=6)
     before = values(model)
-    with pytest.raises(ValueError, match=r"longer than the sliding window of 6 tokens.*6 tokens"):
+    with pytest.raises(
+        ValueError, match=r"longer than the 6 tokens that are kept exactly.*6 tokens"
+    ):
         quietly(model, [batch])
     after = values(model)
     assert all((after[path] == value).all() for path, value in before.items())

@@ -10,6 +10,7 @@ from hub.models import LENGTH, feature_maps, gemma, inputs
 from keras import ops
 
 from keras_darkformer import DarkTransformerBlock, approximation_report, calibrate
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops import draw_projection
 
 from .models import dark_gemma, plain, tokens
@@ -30,7 +31,7 @@ BATCH = inputs(14, 9, 5)
 class Performer:
     """As much of a feature map as `feature_scores` reads."""
 
-    sliding_window = None
+    memory = Memory()
 
     def __init__(self, num_heads, head_dim, num_features, seed):
         self.num_features = num_features
@@ -70,8 +71,8 @@ def expected_figures(feature_map, heads, seed=0):
             error = np.linalg.norm(attended(own, value) - target, axis=-1) / size
             figures["relative_error"][arm] = np.median(error[:, head][mask])
             figures["kl"][arm] = divergence(exact, own)[:, head][mask].mean()
-        if feature_map.sliding_window is not None:
-            far = behind(feature_map.sliding_window, LENGTH)
+        if feature_map.memory:
+            far = behind(feature_map.memory.window, LENGTH)
             for name, of in (("far_mass", arms["dark"]), ("exact_far_mass", None)):
                 of = exact if of is None else softmax(of, visible)
                 figures[name] = (of * far).sum(-1)[:, head][mask].mean()
@@ -101,7 +102,7 @@ def test_its_figures_are_those_of_float64(reported):
                 for arm, value in wanted[key].items():
                     np.testing.assert_allclose(figures[key][arm], value, rtol=5e-3, atol=1e-4)
             for key in ("far_mass", "exact_far_mass"):
-                if feature_map.sliding_window is None:
+                if not feature_map.memory:
                     assert figures[key] is None
                 else:
                     np.testing.assert_allclose(figures[key], wanted[key], rtol=2e-3)

@@ -19,9 +19,10 @@ from keras_darkformer.fitting import (
 )
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
 from keras_darkformer.layers.feature_maps.placement import AfterRotation, placement_of
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.features import FoldedFeatures
-from keras_darkformer.ops.scores import log_scores
+from keras_darkformer.ops.scores import exact_pairs, log_scores
 from keras_darkformer.ops.state import AttentionState, StateShapes
 from keras_darkformer.options import FeatureOptions, shows_options
 from keras_darkformer.types import Config, Shape, Tensor
@@ -80,9 +81,9 @@ class FeatureMap(keras.layers.Layer):
         return self.options.num_features
 
     @property
-    def sliding_window(self) -> int | None:
-        """The last tokens, which the exact kernel meets."""
-        return self.options.sliding_window
+    def memory(self) -> Memory:
+        """What is kept exactly."""
+        return self.options.memory
 
     @property
     def placement(self) -> AfterRotation:
@@ -161,10 +162,10 @@ class FeatureMap(keras.layers.Layer):
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         factored = initial_state is not None and are_few(query, self.num_features)
         features = self.fold(factored=factored)
-        call |= {"initial_state": initial_state, "sliding_window": self.sliding_window}
+        call |= {"initial_state": initial_state, "memory": self.memory}
         return attend(query, key, value, features, **call)
 
-    def log_scores(self, query: Tensor, key: Tensor) -> Tensor:
+    def log_scores(self, query: Tensor, key: Tensor, exact: Tensor = None) -> Tensor:
         """Logarithms of the weights `attend` gives keys before it normalises and masks them.
 
         Quadratic: to train and judge the map with.
@@ -172,12 +173,17 @@ class FeatureMap(keras.layers.Layer):
         Args:
             query: `(b, t, n, h)`, n a multiple of `num_heads`.
             key: `(b, s, num_heads, h)`.
+            exact: from `exact_pairs`.
 
         Returns:
             `(b, n, t, s)` in float32, up to a constant of each query.
         """
         self.ensure_built()
-        return log_scores(query, key, self.fold(), self.sliding_window)
+        return log_scores(query, key, self.fold(), exact)
+
+    def exact_pairs(self, query: Tensor, key: Tensor, key_mask: Tensor = None) -> Tensor:
+        """Which pairs of a causal call meet in the exact memory, bool `(b, n, t, s)`, or `None`."""
+        return exact_pairs(query, key, self.memory, key_mask) if self.memory else None
 
     def state_shapes(self, value_dim: int | None = None, positioned: bool = False) -> StateShapes:
         """Shapes of states, for values of `value_dim` (`None`: `head_dim`)."""
@@ -186,7 +192,7 @@ class FeatureMap(keras.layers.Layer):
             self.num_features,
             self.head_dim if value_dim is None else value_dim,
             self.head_dim,
-            self.sliding_window,
+            self.memory,
             positioned,
         )
 
@@ -231,13 +237,13 @@ class FeatureMap(keras.layers.Layer):
                 "model, by `keras_darkformer.calibrate`: it takes queries before and after the "
                 "rotation."
             )
-        window = self.sliding_window
-        if window is not None:
+        window = self.memory.window
+        if self.memory:
             lengths = query.shape[1], key.shape[1]
             if not causal or lengths[0] != lengths[1] or lengths[1] <= window:
                 raise ValueError(
-                    "A map with a `sliding_window` is calibrated with `causal=True` and on queries "
-                    f"and keys of one length, longer than the window of {window} tokens. "
+                    "A map with an exact memory is calibrated with `causal=True` and on queries "
+                    f"and keys of one length, longer than its window of {window} tokens. "
                     f"Received: causal={causal}, lengths {lengths[0]} and {lengths[1]}"
                 )
             if query.shape[2] != self.num_query_heads:
@@ -252,8 +258,8 @@ class FeatureMap(keras.layers.Layer):
         )
         statistics.update(query, key, query_mask=query_mask, key_mask=key_mask, causal=causal)
         self.load(self.fit(statistics, options))
-        if window is not None:
-            mass = FarMass(self.log_scores, window)
+        if self.memory:
+            mass = FarMass(self)
             mass.add(query, key, query, key, key_mask=key_mask)
             self.far_offset.assign(mass.offset())
 
@@ -296,7 +302,7 @@ class FeatureMap(keras.layers.Layer):
         for name, value in fit.weights.items():
             if (weight := getattr(self, name)) is not None:
                 weight.assign(value.astype("float32"))
-        if self.sliding_window is not None:
+        if self.memory:
             self.far_offset.assign(np.zeros(self.num_query_heads, "float32"))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:

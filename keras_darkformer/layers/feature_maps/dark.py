@@ -106,7 +106,7 @@ class DarkFeatureMap(FeatureMap):
             query_shift=np.zeros((heads, self.head_dim)),
             key_shift=np.zeros((heads, self.head_dim)),
         )
-        if options.sliding_window is not None:
+        if options.memory:
             self.add_weights(options.train_geometry, far_offset=np.zeros(self.num_query_heads))
         self.built = True
 
@@ -127,7 +127,7 @@ class DarkFeatureMap(FeatureMap):
         """The map as `ops` takes it; see `FeatureMap`."""
         parameters, sizes = self.parameters, (self.num_heads, self.head_dim)
         features = fold(parameters, *sizes, factored=factored)
-        if self.options.sliding_window is None:
+        if not self.memory:
             return features
         scale = fold_query_scale(parameters, *sizes, self.num_query_heads, self.far_offset)
         return features._replace(query_scale=scale)

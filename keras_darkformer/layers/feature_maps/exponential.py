@@ -57,13 +57,13 @@ class ExponentialFeatureMap(FeatureMap):
 
     @classmethod
     def check(cls, options: FeatureOptions, head_dim: int) -> None:
-        """Raises a ValueError for another kind of map, or a sliding window."""
+        """Raises a ValueError for another kind of map, or an exact memory."""
         super().check(options, head_dim)
-        if options.sliding_window is not None:
+        if options.memory:
             raise ValueError(
                 'Features of `feature_map="exponential"` know the kernel up to a factor of the '
                 "query only, so they can't share a normaliser with the exact kernel of a "
-                f"`sliding_window`. Received: sliding_window={options.sliding_window}"
+                f"`sliding_window` or of `num_sinks`. Received: {options.memory}"
             )
 
     def build(self, input_shape: Shape | None = None) -> None:

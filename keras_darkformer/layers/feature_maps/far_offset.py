@@ -1,6 +1,6 @@
-"""How much mass a feature map leaves behind its sliding window, and how much softmax does."""
+"""How much mass a feature map leaves outside its exact memory, and how much softmax does."""
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from keras import ops
@@ -9,17 +9,19 @@ from keras_darkformer.fitting import FarOffset
 from keras_darkformer.ops.scores import exact_logits, log_sum_exp, visible_pairs
 from keras_darkformer.types import Tensor
 
+if TYPE_CHECKING:
+    from keras_darkformer.layers.feature_maps.base import FeatureMap
+
 
 class FarMass:
     """Log-odds of the far part in a feature map's attention and in softmax's.
 
     Args:
-        log_scores: `FeatureMap.log_scores` of a map with a sliding window.
-        window: int. Its tokens.
+        feature_map: a `FeatureMap` with an exact memory.
     """
 
-    def __init__(self, log_scores: Callable[[Tensor, Tensor], Tensor], window: int) -> None:
-        self.log_scores, self.window = log_scores, window
+    def __init__(self, feature_map: "FeatureMap") -> None:
+        self.map = feature_map
         self.fit = FarOffset()
 
     def add(
@@ -43,17 +45,16 @@ class FarMass:
         visible = visible_pairs(
             query, key, causal=True, key_mask=key_mask, attention_mask=attention_mask
         )
-        index = ops.arange(ops.shape(query)[1])
-        behind = index[:, None] - index[None, :] >= self.window
-        far = ops.logical_and(visible, behind)
-        near = ops.logical_and(visible, ops.logical_not(behind))
+        exact = self.map.exact_pairs(feature_query, feature_key, key_mask)
+        far = ops.logical_and(visible, ops.logical_not(exact))
+        near = ops.logical_and(visible, exact)
         counts = ops.logical_and(ops.any(far, axis=-1), ops.any(near, axis=-1))
         if key_mask is not None:
             counts = ops.logical_and(counts, ops.cast(key_mask, "bool")[:, None, :])
         log_odds, exact_log_odds = (
             ops.convert_to_numpy(log_sum_exp(scores, far) - log_sum_exp(scores, near))
             for scores in (
-                self.log_scores(feature_query, feature_key),
+                self.map.log_scores(feature_query, feature_key, exact),
                 exact_logits(query, key),
             )
         )

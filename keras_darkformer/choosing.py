@@ -1,0 +1,229 @@
+"""Which layers of a model are worth leaving exact: a probe of what converting each one costs."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from rich.console import Console
+from rich.table import Table
+
+from keras_darkformer.checks import positive_integer
+from keras_darkformer.hub.conversion import convert_to_dark
+from keras_darkformer.layers.core import FeatureAttention, observed
+from keras_darkformer.options import ConversionOptions, shows_options
+from keras_darkformer.training.calibrate import calibrate
+from keras_darkformer.training.data import batches, dark_layers
+from keras_darkformer.training.positions import Parts
+from keras_darkformer.types import Data, Model
+
+SLICE = 32  # positions whose logits are there at a time
+
+
+class LayerChoice(dict):
+    """Which layers to convert: a dict for code, a table when printed.
+
+    Keys:
+        indices: list of int, the layers to convert: `convert_to_dark(model, layers=...)`.
+        exact: list of int, the layers that are worth leaving exact.
+        before: dict of `text` and `lookups`, the stock model's losses per token, in nats.
+        layers: list of dicts, one a layer: `index`, and `text` and `lookups`, what converting this
+            one alone adds to these losses.
+    """
+
+    @property
+    def indices(self) -> list[int]:
+        """The layers to convert."""
+        return self["indices"]
+
+    def __rich__(self) -> Table:
+        before = self["before"]
+        table = Table(
+            title=f"What converting one layer adds to the loss (text {before['text']:.2f}, lookups "
+            f"{before['lookups']:.2f} nats a token)"
+        )
+        for column in ("layer", "text", "lookups", ""):
+            table.add_column(column, justify="right")
+        for layer in self["layers"]:
+            costs = (f"{layer[kind]:+.3f}" for kind in ("text", "lookups"))
+            kept = "exact" if layer["index"] in self["exact"] else ""
+            table.add_row(str(layer["index"]), *costs, kept)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def plot(self, path: Any = None) -> Any:
+        """The costs by layer, as a matplotlib figure, saved to `path` where one is given."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        axis = figure.subplots()
+        index = np.array([layer["index"] for layer in self["layers"]])
+        for offset, kind in ((-0.2, "text"), (0.2, "lookups")):
+            costs = [layer[kind] for layer in self["layers"]]
+            axis.bar(index + offset, costs, width=0.4, label=kind)
+        for layer in self["exact"]:
+            axis.axvspan(layer - 0.5, layer + 0.5, color="0.9", zorder=0)
+        axis.set(xlabel="layer (grey: left exact)", ylabel="nats a token")
+        axis.legend()
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+@shows_options(ConversionOptions, but=("layers",))
+def choose_layers(
+    model: Model,
+    data: Data,
+    *,
+    keep_exact: int,
+    max_tokens: int = 1024,
+    length: int = 256,
+    repeat: int = 32,
+    batch_size: int = 4,
+    probe_seed: int = 0,
+    verbose: bool = True,
+    **kwargs: Any,
+) -> LayerChoice:
+    """Finds the layers of a causal LM that are worth leaving exact.
+
+    A few layers of a trained decoder look things up, and others hold its text together; they are
+    not the same ones, nor evenly spaced. So one layer after the other is converted while the rest
+    stay exact, and the losses are compared with the stock model's: on the given text, and on
+    lookups made from it, in which a segment comes again. The layers whose conversion costs most, by
+    the sum of both, are left exact.
+
+    The probe works on a converted copy, whose features are calibrated on the same data in closed
+    form; the model itself is left as it was.
+
+    Args:
+        model: a causal LM of `keras_hub.models` that `convert_to_dark` takes.
+        data: as for `calibrate`; rows at least `length` tokens long.
+        keep_exact: int. Layers to leave exact.
+        max_tokens: int. Tokens that the probe reads for each layer, half of them lookups.
+        length: int. Tokens of a row of the probe; more than an exact memory holds.
+        repeat: int. Tokens that come again in a lookup.
+        batch_size: int. For data without batches.
+        probe_seed: int. Of the segments that are repeated.
+        verbose: bool. Shows a progress bar.
+        **kwargs: the options of `ConversionOptions` but `layers`, as they will be given to
+            `convert_to_dark`.
+
+    Returns:
+        A `LayerChoice`: print it, read it as a dict, `plot` it, and give its `indices` to
+        `convert_to_dark(model, layers=choice.indices, ...)`.
+
+    Raises:
+        TypeError: for an option that is unknown.
+        ValueError: if an argument is out of range, `data` has no row of `length` tokens, or the
+            model can't be converted.
+
+    Example:
+
+        options = {"num_features": 128, "sliding_window": 64, "num_sinks": 4, "cache_size": 60}
+        choice = choose_layers(model, texts, keep_exact=4, **options)
+        print(choice)
+        convert_to_dark(model, layers=choice.indices, **options)
+
+    References:
+        - [Retrieval Heads](https://arxiv.org/abs/2404.15574), few of which look things up
+    """
+    besides = ("model", "data", "keep_exact", "max_tokens", "length", "repeat", "batch_size")
+    ConversionOptions.take(choose_layers, kwargs, besides=(*besides, "probe_seed", "verbose"))
+    for name, value in (("keep_exact", keep_exact), ("max_tokens", max_tokens), ("repeat", repeat)):
+        positive_integer(name, value)
+    if positive_integer("length", length) < 3 * repeat:
+        raise ValueError(
+            "`length` must be at least three times `repeat`, for a segment, what comes between and "
+            f"the segment again. Received: length={length}, repeat={repeat}"
+        )
+    rows = max(1, max_tokens // (2 * length))
+    text = _rows(model, data, batch_size, length, rows)
+    lookups = _with_repeats(text, repeat, np.random.default_rng(probe_seed))
+    dark = convert_to_dark(model, copy=True, layers="all", **kwargs)
+    layers = dark_layers(dark)
+    if not keep_exact < len(layers):
+        raise ValueError(
+            f"`keep_exact` must be less than the {len(layers)} layers. Received: {keep_exact}"
+        )
+    calibrate(dark, [_inputs(text)], refine=False, verbose=False)
+    parts = Parts(dark)
+
+    def losses() -> dict[str, float]:
+        return {
+            "text": _loss(parts, text, 1),
+            "lookups": _loss(parts, lookups, length - repeat + 1),
+        }
+
+    progress = keras.utils.Progbar(len(layers), verbose=int(verbose), unit_name="layer")
+    with _exact(layers.values()):
+        before = losses()
+    found = []
+    for index, layer in enumerate(layers.values()):
+        with _exact(other for other in layers.values() if other is not layer):
+            after = losses()
+        found.append({"index": index} | {kind: after[kind] - before[kind] for kind in before})
+        progress.update(index + 1)
+    by_cost = sorted(found, key=lambda layer: -(layer["text"] + layer["lookups"]))
+    exact = sorted(layer["index"] for layer in by_cost[:keep_exact])
+    indices = [layer["index"] for layer in found if layer["index"] not in exact]
+    return LayerChoice(indices=indices, exact=exact, before=before, layers=found)
+
+
+@contextlib.contextmanager
+def _exact(layers: Any) -> Iterator[None]:
+    """Has layers compute softmax attention in the block."""
+    kept: list[FeatureAttention] = list(layers)
+    with observed(kept, lambda layer, heads: heads.exact_output()):
+        yield
+
+
+def _inputs(token_ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+
+
+def _rows(model: Model, data: Data, batch_size: int, length: int, count: int) -> np.ndarray:
+    """Rows of `length` real tokens from the data, `(rows, length)`."""
+    rows: list[np.ndarray] = []
+    for inputs in batches(model, data, batch_size):
+        token_ids = np.asarray(inputs["token_ids"], "int32")
+        mask = np.asarray(inputs.get("padding_mask", np.ones_like(token_ids))) != 0
+        for row, real in zip(token_ids, mask, strict=True):
+            tokens = row[real]
+            rows += [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+        if len(rows) >= count:
+            break
+    if not rows:
+        raise ValueError(
+            f"`data` must have rows of at least `length={length}` tokens. Received: shorter ones"
+        )
+    return np.stack(rows[:count])
+
+
+def _with_repeats(text: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows at whose end a segment from their first third comes again."""
+    rows = text.copy()
+    for row in rows:
+        start = rng.integers(0, max(1, len(row) // 3 - size // 2))
+        row[-size:] = row[start : start + size]
+    return rows
+
+
+def _loss(parts: Parts, token_ids: np.ndarray, first: int) -> float:
+    """Mean loss of the tokens from number `first` on."""
+    hidden = parts.hidden(_inputs(token_ids), training=False)
+    total, length = 0.0, token_ids.shape[1]
+    for start in range(first - 1, length - 1, SLICE):
+        stop = min(start + SLICE, length - 1)
+        logits = ops.cast(parts.logits(hidden[:, start:stop]), "float32")
+        losses = keras.losses.sparse_categorical_crossentropy(
+            token_ids[:, start + 1 : stop + 1], logits, from_logits=True
+        )
+        total += float(ops.convert_to_numpy(ops.sum(losses)))
+    return total / (len(token_ids) * (length - first))

@@ -1,0 +1,155 @@
+"""A block of queries and the exact memory: what they see of it, and how it moves on.
+
+The shapes' letters are those of `ops.exact_memory`.
+"""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_darkformer.memory import Memory
+from keras_darkformer.ops.backend import reshape
+from keras_darkformer.ops.cache import kept_part, through_block
+from keras_darkformer.ops.exact_memory import (
+    Part,
+    Sinks,
+    added_up,
+    find_sinks,
+    joined,
+    last_written,
+    leaving,
+    local_part,
+    received,
+    tokens_of,
+)
+from keras_darkformer.ops.features import TO_BASE
+from keras_darkformer.ops.partition import shape_of
+from keras_darkformer.ops.state import MemoryState, Tokens
+from keras_darkformer.types import Tensor
+
+
+class Marks(NamedTuple):
+    """What there is to know of the tokens of a call, or of a block of it.
+
+    Attributes:
+        index: int32, `(1 or b, s)`, their numbers in the call.
+        asks: bool, `(b, s)`, whose attention counts: those that enter the state.
+        enters: bool, `(b, s)`, whether what leaves the window at each of them was written and may
+            be kept, or enter the sums of the state; `None` for all that is real.
+    """
+
+    index: Tensor
+    asks: Tensor
+    enters: Tensor
+
+
+class Arrival(NamedTuple):
+    """The new tokens of a call.
+
+    Attributes:
+        tokens: `Tokens`, less those that become sinks.
+        sinks: `Sinks`, or `None`.
+        marks: `Marks`.
+    """
+
+    tokens: Tokens
+    sinks: Sinks | None
+    marks: Marks
+
+
+class Held(NamedTuple):
+    """What of the memory moves from block to block.
+
+    Attributes:
+        recent: `Tokens`, the window.
+        kept: `Tokens`, or `()`.
+    """
+
+    recent: Tokens
+    kept: Tokens | tuple[()]
+
+
+class Meeting(NamedTuple):
+    """What comes of a block of queries and the memory.
+
+    Attributes:
+        parts: of the memory, as the queries see it.
+        left: `Tokens`, the T that leave the memory, one at each token.
+        competed: bool, `(b, k, T)`: which of these may enter the sums of the state, or `None`.
+        exits: float32, `(b, k, T)`: what those had received that left the window.
+        held: behind the block.
+    """
+
+    parts: list[Part]
+    left: Tokens
+    competed: Tensor
+    exits: Tensor
+    held: Held
+
+
+def arrive(
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor,
+    written: Tensor,
+    state: MemoryState,
+    memory: Memory,
+) -> Arrival:
+    """New keys and values `(b, s, k, ...)`, of which `written`, bool `(b, s)` or `None`, stay."""
+    tokens, sinks = tokens_of(key, value, key_mask), None
+    batch, length = shape_of(key)[:2]
+    index = ops.arange(length, dtype="int32")[None]
+    enters, asks = None, ops.ones((batch, length), dtype="bool")
+    if written is not None:
+        asks = written = ops.broadcast_to(written, (batch, length))
+        before = ops.ones((batch, memory.window), dtype="bool")
+        enters = ops.concatenate([before, written], axis=1)[:, :length]
+        enters = ops.logical_and(enters, index < last_written(written))
+    if memory.num_sinks:
+        assert isinstance(state.sinks, Tokens)
+        sinks, tokens = find_sinks(state.sinks, tokens, written)
+    return Arrival(tokens, sinks, Marks(index, asks, enters))
+
+
+def meet(
+    query: Tensor,
+    new: Tokens,
+    held: Held,
+    sinks: Sinks | None,
+    marks: Marks,
+    near_mask: Tensor,
+    chunks: Tensor,
+    chunk: int,
+    memory: Memory,
+) -> Meeting:
+    """Lets the queries of a block, `(b, k, N * C * g, h)`, meet the memory.
+
+    Args:
+        query: from `by_head`.
+        new: the block's tokens.
+        held: before the block.
+        sinks: `Sinks`, or `None`.
+        marks: of the block.
+        near_mask: from `band`, or `None` without a window.
+        chunks, chunk: N and C.
+        memory: `Memory`.
+    """
+    batch, kv_heads, _, head_dim = shape_of(query)
+    query = reshape(query * (head_dim**-0.5 * TO_BASE), (batch, kv_heads, chunks, -1, head_dim))
+    seen, size = joined(held.recent, new), memory.window
+    local = local_part(query, seen, sinks, marks.index, near_mask, chunks, chunk, size)
+    if not memory.cache_size:
+        exits, recent = leaving(seen, size)
+        return Meeting([local], exits, None, exits.received, Held(recent, ()))
+    assert isinstance(held.kept, Tokens)
+    shares = received(local, reshape(marks.asks, (batch, chunks, chunk)))[..., memory.num_sinks :]
+    more = added_up(shares, size, chunks, chunk)
+    exits, recent = leaving(seen._replace(received=seen.received + more), size)
+    competition = through_block(held.kept, exits, marks.enters, chunks, chunk)
+    return Meeting(
+        [local, kept_part(query, competition, chunk)],
+        competition.left,
+        competition.competed,
+        exits.received,
+        Held(recent, competition.kept),
+    )
