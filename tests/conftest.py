@@ -1,3 +1,5 @@
+import functools
+import gc
 import os
 from pathlib import Path
 
@@ -27,6 +29,26 @@ if keras.backend.backend() == "torch":
 
     # Tiny tensors: a second thread only waits for the first.
     torch.set_num_threads(1)
+elif keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # Grappler, too, takes longer to improve a graph than it takes to run it once.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+else:
+    from jax._src.interpreters import mlir
+
+    # JAX makes a context of MLIR's for every program, a quarter of what a small one takes.
+    if hasattr(mlir, "make_ir_context"):
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Rubbish is collected once a module, and what is left is not looked through again."""
+    gc.set_threshold(50_000, 50, 100)
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
