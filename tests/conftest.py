@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -27,6 +28,20 @@ if keras.backend.backend() == "torch":
 
     # Tiny tensors: a second thread only waits for the first.
     torch.set_num_threads(1)
+elif keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # Grappler, too, takes longer to improve a graph than it takes to run it once.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Rubbish is collected once a module, and what is left is not looked through again."""
+    gc.set_threshold(50_000, 50, 100)
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from backends import BACKEND
 
 import keras_darkformer
 
@@ -41,6 +42,7 @@ def names_at_hand(module):
     return names
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples_run(module):
     names = names_at_hand(module)

@@ -29,18 +29,19 @@ def run_example(name, *args):
 
 
 def test_a_decoder_trains_on_text_and_writes():
-    printed = run_example("train_decoder.py", "--steps", 2, "--length", 64)
+    printed = run_example("train_decoder.py", "--steps", 2, "--length", 16)
     assert "bits per byte" in printed
     assert "The statement " in printed
 
 
 def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Line {i} says {i * 7 % 13} times nothing." for i in range(9000)))
+    text.write_text("\n".join(f"Line {i} says {i * 7 % 13} times nothing." for i in range(3000)))
     printed = run_example(
         *("gemma_to_dark.py", "--text", text, "--output", tmp_path / "dark"),
-        *("--train-steps", 3, "--transfer-steps", 2, "--steps", 2),
-        *("--sequence-length", 32, "--generate-length", 24, "--prompt", "Line 5"),
+        *("--train-steps", 2, "--transfer-steps", 2, "--steps", 2),
+        *("--sequence-length", 16, "--num-features", 16),
+        *("--generate-length", 16, "--prompt", "Line 5"),
     )
     for stage in ("exact", "converted", "calibrated", "transferred", "distilled", "finetuned"):
         assert f"perplexity of held-out text, {stage}: " in printed

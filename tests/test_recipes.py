@@ -11,7 +11,7 @@ from backends import BACKEND
 from fresh_process import ROOT
 
 pytestmark = pytest.mark.slow
-STEPS = ("--steps", 3, "--length", 32, "--batch-size", 6)
+STEPS = ("--steps", 3, "--length", 8, "--batch-size", 6)
 LIMIT = 120  # seconds until processes that wait for each other are given up
 
 

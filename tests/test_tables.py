@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
+from backends import numpy_only
 from fresh_process import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tables
+
+numpy_only()
 
 
 @pytest.fixture

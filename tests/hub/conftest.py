@@ -6,7 +6,7 @@ import pytest
 from backends import BACKEND
 from keras_hub.models import GemmaCausalLMPreprocessor, GemmaTokenizer
 
-from .models import VOCABULARY
+from .models import LENGTH, VOCABULARY
 from .saved import Saved
 
 
@@ -76,4 +76,4 @@ def saved(sentencepiece_proto, tmp_path_factory):
 @pytest.fixture
 def preprocessor(sentencepiece_proto):
     tokenizer = GemmaTokenizer(proto=sentencepiece_proto)
-    return GemmaCausalLMPreprocessor(tokenizer, sequence_length=16)
+    return GemmaCausalLMPreprocessor(tokenizer, sequence_length=LENGTH)

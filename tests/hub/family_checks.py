@@ -75,9 +75,10 @@ class Case:
         """One layer dark, one exact."""
         return self.once("mixed", lambda: self.model(layers=[0]))
 
-    def model(self, dtype=None, **options):
-        """A new model of two layers, all of them dark."""
-        stock = task_of(self.family.name, **({} if dtype is None else {"dtype": dtype}))
+    def model(self, dtype=None, num_layers=2, **options):
+        """A new model, all of whose layers are dark."""
+        stock = {} if dtype is None else {"dtype": dtype}
+        stock = task_of(self.family.name, num_layers, **stock)
         return self.converted(stock, dark, **options)
 
     def converted(self, stock, convert=convert_to_dark, **options):
@@ -189,7 +190,7 @@ def paths(case):
 
 def fit(case):
     """`fit` with padding, weights and accumulated gradients moves all geometries, no projection."""
-    model = case.model()
+    model = case.model(num_layers=1)
     batch = case.batch()
     weights = batch["padding_mask"].astype("float32")
     if not case.family.causal:
@@ -209,11 +210,11 @@ def fit(case):
 
 def lora(case):
     """LoRA leaves geometries trainable, trains, and its files load into another model."""
-    trained, other = case.model(), case.model()
+    trained, other = case.model(num_layers=1), case.model(num_layers=1)
     for model in (trained, other):
         model.backbone.enable_lora(2)
     if case.is_dark:
-        stock = task_of(case.family.name)
+        stock = task_of(case.family.name, num_layers=1)
         stock.backbone.enable_lora(2)
         names, of_stock = (
             {weight.path.rsplit("/", 1)[1] for weight in model.backbone.trainable_weights}

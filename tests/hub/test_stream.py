@@ -1,5 +1,8 @@
 """A stream is the model reading everything at once, whatever it was read in and wherever."""
 
+import copy
+import functools
+
 import numpy as np
 import pytest
 from backends import to_numpy
@@ -7,73 +10,88 @@ from keras_hub.samplers import RandomSampler
 
 from keras_darkformer.hub import Stream
 
-from .models import LENGTH, dark, gemma, gemma2, inputs, outputs, row
+from .models import LENGTH, dark, gemma, gemma2, inputs, outputs, real, row
 from .searches import greedy_search
 
 TOKENS = inputs(LENGTH, LENGTH, LENGTH)["token_ids"]
+PROMPT = inputs(5, 5, 5)
 # One of the layers of gemma2 is left exact, with a key/value cache.
 BUILDERS = {
     "gemma2": lambda: dark(gemma2()),
-    "memory": lambda: dark(gemma(), sliding_window=3, num_sinks=1, cache_size=3),
+    "memory": lambda: dark(gemma(num_layers=1), sliding_window=3, num_sinks=1, cache_size=3),
 }
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
-def model(request):
-    model = BUILDERS[request.param]()
+@pytest.fixture(params=BUILDERS)
+def name(request):
+    return request.param
+
+
+@functools.cache
+def compiled_stream(name):
+    """One that has read nothing, for texts that fill its cache to the end."""
+    model = BUILDERS[name]()
     model.compile(sampler="greedy")
     model.prefill_size = 4
-    return model
+    return Stream(model, 3, max_length=LENGTH)
 
 
-def stream_of(model, batch_size=3, **options):
-    return Stream(model, batch_size, **{"max_length": 40} | options)
+def stream_of(name):
+    """A stream of its own, which shares what was compiled for the others."""
+    return copy.copy(compiled_stream(name))
+
+
+@functools.cache
+def by_argmax(name):
+    """Behind the prompts."""
+    return greedy_search(compiled_stream(name).model, PROMPT)[:, 5:]
 
 
 def last_logits(model, token_ids):
-    batch = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    return outputs(model, batch)[:, -1]
+    """Behind tokens, padded to the length that all tests have."""
+    count = token_ids.shape[1]
+    padded = np.pad(token_ids, [(0, 0), (0, LENGTH - count)])
+    mask = real(count, count, count).astype("int32")
+    return outputs(model, {"token_ids": padded, "padding_mask": mask})[:, count - 1]
 
 
 @pytest.mark.parametrize("pieces", [[14], [1, 1, 7, 5]], ids=["once", "pieces"])
-def test_logits_are_those_of_the_whole_text(model, pieces):
-    stream, start = stream_of(model), 0
+def test_logits_are_those_of_the_whole_text(name, pieces):
+    stream, start = stream_of(name), 0
     for size in pieces:
         logits = to_numpy(stream.read(TOKENS[:, start : start + size]))
         start += size
         assert stream.position == start
-        if start in (1, 2, 9, 14):
-            expected = last_logits(model, TOKENS[:, :start])
-            np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+        expected = last_logits(stream.model, TOKENS[:, :start])
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_written_is_an_argmax_loop_and_is_read(model):
-    prompt = inputs(5, 5, 5)
-    expected = greedy_search(model, prompt)
-    stream = stream_of(model)
-    stream.read(prompt["token_ids"][:, :5])
-    written = np.concatenate([stream.write(3), stream.write(6)], axis=1)
-    np.testing.assert_array_equal(written, expected[:, 5:])
-    assert stream.position == LENGTH
+def test_what_is_written_is_an_argmax_loop_and_is_read(name):
+    stream, expected = stream_of(name), by_argmax(name)
+    stream.read(PROMPT["token_ids"][:, :5])
+    written = np.concatenate([stream.write(4), stream.write(4)], axis=1)
+    np.testing.assert_array_equal(written, expected[:, :8])
+    assert stream.position == LENGTH - 1
     logits = stream.read(TOKENS[:, :1])
-    whole = np.concatenate([expected, TOKENS[:, :1]], axis=1)
-    np.testing.assert_allclose(to_numpy(logits), last_logits(model, whole), rtol=1e-3, atol=1e-4)
+    whole = np.concatenate([PROMPT["token_ids"][:, :5], written, TOKENS[:, :1]], axis=1)
+    expected = last_logits(stream.model, whole)
+    np.testing.assert_allclose(to_numpy(logits), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_loaded_stream_goes_on_exactly(model, tmp_path):
-    stream = stream_of(model)
-    stream.read(TOKENS[:, :9])
+def test_a_loaded_stream_goes_on_exactly(name, tmp_path):
+    stream = stream_of(name)
+    stream.read(TOKENS[:, :6])
     stream.save(tmp_path / "text.npz")
-    expected = to_numpy(stream.read(TOKENS[:, 9:])), stream.write(5)
-    loaded = Stream.load(tmp_path / "text.npz", model)
-    assert (loaded.position, loaded.max_length) == (9, stream.max_length)
-    np.testing.assert_array_equal(to_numpy(loaded.read(TOKENS[:, 9:])), expected[0])
-    np.testing.assert_array_equal(loaded.write(5), expected[1])
+    expected = to_numpy(stream.read(TOKENS[:, 6:10])), stream.write(4)
+    loaded = Stream.load(tmp_path / "text.npz", stream.model)
+    assert (loaded.position, loaded.max_length) == (6, stream.max_length)
+    np.testing.assert_array_equal(to_numpy(loaded.read(TOKENS[:, 6:10])), expected[0])
+    np.testing.assert_array_equal(loaded.write(4), expected[1])
 
 
 def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
-    stream, sizes = Stream(dark(gemma()), 3), []
-    for part in (TOKENS[:, :2], TOKENS):
+    stream, sizes = stream_of("window"), []
+    for part in (TOKENS[:, :2], TOKENS[:, 2:]):
         stream.read(part)
         stream.save(tmp_path / "text.npz")
         sizes.append((tmp_path / "text.npz").stat().st_size)
@@ -81,27 +99,22 @@ def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
 
 
 def test_writing_ends_when_every_row_has_stopped():
-    model = dark(gemma())
-    model.compile(sampler="greedy")
-    stream = Stream(model, 3)
-    stream.read(TOKENS[:, :5])
-    stream_again = Stream(model, 3)
-    stream_again.read(TOKENS[:, :5])
-    free = stream.write(9)
+    stream, free = stream_of("window"), by_argmax("window")
+    stream.read(PROMPT["token_ids"][:, :5])
     stops = [int(row[3]) for row in free]
     ends = [min(np.flatnonzero(np.isin(row, stops))) + 1 for row in free]
-    written = stream_again.write(9, stop_token_ids=stops)
+    written = stream.write(9, stop_token_ids=stops)
     assert written.shape == (3, max(ends))
     for actual, expected, end in zip(written, free, ends, strict=True):
         np.testing.assert_array_equal(actual[:end], expected[:end])
-    assert stream_again.position == 5 + max(ends)
+    assert stream.position == 5 + max(ends)
 
 
 def test_a_random_sampler_goes_on_drawing():
-    model = dark(gemma())
+    model = dark(gemma(num_layers=1))
     model.compile(sampler=RandomSampler(temperature=5.0, seed=3))
     stream = Stream(model)
-    stream.read(TOKENS[0])
+    stream.read(TOKENS[0, :9])
     drawn = [tuple(stream.write(8)[0]) for _ in range(3)]
     assert len(set(drawn)) == 3
     assert {token for row in drawn for token in row} <= set(range(64))
@@ -114,15 +127,15 @@ def test_tokens_of_another_shape_are_refused(shape):
         stream.read(np.ones(shape, "int32"))
 
 
-def test_a_text_that_gets_too_long_is_refused_and_the_stream_stays(model):
-    stream = stream_of(model, max_length=10)
+def test_a_text_that_gets_too_long_is_refused_and_the_stream_stays(name):
+    stream = stream_of(name)
     stream.read(TOKENS[:, :8])
-    for too_much in (lambda: stream.read(TOKENS[:, :3]), lambda: stream.write(3)):
-        with pytest.raises(ValueError, match=r"`max_length=10`: 8 tokens were read, 3 more"):
+    for too_much in (lambda: stream.read(TOKENS[:, :7]), lambda: stream.write(7)):
+        with pytest.raises(ValueError, match=r"`max_length=14`: 8 tokens were read, 7 more"):
             too_much()
     assert stream.position == 8
-    logits = to_numpy(stream.read(TOKENS[:, 8:10]))
-    expected = last_logits(model, TOKENS[:, :10])
+    logits = to_numpy(stream.read(TOKENS[:, 8:]))
+    expected = last_logits(stream.model, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 

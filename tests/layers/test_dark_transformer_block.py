@@ -41,10 +41,10 @@ def block(seed=0, **options):
     return scrambled(layer)
 
 
-def language_model(length=None, **options):
+def language_model(length=None, num_blocks=2, **options):
     tokens = keras.Input((length,), dtype="int32")
     x = keras.layers.Embedding(LENGTH + 1, WIDTH)(tokens)
-    blocks = [DarkTransformerBlock(**SIZES, seed=seed, **options) for seed in range(2)]
+    blocks = [DarkTransformerBlock(**SIZES, seed=seed, **options) for seed in range(num_blocks)]
     for layer in blocks:
         x = layer(x)
     return keras.Model(tokens, keras.layers.Dense(LENGTH + 1, dtype="float32")(x)), blocks
@@ -179,14 +179,14 @@ def test_fit_moves_every_geometry_and_no_projection(jit):
 
 @pytest.mark.slow
 def test_a_language_model_of_no_fixed_length_trains():
-    model, _ = language_model(rope_max_wavelength=100.0)
+    model, _ = language_model(num_blocks=1, rope_max_wavelength=100.0)
     assert np.isfinite(fit_three_steps(model, DEFAULT_JIT)).all()
     assert model.predict(np.ones((1, 70), "int32"), verbose=0).shape == (1, 70, LENGTH + 1)
 
 
 @pytest.mark.slow
 def test_a_model_in_mixed_precision_trains_with_float32_features():
-    model, blocks = language_model(LENGTH, dtype="mixed_bfloat16", dropout=0.1)
+    model, blocks = language_model(LENGTH, 1, dtype="mixed_bfloat16", dropout=0.1)
     assert np.isfinite(fit_three_steps(model, DEFAULT_JIT)).all()
     for layer in blocks:
         feature_map = layer.attention.feature_map

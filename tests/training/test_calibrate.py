@@ -192,9 +192,9 @@ def test_a_model_without_dark_layers_is_refused():
 @pytest.mark.parametrize("method", ["scale", "spectral", "clusters", "auto"])
 def test_what_is_fitted_attends_more_like_softmax_on_held_out_data(method):
     model = dark_gemma(num_features=32, geometry_scale=1.0)[1]
-    data = {"token_ids": tokens(8), "padding_mask": np.ones((8, LENGTH), "int32")}
+    data = {"token_ids": tokens(9), "padding_mask": np.ones((9, LENGTH), "int32")}
     before = approximation_report(model, HELD_OUT).summary()["kl"]
-    quietly(model, data, method=method)
+    quietly(model, data, method=method, batch_size=3)
     after = approximation_report(model, HELD_OUT).summary()["kl"]
     assert after["dark"] < 0.7 * before["dark"]
     assert after["dark"] < 0.7 * after["performer"]
@@ -317,16 +317,16 @@ def test_a_compiled_model_is_compiled_again_when_feature_maps_change(capsys):
 @pytest.mark.parametrize("build", [gemma, lambda: gemma3(num_layers=2)], ids=["gemma", "gemma3"])
 def test_a_geometry_before_the_rotation_improves_and_knows_no_position(build):
     model = dark_gemma(build, layers="all", rope_geometry="before", num_features=32)[1]
-    data = {"token_ids": tokens(8), "padding_mask": np.ones((8, LENGTH), "int32")}
+    data = {"token_ids": tokens(9), "padding_mask": np.ones((9, LENGTH), "int32")}
     maps = feature_maps(model)
-    quietly(model, data, center=False)
+    quietly(model, data, batch_size=3, center=False)
     geometries = [to_numpy(x.geometry.value) for x in maps]
-    quietly(model, data, center=False, position_offset=(1000, 1000))
+    quietly(model, data, batch_size=3, center=False, position_offset=(1000, 1000))
     for feature_map, geometry in zip(maps, geometries, strict=True):
         np.testing.assert_allclose(
             to_numpy(feature_map.geometry.value), geometry, rtol=2e-3, atol=2e-3
         )
-    quietly(model, data)
+    quietly(model, data, batch_size=3)
     kl = approximation_report(model, HELD_OUT).summary()["kl"]
     assert kl["dark"] < 0.8 * kl["performer"]
 
@@ -390,12 +390,10 @@ def test_the_mass_behind_a_window_is_softmax_s():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_sequences_no_longer_than_the_window_are_refused(padded):
-    model = dark_gemma(sliding_window=6)[1]
-    batch = inputs(6, 3, 5) if padded else inputs(6, 6, 6, total=6)
+    model = dark_gemma(sliding_window=LENGTH)[1]
+    batch = inputs(14, 3, 5) if padded else inputs(14, 14, 14)
     before = values(model)
-    with pytest.raises(
-        ValueError, match=r"longer than the 6 tokens that are kept exactly.*6 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"longer than the 14 tokens that are kept.*14 tokens"):
         quietly(model, [batch])
     after = values(model)
     assert all((after[path] == value).all() for path, value in before.items())

@@ -3,7 +3,14 @@
 import keras
 import numpy as np
 import pytest
-from backends import differentiated, largest_intermediate, run, to_numpy, value_and_gradients
+from backends import (
+    BACKEND,
+    differentiated,
+    largest_intermediate,
+    run,
+    to_numpy,
+    value_and_gradients,
+)
 from hub.models import LENGTH, VOCABULARY, attentions, gemma, gemma2, inputs, outputs, values
 
 from keras_darkformer import DarkTransformerBlock, distil, teacher_targets
@@ -21,6 +28,9 @@ from .models import dark_gemma, plain, tokens
 pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 
 DATA = [inputs(14, 9, 5), inputs(7, 14, 12)]
+# What is trained, and by a copy of which optimizer.
+only_torch = pytest.mark.skipif(BACKEND != "torch", reason="settled before a backend computes")
+only_torch_and_slow = (only_torch, pytest.mark.slow)
 
 
 def log_softmax(x):
@@ -87,7 +97,7 @@ def test_the_distiller_of_keras_takes_it():
     np.testing.assert_allclose(history["distillation_loss"], [expected.mean()], rtol=1e-3)
 
 
-@pytest.mark.parametrize("top_k", [None, 8, pytest.param(10 * VOCABULARY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("top_k", [None, 8, pytest.param(10 * VOCABULARY, marks=only_torch)])
 def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
     stock, model = pair
     batch = DATA[0]
@@ -266,7 +276,12 @@ MOVED = {
 
 
 @pytest.mark.parametrize(
-    "train", ["qkv", *(pytest.param(x, marks=pytest.mark.slow) for x in MOVED if x != "qkv")]
+    "train",
+    [
+        "qkv",
+        pytest.param("lora", marks=pytest.mark.slow),
+        *(pytest.param(x, marks=only_torch_and_slow) for x in MOVED if x not in ("qkv", "lora")),
+    ],
 )
 def test_what_is_asked_for_moves_and_all_settings_come_back(train):
     """Gemma 2: its second layer is dark, its first is not."""
@@ -367,7 +382,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.slow) if x == "muon" else x for x in OPTIMIZERS]
+    "name", ["adam", *(pytest.param(x, marks=only_torch) for x in OPTIMIZERS if x != "adam")]
 )
 def test_the_optimizer_stays_as_it_was_and_another_like_it_is_used(name, pair):
     stock, model = pair
