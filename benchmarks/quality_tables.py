@@ -71,6 +71,23 @@ def text_losses(rows, key):
     return [row[key]["text"] for row in rows]
 
 
+def retrieval(backend):
+    """What a real decoder reads and finds, arm by arm, of retrieval.py."""
+    lines = []
+    for name, row in load(f"retrieval_{backend}")["arms"].items():
+        kinds = [kind for kind in row if kind not in ("bytes", "options")]
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1024:.0f}"
+        cells = []
+        for kind in kinds:
+            median, low, high = (row[kind][x] for x in ("median", "lowest", "highest"))
+            if kind == "digits right":
+                cells.append(f"{median:.0%}")
+            else:
+                cells.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
+        lines.append([name, size, *cells])
+    return table(["arm", "KiB a layer", *kinds], lines)
+
+
 OFFSETS = {
     "after, no offsets": "rope after, no offsets",
     "after, offsets over all": "rope after, offsets",

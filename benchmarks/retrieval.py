@@ -126,7 +126,10 @@ def converted(arm, calibration):
     layer = next(iter(model.backbone.dark_layers.values()))
     state = tree.flatten(layer.feature_map.get_initial_state(1))
     sums = 0 if how == "fitted" else 3
-    return model, sum(4 * int(np.prod(leaf.shape)) for leaf in state[sums:])
+    # Of a model in bfloat16: there keys and values take two bytes, all else four.
+    widths = [4] * 3 + [2, 2, 4] * ((len(state) - 3) // 3)
+    sizes = [width * int(np.prod(leaf.shape)) for width, leaf in zip(widths, state, strict=True)]
+    return model, sum(sizes[sums:])
 
 
 def chosen_layers(batch):

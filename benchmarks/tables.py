@@ -52,6 +52,7 @@ TABLES = {
     "positions": quality.positions,
     "quality": quality.quality,
     "remat": speed.remat,
+    "retrieval": quality.retrieval,
     "sequence-parallel": quality.sequence_parallel,
     "shapes": speed.shapes,
     "speed": speed.speed,

@@ -40,10 +40,8 @@ class LayerChoice(dict):
 
     def __rich__(self) -> Table:
         before = self["before"]
-        table = Table(
-            title=f"What converting one layer adds to the loss (text {before['text']:.2f}, lookups "
-            f"{before['lookups']:.2f} nats a token)"
-        )
+        losses = f"text {before['text']:.2f}, lookups {before['lookups']:.2f} nats a token"
+        table = Table(title="Loss that converting one layer adds", caption=f"exact: {losses}")
         for column in ("layer", "text", "lookups", ""):
             table.add_column(column, justify="right")
         for layer in self["layers"]:

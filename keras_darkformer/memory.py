@@ -43,3 +43,6 @@ class Memory(NamedTuple):
                 "`cache_size` needs a `sliding_window`: in it a key receives the attention by "
                 f"which it is kept. Received: cache_size={self.cache_size}, sliding_window=None"
             )
+
+
+NO_MEMORY = Memory()

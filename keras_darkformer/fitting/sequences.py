@@ -6,13 +6,16 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from keras_darkformer.fitting.projections import Projections
+from keras_darkformer.memory import NO_MEMORY, Memory
+from keras_darkformer.ops.reference import exact_keys
 
 
 class HeadSample(NamedTuple):
     """Queries `(b, t, g, h)` and keys `(b, s, h)` of one key/value head, sequence by sequence.
 
     Masks, `(b, t)` and `(b, s)`, are true for what counts; `None` is true everywhere. With `causal`
-    query t attends to keys up to t.
+    query t attends to keys up to t. Keys in an exact `memory` are left out of what a query sees:
+    features are not asked for them.
     """
 
     query: np.ndarray
@@ -20,6 +23,7 @@ class HeadSample(NamedTuple):
     query_mask: np.ndarray | None = None
     key_mask: np.ndarray | None = None
     causal: bool = False
+    memory: Memory = NO_MEMORY
 
     def where(self, mask: np.ndarray) -> Self:
         """The part of it where a mask `(b, t)` holds, of queries and of as many keys."""
@@ -86,6 +90,10 @@ def split(sample: HeadSample) -> Iterator[Attended]:
         here, there = np.flatnonzero(query_mask[row]), np.flatnonzero(key_mask[row])
         last_seen = here[:, None] + s - t if sample.causal else s
         visible = np.broadcast_to(there <= last_seen, (len(here), len(there)))
+        if sample.memory:
+            near = np.einsum("tgh,sh->gts", sample.query[row], sample.key[row]) / np.sqrt(head_dim)
+            exact = exact_keys(near, key_mask[row], key_mask[row], sample.memory)
+            visible = visible & ~exact[np.ix_(here, there)]
         here, visible = here[visible.any(axis=1)], visible[visible.any(axis=1)]
         if len(here):
             query = sample.query[row, here].reshape(-1, head_dim).astype("float64")

@@ -8,6 +8,7 @@ import numpy as np
 from keras_darkformer.fitting.moments import HeadMoments, Moments
 from keras_darkformer.fitting.reservoir import Reservoir
 from keras_darkformer.fitting.sequences import HeadSample
+from keras_darkformer.memory import NO_MEMORY, Memory
 
 
 class HeadStatistics(NamedTuple):
@@ -34,6 +35,7 @@ class LayerStatistics:
         needs_sample: bool. Whether to keep a sample.
         needs_unrotated: bool. Whether `probe_layout` and `update_unrotated` have to be called, too.
         max_tokens, seed: int. Of the sample.
+        memory: `Memory`, whose keys features are not asked for.
 
     Attributes:
         moments: of rotated queries and keys.
@@ -50,9 +52,10 @@ class LayerStatistics:
         needs_unrotated: bool = False,
         max_tokens: int,
         seed: int,
+        memory: Memory = NO_MEMORY,
     ) -> None:
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.needs_unrotated = needs_unrotated
+        self.needs_unrotated, self.memory = needs_unrotated, memory
         self.moments = Moments(num_heads, head_dim)
         self.unrotated = Moments(num_heads, head_dim) if needs_unrotated else None
         self.layout = np.arange(head_dim)
@@ -107,6 +110,8 @@ class LayerStatistics:
         """What was seen of one key/value head."""
         unrotated = None if self.unrotated is None else self.unrotated.of_head(head)
         sample = None if self._reservoir is None else self._reservoir.of_head(head)
+        if sample is not None:
+            sample = sample._replace(memory=self.memory)
         return HeadStatistics(head, self.moments.of_head(head), unrotated, self.layout, sample)
 
 

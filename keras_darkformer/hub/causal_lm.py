@@ -137,7 +137,7 @@ class DarkCausalLM(DarkTask):
             A tuple with one entry a layer. A linear layer's is a state, see `ops.initial_state`.
         """
         return tuple(
-            attention.feature_map.get_initial_state(batch_size)
+            attention.feature_map.get_initial_state(batch_size, dtype=attention.compute_dtype)
             if is_linear(attention)
             else self._empty_key_value_cache(attention, batch_size, max_length)
             for attention in self.backbone.attention_layers

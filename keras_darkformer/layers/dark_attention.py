@@ -282,7 +282,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
 
     @property
     def _state_shapes(self) -> StateShapes:
-        return self.feature_map.state_shapes(positioned=self.is_rotary)
+        return self.feature_map.state_shapes(positioned=self.is_rotary, dtype=self.compute_dtype)
 
     def get_initial_state(self, batch_size: Tensor) -> AttentionState:
         """The state before the first token.

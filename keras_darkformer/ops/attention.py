@@ -16,7 +16,7 @@ import keras
 from keras import ops
 
 from keras_darkformer.checks import optional_integer
-from keras_darkformer.memory import Memory
+from keras_darkformer.memory import NO_MEMORY, Memory
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import check_attention, check_causal, check_mask
 from keras_darkformer.ops.chunked import chunked
@@ -34,7 +34,7 @@ def attend(
     features: FoldedFeatures,
     *,
     causal: bool = False,
-    memory: Memory = Memory(),  # noqa: B008  it is immutable
+    memory: Memory = NO_MEMORY,
     initial_state: AttentionState | None = None,
     return_state: bool = False,
     **call: Any,
@@ -67,16 +67,17 @@ def attend(
         # What is masked counts for nothing.
         how = how._replace(write_mask=ops.logical_and(how.key_mask, how.write_mask))
     sizes = key.shape[2], features.num_features, value.shape[3], key.shape[3]
-    shapes = StateShapes(*sizes, memory)
+    dtype = output_dtype(query, key, value)
+    shapes = StateShapes(*sizes, memory, dtype=dtype)
     if initial_state is None:
-        state = shapes.zeros(ops.shape(key)[0])
+        state = shapes._replace(dtype="float32").zeros(ops.shape(key)[0])
     else:
         state = shapes.check(initial_state, key.shape[0])
     is_one = key.shape[1] == 1 and (causal or initial_state is not None)
     form = recurrent if is_one else chunked if causal else parallel
     output, state = form(query, key, value, features, state, how)
-    output = ops.cast(output, output_dtype(query, key, value))
-    return (output, state) if return_state else output
+    output = ops.cast(output, dtype)
+    return (output, shapes.stored(state)) if return_state else output
 
 
 def are_few(inputs: Tensor, num_features: int) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from keras_darkformer.memory import Memory
+from keras_darkformer.memory import NO_MEMORY, Memory
 from keras_darkformer.types import Tensor
 
 
@@ -20,7 +20,7 @@ class Call(NamedTuple):
 
     key_mask: Tensor = None
     write_mask: Tensor = None
-    memory: Memory = Memory()
+    memory: Memory = NO_MEMORY
     chunk_size: int | None = None
     remat: bool | None = None
     with_state: bool = False

@@ -1,7 +1,8 @@
 """What attention carries from one piece of a sequence to the next.
 
-Named tuples of float32 tensors, batch first on every leaf, of a size that does not depend on the
-length. Their shapes are written once, in `StateShapes`.
+Named tuples of tensors, batch first on every leaf, of a size that does not depend on the length.
+They are float32, but for the keys and values of an exact memory, which are kept as they come. Their
+shapes are written once, in `StateShapes`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 from keras import ops
 
-from keras_darkformer.memory import Memory
+from keras_darkformer.memory import NO_MEMORY, Memory
 from keras_darkformer.ops.checks import shapes_differ
 from keras_darkformer.types import Shape, Tensor
 
@@ -96,14 +97,16 @@ class StateShapes(NamedTuple):
         head_dim: h; only an exact memory asks for it.
         memory: `Memory`.
         positioned: whether positions are counted.
+        dtype: of the keys and values in an exact memory.
     """
 
     num_heads: int
     num_features: int
     value_dim: int
     head_dim: int | None = None
-    memory: Memory = Memory()
+    memory: Memory = NO_MEMORY
     positioned: bool = False
+    dtype: str = "float32"
 
     def leaves(self) -> list[Shape]:
         """The shapes of all leaves, less the batch, in the order of `keras.tree`."""
@@ -117,6 +120,12 @@ class StateShapes(NamedTuple):
     def _sizes(self) -> tuple[int, int, int]:
         return self.memory.num_sinks, self.memory.window, self.memory.cache_size
 
+    def dtypes(self) -> list[str]:
+        """The dtypes of all leaves."""
+        tokens = sum(size > 0 for size in self._sizes)
+        stored = [self.dtype, self.dtype, "float32"] * tokens
+        return ["float32"] * 3 + stored + ["float32"] * self.positioned
+
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The state of these leaves."""
         rest = iter(leaves)
@@ -128,7 +137,10 @@ class StateShapes(NamedTuple):
 
     def zeros(self, batch_size: Tensor) -> Any:
         """The state before the first token."""
-        leaves = [ops.zeros((batch_size, *shape), dtype="float32") for shape in self.leaves()]
+        leaves = [
+            ops.zeros((batch_size, *shape), dtype=dtype)
+            for shape, dtype in zip(self.leaves(), self.dtypes(), strict=True)
+        ]
         leaves[2] = leaves[2] + LOG_ZERO
         for index in range(5, len(leaves) - self.positioned, 3):
             leaves[index] = leaves[index] + NOTHING
@@ -137,8 +149,18 @@ class StateShapes(NamedTuple):
     def spec(self, batch_size: int | None) -> Any:
         """The state as `keras.KerasTensor`s."""
         return self.pack(
-            [keras.KerasTensor((batch_size, *shape), dtype="float32") for shape in self.leaves()]
+            [
+                keras.KerasTensor((batch_size, *shape), dtype=dtype)
+                for shape, dtype in zip(self.leaves(), self.dtypes(), strict=True)
+            ]
         )
+
+    def stored(self, state: Any) -> Any:
+        """A state in float32 as it is kept: keys and values in their dtype."""
+        if self.dtype == "float32" or not self.memory:
+            return state
+        leaves = zip(_leaves(state), self.dtypes(), strict=True)
+        return self.pack([ops.cast(leaf, dtype) for leaf, dtype in leaves])
 
     def check(self, state: Any, batch_size: int | None) -> Any:
         """A state of these shapes in float32, its named tuples restored.
@@ -181,6 +203,7 @@ def initial_state(
     sliding_window: int | None = None,
     num_sinks: int = 0,
     cache_size: int = 0,
+    dtype: str = "float32",
 ) -> State | MemoryState:
     """The state of `dark_attention` before the first token.
 
@@ -191,6 +214,7 @@ def initial_state(
         value_dim: int, v.
         head_dim: int, h; needed with an exact memory.
         sliding_window, num_sinks, cache_size: as for `dark_attention`.
+        dtype: of the keys and values that will come, in which an exact memory keeps them.
 
     Returns:
         A `State` of float32 tensors: `kv_state` of shape `(b, k, m, v)` and `key_state`
@@ -207,9 +231,8 @@ def initial_state(
     memory.check()
     if memory and head_dim is None:
         raise ValueError("An exact memory needs a `head_dim`: the state holds keys.")
-    return StateShapes(num_key_value_heads, num_features, value_dim, head_dim, memory).zeros(
-        batch_size
-    )
+    sizes = num_key_value_heads, num_features, value_dim, head_dim
+    return StateShapes(*sizes, memory, dtype=dtype).zeros(batch_size)
 
 
 def add_states(states: State, log_weight: Tensor) -> State:

@@ -21,6 +21,7 @@ from keras_darkformer.fitting.sequences import (
     feature_weights,
     sequences,
 )
+from keras_darkformer.memory import NO_MEMORY
 from keras_darkformer.options import FeatureOptions
 
 from .data import anisotropic, rotated
@@ -42,7 +43,17 @@ def data(length=LENGTH, groups=1, seed=0, scale=0.7):
     return anisotropic(length=length, heads=heads, head_dim=HEAD_DIM, seed=seed, scale=scale)
 
 
-def collected(query, key, place, calibration, start=0, layout=None, max_tokens=10_000, **how):
+def collected(
+    query,
+    key,
+    place,
+    calibration,
+    start=0,
+    layout=None,
+    max_tokens=10_000,
+    memory=NO_MEMORY,
+    **how,
+):
     """What a layer with rotary positions sees; after the rotation it may as well have none."""
     fitter = FITTERS[place]
     seen = LayerStatistics(
@@ -52,6 +63,7 @@ def collected(query, key, place, calibration, start=0, layout=None, max_tokens=1
         needs_unrotated=fitter.needs_unrotated,
         max_tokens=max_tokens,
         seed=calibration.seed,
+        memory=memory,
     )
     if place == "after":
         seen.update(query, key, **how)

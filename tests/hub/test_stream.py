@@ -90,7 +90,7 @@ def test_a_loaded_stream_goes_on_exactly(name, tmp_path):
 
 
 def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
-    stream, sizes = stream_of("window"), []
+    stream, sizes = stream_of("memory"), []
     for part in (TOKENS[:, :2], TOKENS[:, 2:]):
         stream.read(part)
         stream.save(tmp_path / "text.npz")
@@ -99,7 +99,7 @@ def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
 
 
 def test_writing_ends_when_every_row_has_stopped():
-    stream, free = stream_of("window"), by_argmax("window")
+    stream, free = stream_of("memory"), by_argmax("memory")
     stream.read(PROMPT["token_ids"][:, :5])
     stops = [int(row[3]) for row in free]
     ends = [min(np.flatnonzero(np.isin(row, stops))) + 1 for row in free]

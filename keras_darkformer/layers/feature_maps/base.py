@@ -185,8 +185,10 @@ class FeatureMap(keras.layers.Layer):
         """Which pairs of a causal call meet in the exact memory, bool `(b, n, t, s)`, or `None`."""
         return exact_pairs(query, key, self.memory, key_mask) if self.memory else None
 
-    def state_shapes(self, value_dim: int | None = None, positioned: bool = False) -> StateShapes:
-        """Shapes of states, for values of `value_dim` (`None`: `head_dim`)."""
+    def state_shapes(
+        self, value_dim: int | None = None, positioned: bool = False, dtype: str = "float32"
+    ) -> StateShapes:
+        """Shapes of states, for values of `value_dim` (`None`: `head_dim`) and this dtype."""
         return StateShapes(
             self.num_heads,
             self.num_features,
@@ -194,11 +196,14 @@ class FeatureMap(keras.layers.Layer):
             self.head_dim,
             self.memory,
             positioned,
+            dtype,
         )
 
-    def get_initial_state(self, batch_size: Tensor, value_dim: int | None = None) -> AttentionState:
-        """The state before the first token, for values of `value_dim` (`None`: `head_dim`)."""
-        return self.state_shapes(value_dim).zeros(batch_size)
+    def get_initial_state(
+        self, batch_size: Tensor, value_dim: int | None = None, dtype: str = "float32"
+    ) -> AttentionState:
+        """The state before the first token; arguments as for `state_shapes`."""
+        return self.state_shapes(value_dim, dtype=dtype).zeros(batch_size)
 
     def calibrate(
         self,
@@ -277,6 +282,7 @@ class FeatureMap(keras.layers.Layer):
             needs_unrotated=fitter.needs_unrotated,
             max_tokens=max_tokens,
             seed=options.seed,
+            memory=self.memory,
         )
 
     def fit(self, statistics: LayerStatistics, options: CalibrationOptions) -> Fit:
