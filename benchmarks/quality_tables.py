@@ -88,6 +88,31 @@ def retrieval(backend):
     return table(["arm", "KiB a layer", *kinds], lines)
 
 
+SHORT = {
+    "exact": "exact",
+    "window 64": "window of 64 tokens",
+    "window 64, 4 sinks": "window of 64, 4 sinks",
+    "window 124, 4 sinks": "window of 124, 4 sinks",
+    "window 64, 4 sinks, 60 kept": "window of 64, 4 sinks, 60 kept keys",
+    "60 kept, 4 layers exact, evenly spaced": "the same, 4 of 30 layers exact, evenly spaced",
+    "60 kept, 4 layers exact, chosen": "the same, 4 of 30 layers exact, chosen",
+    "60 kept, 8 layers exact, chosen": "the same, 8 of 30 layers exact, chosen",
+}
+
+
+def retrieval_short(backend):
+    """The same, of some arms and figures, for the README."""
+    arms = load(f"retrieval_{backend}")["arms"]
+    lines = []
+    for arm, name in SHORT.items():
+        row = arms[arm]
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1024:.0f}"
+        losses = [f"{row[x]['median']:.2f}" for x in ("text", "repeat of 16", "repeat of 64")]
+        lines.append([name, size, *losses, f"{row['digits right']['median']:.0%}"])
+    columns = ["attention", "KiB a linear layer", "text", "repeat of 16", "repeat of 64"]
+    return table([*columns, "digits right"], lines)
+
+
 OFFSETS = {
     "after, no offsets": "rope after, no offsets",
     "after, offsets over all": "rope after, offsets",

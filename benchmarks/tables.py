@@ -53,6 +53,7 @@ TABLES = {
     "quality": quality.quality,
     "remat": speed.remat,
     "retrieval": quality.retrieval,
+    "retrieval-short": quality.retrieval_short,
     "sequence-parallel": quality.sequence_parallel,
     "shapes": speed.shapes,
     "speed": speed.speed,
