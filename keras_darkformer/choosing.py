@@ -41,7 +41,7 @@ class LayerChoice(dict):
     def __rich__(self) -> Table:
         before = self["before"]
         losses = f"text {before['text']:.2f}, lookups {before['lookups']:.2f} nats a token"
-        table = Table(title="Loss that converting one layer adds", caption=f"exact: {losses}")
+        table = Table(title="Loss that converting one layer adds", caption=f"unconverted: {losses}")
         for column in ("layer", "text", "lookups", ""):
             table.add_column(column, justify="right")
         for layer in self["layers"]:

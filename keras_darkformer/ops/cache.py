@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_darkformer.ops.backend import reshape, search
-from keras_darkformer.ops.exact_memory import Part, joined, tokens_at
+from keras_darkformer.ops.exact_memory import Part, joined, masked, tokens_at
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import Tokens
 from keras_darkformer.ops.sums import FUTURE, with_ones
@@ -22,17 +22,18 @@ class Competition(NamedTuple):
     """How the cache goes through a block.
 
     Attributes:
-        candidates: `Tokens` by chunk, `(b, k, N, G + C, ...)`: those kept before it, then those
-            that leave the window in it.
-        leaves: int32, `(b, k, N, G + C)`: at which of the chunk's tokens each leaves the memory; C
-            or more for those that stay.
+        before: `Tokens` by chunk, `(b, k, N, G, ...)`: those that are kept before it.
+        leaves: int32, `(b, k, N, G)`: at which of the chunk's tokens each of them leaves the
+            memory; C for those that stay.
+        exits_leave: int32, `(b, k, N, C)`: the same of those that leave the window in it.
         left: `Tokens`, the T that leave, one at each token.
         competed: bool, `(b, k, T)`: which of them had a chance to stay.
         kept: `Tokens`, the G that are kept behind the block.
     """
 
-    candidates: Tokens
+    before: Tokens
     leaves: Tensor
+    exits_leave: Tensor
     left: Tokens
     competed: Tensor
     kept: Tokens
@@ -54,8 +55,7 @@ def compete(kept: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
     scores = ops.concatenate([kept, entering], axis=-1)
     one, other = scores[..., :, None], scores[..., None, :]
     index = ops.arange(size + chunk, dtype="int32")
-    newer = index[:, None] > index[None, :]
-    beats = ops.logical_or(one > other, ops.logical_and(ops.equal(one, other), newer))
+    beats = ops.where(index[:, None] > index[None, :], one >= other, one > other)
     beats = ops.cast(beats, "int32")
     rank = ops.sum(beats[:, :, :size], axis=2)[:, :, None] + ops.cumsum(beats[:, :, size:], axis=2)
     stays = ops.sum(ops.cast(rank < size, "int32"), axis=2)
@@ -100,18 +100,11 @@ def through_block(
     (_, last), found = search(step, carry, output, (by_chunk, places))
     before, leaves, left, competed = (ops.transpose(x, (0, 2, 1, 3)) for x in found)
     source = joined(kept, exits)
-    kept_before = tokens_at(source, reshape(before, (batch, heads, chunks * size)))
-    candidates = Tokens(
-        *(
-            ops.concatenate(
-                [reshape(x, (batch, heads, chunks, -1, *x.shape[3:])) for x in pair], axis=3
-            )
-            for pair in zip(kept_before, exits, strict=True)
-        )
-    )
+    before = tokens_at(source, reshape(before, (batch, heads, chunks * size)))
     return Competition(
-        candidates,
-        leaves,
+        Tokens(*(reshape(x, (batch, heads, chunks, size, *x.shape[3:])) for x in before)),
+        leaves[..., :size],
+        leaves[..., size:],
         tokens_at(source, reshape(left, (batch, heads, length))),
         reshape(competed, (batch, heads, length)),
         tokens_at(source, last),
@@ -120,12 +113,30 @@ def through_block(
 
 def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
     """The kept keys as the queries `(b, k, N, C * g, h)`, scaled, of a block see them."""
-    candidates, leaves = competition.candidates, competition.leaves
-    logits = query @ ops.swapaxes(candidates.key, -1, -2)
-    logits = reshape(logits, (*shape_of(query)[:3], chunk, -1, candidates.key.shape[3]))
+    before = competition.before
+    logits = query @ ops.swapaxes(before.key, -1, -2)
+    logits = reshape(logits, (*shape_of(query)[:3], chunk, -1, before.key.shape[3]))
     token = ops.arange(chunk, dtype="int32")[:, None]
-    entered = ops.arange(candidates.key.shape[3], dtype="int32") - (candidates.key.shape[3] - chunk)
-    seen = ops.logical_and(token >= entered, token < leaves[:, :, :, None])
-    seen = ops.logical_and(seen, candidates.is_real[:, :, :, None])
-    mask = ops.where(seen, 0.0, FUTURE)
-    return Part(logits + mask[:, :, :, :, None], with_ones(candidates.value))
+    seen = ops.logical_and(token < competition.leaves[:, :, :, None], before.is_real[:, :, :, None])
+    return masked(Part(logits, with_ones(before.value)), ops.where(seen, 0.0, FUTURE))
+
+
+def with_exits(mask: Tensor, exits: Tokens, competition: Competition, size: int) -> Tensor:
+    """The mask of `local_part`, and those that left the window seen for as long as they are kept.
+
+    Args:
+        mask: `(b, 1, N, C, S + W + C)`.
+        exits: T tokens. Those of a chunk are the first C of its band of W + C.
+        competition: `Competition`.
+        size: W.
+    """
+    leaves = competition.exits_leave
+    chunk = leaves.shape[3]
+    sinks = mask.shape[4] - size - chunk
+    token, key = ops.arange(chunk, dtype="int32")[:, None], ops.arange(chunk, dtype="int32")
+    real = reshape(exits.is_real, shape_of(leaves))
+    seen = ops.logical_and(token < leaves[:, :, :, None], real[:, :, :, None])
+    seen = ops.logical_and(seen, key - size <= token)  # where W is less than C
+    mask = ops.broadcast_to(mask, (*shape_of(leaves)[:2], *shape_of(mask)[2:]))
+    parts = [mask[..., :sinks], ops.where(seen, 0.0, FUTURE), mask[..., sinks + chunk :]]
+    return ops.concatenate(parts, axis=4)

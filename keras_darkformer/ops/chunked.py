@@ -15,7 +15,6 @@ from keras_darkformer.ops.backend import reshape, scan
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.exact_memory import (
     Sinks,
-    band,
     combined,
     joined,
     none_of,
@@ -23,7 +22,7 @@ from keras_darkformer.ops.exact_memory import (
     window_by_row,
 )
 from keras_darkformer.ops.features import FoldedFeatures
-from keras_darkformer.ops.meeting import Held, Marks, arrive, meet
+from keras_darkformer.ops.meeting import Held, Marks, arrive, meet, memory_band
 from keras_darkformer.ops.partition import (
     chunk_partition,
     join_blocks,
@@ -82,7 +81,7 @@ def chunked(
     groups = num_heads // kv_heads
     blocks, chunks, chunk = chunk_partition(length, head_dim, groups, call.chunk_size)
     tokens = chunks * chunk
-    near_mask = band(chunk, memory.window) if memory.window else None
+    near_mask = memory_band(chunk, memory)
 
     inputs, sinks, written = {"query": query}, None, call.write_mask
     if isinstance(state, State):

@@ -179,7 +179,7 @@ def local_part(
     chunks: Tensor,
     chunk: int,
     size: int,
-) -> Part:
+) -> tuple[Part, Tensor]:
     """Sinks and window as the queries of a block see them.
 
     Args:
@@ -189,6 +189,9 @@ def local_part(
         index: int32, `(b, T)`, which query of the call each is.
         near_mask: from `band`, or `None` without a window.
         chunks, chunk, size: N, C and W.
+
+    Returns:
+        The part, nothing masked, and its mask as logarithms, `(b, 1, N, C, x)`.
     """
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -203,16 +206,21 @@ def local_part(
         there = ops.logical_and(there, sinks.tokens.is_real[:, :1, None, None])
         masks.append(ops.where(there, 0.0, FUTURE))
     if near_mask is not None:
-        keys.append(_bands(seen.key, size, chunks, chunk))
-        values.append(_bands(with_ones(seen.value), size, chunks, chunk))
-        mask = _bands(ops.where(seen.is_real[:, :1], 0.0, FUTURE), size, chunks, chunk)
+        how = (size, near_mask.shape[1] - chunk, chunks, chunk)
+        keys.append(_bands(seen.key, *how))
+        values.append(_bands(with_ones(seen.value), *how))
+        mask = _bands(ops.where(seen.is_real[:, :1], 0.0, FUTURE), *how)
         masks.append(mask[:, :, :, None] + near_mask)
     key, value = (x[0] if len(x) == 1 else ops.concatenate(x, axis=3) for x in (keys, values))
     mask = masks[0] if len(masks) == 1 else ops.concatenate(masks, axis=4)
-    logits = reshape(
-        query @ ops.swapaxes(key, -1, -2), (*shape_of(query)[:3], chunk, -1, key.shape[3])
-    )
-    return Part(logits + mask[:, :, :, :, None], value)
+    logits = query @ ops.swapaxes(key, -1, -2)
+    logits = reshape(logits, (*shape_of(query)[:3], chunk, -1, key.shape[3]))
+    return Part(logits, value), mask
+
+
+def masked(part: Part, mask: Tensor) -> Part:
+    """A part of which queries see what a mask `(b, 1 or k, N, C, x)` says."""
+    return part._replace(logits=part.logits + mask[:, :, :, :, None])
 
 
 def received(part: Part, asks: Tensor) -> Tensor:
@@ -261,42 +269,42 @@ def combined(parts: list[Part], far: Tensor, far_scale: Tensor) -> Tensor:
     return normalize(*split_last(reshape(sums, (batch, kv_heads, chunks * rows, columns))))
 
 
-def band(chunk: int, size: int) -> Tensor:
-    """`(C, C + W - 1)`: which of the keys of `_bands` a chunk's queries see, as logarithms."""
+def band(chunk: int, size: int, reach: int) -> Tensor:
+    """`(C, C + reach)`: which keys a chunk's queries see in their window, as logarithms.
+
+    The keys are those of `_bands`: of the chunk, and `reach` before it.
+    """
     query = ops.arange(chunk, dtype="int32")[:, None]
-    key = ops.arange(chunk + size - 1, dtype="int32")
-    return ops.where(ops.logical_and(key >= query, key < query + size), 0.0, FUTURE)
+    age = query + reach - ops.arange(chunk + reach, dtype="int32")
+    return ops.where(ops.logical_and(age >= 0, age < size), 0.0, FUTURE)
 
 
-def _bands(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
-    """`(b, k, W + N * C, ...) -> (b, k, N, C + W - 1, ...)`: a chunk and the W - 1 before it."""
+def _bands(x: Tensor, size: int, reach: int, chunks: Tensor, chunk: int) -> Tensor:
+    """`(b, k, W + N * C, ...) -> (b, k, N, C + reach, ...)`: a chunk and what is before it."""
     if isinstance(chunks, int) and chunks == 1:
-        return x[:, :, None, 1:]
+        return x[:, :, None, size - reach :]
     batch, heads, _, *sizes = shape_of(x)
-    before = -(-(size - 1) // chunk)  # chunks that W - 1 tokens reach into
+    before = -(-reach // chunk)  # chunks that are reached into
     missing = before * chunk - size
     if missing < 0:
-        x = x[:, :, 1:]
+        x = x[:, :, -missing:]
     elif missing:
         zeros = ops.zeros((batch, heads, missing, *sizes), dtype="float32")
         x = ops.concatenate([zeros, x], axis=2)
     x = reshape(x, (batch, heads, chunks + before, chunk, *sizes))
     bands = [x[:, :, i : i - before or None] for i in range(before + 1)]
-    bands[0] = bands[0][:, :, :, before * chunk - (size - 1) :]
+    bands[0] = bands[0][:, :, :, before * chunk - reach :]
     return ops.concatenate(bands, axis=3) if before else bands[0]
 
 
 def added_up(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
-    """`(b, k, N, C + W - 1) -> (b, k, W + N * C)`: what the bands of all chunks say of a token."""
+    """`(b, k, N, C + W) -> (b, k, W + N * C)`: what the bands of all chunks say of a token."""
     batch, heads = shape_of(x)[:2]
-    before = -(-(size - 1) // chunk)
-    x = ops.pad(x, [(0, 0), (0, 0), (0, 0), (before * chunk - (size - 1), 0)])
+    before = -(-size // chunk)
+    missing = before * chunk - size
+    x = ops.pad(x, [(0, 0), (0, 0), (0, 0), (missing, 0)])
     x = reshape(x, (batch, heads, chunks, before + 1, chunk))
     total = sum(
         ops.pad(x[:, :, :, i], [(0, 0), (0, 0), (i, before - i), (0, 0)]) for i in range(before + 1)
     )
-    total = reshape(total, (batch, heads, (chunks + before) * chunk))
-    missing = before * chunk - size
-    if missing < 0:
-        return ops.pad(total, [(0, 0), (0, 0), (-missing, 0)])
-    return total[:, :, missing:]
+    return reshape(total, (batch, heads, (chunks + before) * chunk))[:, :, missing:]

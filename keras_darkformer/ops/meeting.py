@@ -9,16 +9,18 @@ from keras import ops
 
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.backend import reshape
-from keras_darkformer.ops.cache import kept_part, through_block
+from keras_darkformer.ops.cache import kept_part, through_block, with_exits
 from keras_darkformer.ops.exact_memory import (
     Part,
     Sinks,
     added_up,
+    band,
     find_sinks,
     joined,
     last_written,
     leaving,
     local_part,
+    masked,
     received,
     tokens_of,
 )
@@ -111,6 +113,16 @@ def arrive(
     return Arrival(tokens, sinks, Marks(index, asks, enters))
 
 
+def memory_band(chunk: int, memory: Memory) -> Tensor:
+    """The `near_mask` of `meet`; a band that reaches one key further where keys are kept.
+
+    That key has left the window, and may be kept.
+    """
+    if not memory.window:
+        return None
+    return band(chunk, memory.window, memory.window - (not memory.cache_size))
+
+
 def meet(
     query: Tensor,
     new: Tokens,
@@ -130,24 +142,27 @@ def meet(
         held: before the block.
         sinks: `Sinks`, or `None`.
         marks: of the block.
-        near_mask: from `band`, or `None` without a window.
+        near_mask: from `memory_band`.
         chunks, chunk: N and C.
         memory: `Memory`.
     """
     batch, kv_heads, _, head_dim = shape_of(query)
     query = reshape(query * (head_dim**-0.5 * TO_BASE), (batch, kv_heads, chunks, -1, head_dim))
     seen, size = joined(held.recent, new), memory.window
-    local = local_part(query, seen, sinks, marks.index, near_mask, chunks, chunk, size)
+    local, mask = local_part(query, seen, sinks, marks.index, near_mask, chunks, chunk, size)
     if not memory.cache_size:
         exits, recent = leaving(seen, size)
-        return Meeting([local], exits, None, exits.received, Held(recent, ()))
+        return Meeting([masked(local, mask)], exits, None, exits.received, Held(recent, ()))
     assert isinstance(held.kept, Tokens)
-    shares = received(local, reshape(marks.asks, (batch, chunks, chunk)))[..., memory.num_sinks :]
-    more = added_up(shares, size, chunks, chunk)
+    shares = received(masked(local, mask), reshape(marks.asks, (batch, chunks, chunk)))
+    more = added_up(shares[..., memory.num_sinks :], size, chunks, chunk)
     exits, recent = leaving(seen._replace(received=seen.received + more), size)
     competition = through_block(held.kept, exits, marks.enters, chunks, chunk)
     return Meeting(
-        [local, kept_part(query, competition, chunk)],
+        [
+            masked(local, with_exits(mask, exits, competition, size)),
+            kept_part(query, competition, chunk),
+        ],
         competition.left,
         competition.competed,
         exits.received,

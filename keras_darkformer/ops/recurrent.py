@@ -4,9 +4,9 @@ from keras import ops, tree
 
 from keras_darkformer.ops.backend import reshape
 from keras_darkformer.ops.call import Call
-from keras_darkformer.ops.exact_memory import band, combined, none_of
+from keras_darkformer.ops.exact_memory import combined, none_of
 from keras_darkformer.ops.features import TO_BASE, FoldedFeatures
-from keras_darkformer.ops.meeting import Held, arrive, meet
+from keras_darkformer.ops.meeting import Held, arrive, meet, memory_band
 from keras_darkformer.ops.partition import tokens_first
 from keras_darkformer.ops.state import MemoryState, State, Tokens
 from keras_darkformer.ops.sums import (
@@ -37,7 +37,7 @@ def recurrent(
         write_mask = key_mask if write_mask is None else write_mask
         arrival = arrive(key, value, key_mask, write_mask, state, memory)
         recent = state.recent if isinstance(state.recent, Tokens) else none_of(arrival.tokens)
-        near_mask = band(1, memory.window) if memory.window else None
+        near_mask = memory_band(1, memory)
         held, sinks = Held(recent, state.kept), arrival.sinks
         met = meet(query, arrival.tokens, held, sinks, arrival.marks, near_mask, 1, 1, memory)
         left = met.left
