@@ -7,13 +7,13 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from rich.console import Console
 from rich.table import Table
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.options import ConversionOptions, shows_options
+from keras_darkformer.printed import PrintedDict
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import batches, dark_layers
 from keras_darkformer.training.positions import Parts
@@ -22,7 +22,7 @@ from keras_darkformer.types import Data, Model
 SLICE = 32  # positions whose logits are there at a time
 
 
-class LayerChoice(dict):
+class LayerChoice(PrintedDict):
     """Which layers to convert: a dict for code, a table when printed.
 
     Keys:
@@ -49,12 +49,6 @@ class LayerChoice(dict):
             kept = "exact" if layer["index"] in self["exact"] else ""
             table.add_row(str(layer["index"]), *costs, kept)
         return table
-
-    def __str__(self) -> str:
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
 
     def plot(self, path: Any = None) -> Any:
         """The costs by layer, as a matplotlib figure, saved to `path` where one is given."""

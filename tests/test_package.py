@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "memory": {"checks"},
     "options": {"types", "checks", "memory"},
     "compiling": {"types"},
+    "printed": set(),
     "ops": BASE,
     "fitting": BASE | {"ops"},
     "layers": BASE | {"ops", "fitting"},
-    "training": BASE | {"ops", "fitting", "layers", "compiling"},
-    "hub": BASE | {"ops", "fitting", "layers", "compiling"},
-    "choosing": BASE | {"ops", "layers", "training", "hub"},
+    "training": BASE | {"ops", "fitting", "layers", "compiling", "printed"},
+    "hub": BASE | {"ops", "fitting", "layers", "compiling", "printed"},
+    "choosing": BASE | {"ops", "layers", "training", "hub", "printed"},
 }
 # Names that belong to a design that is gone.
 GONE = r"""

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.printed import PrintedDict
 
 
-class ConversionReport(dict):
+class ConversionReport(PrintedDict):
     """A conversion's facts: a dict for code, a table when printed.
 
     Keys:
@@ -51,12 +51,6 @@ class ConversionReport(dict):
         table.caption = "\n".join(lines)
         table.caption_justify = "left"
         return table
-
-    def __str__(self) -> str:
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
 
 
 def conversion_report(model: Any) -> ConversionReport:

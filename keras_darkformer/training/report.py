@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from keras import ops
-from rich.console import Console
 from rich.table import Table
 
 from keras_darkformer.checks import positive_integer
@@ -14,6 +13,7 @@ from keras_darkformer.layers.heads import Heads
 from keras_darkformer.ops import draw_projection
 from keras_darkformer.ops.features import DarkParameters, fold
 from keras_darkformer.ops.scores import exact_logits, log_scores, log_softmax
+from keras_darkformer.printed import PrintedDict
 from keras_darkformer.training.data import (
     batches,
     check_position_offset,
@@ -28,7 +28,7 @@ ARMS = ("dark", "performer", "uniform")
 INFINITE = 1e20
 
 
-class ApproximationReport(dict):
+class ApproximationReport(PrintedDict):
     """How far each layer's attention is from softmax: a dict for code, a table when printed.
 
     Keys:
@@ -50,6 +50,8 @@ class ApproximationReport(dict):
         effective_dims: `(sum v)^2 / sum v^2` of these: `head_dim` where queries
             and keys are isotropic, 1 where all is in one direction.
     """
+
+    width = 120
 
     def summary(self) -> Config:
         """Means over heads and layers of all that is a number."""
@@ -107,12 +109,6 @@ class ApproximationReport(dict):
             "features, uniform averages all that a query sees"
         )
         return table
-
-    def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
 
     def plot(self, path: Any = None) -> Any:
         """Errors and spectra by layer, as a matplotlib figure.
