@@ -51,7 +51,7 @@ def compete(kept: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
         that leave, as they do, then the G that stay, oldest first. Of equal scores the older one
         leaves.
     """
-    size, chunk = kept.shape[-1], entering.shape[-1]
+    size, chunk = kept.shape[-1], shape_of(entering)[-1]
     scores = ops.concatenate([kept, entering], axis=-1)
     one, other = scores[..., :, None], scores[..., None, :]
     index = ops.arange(size + chunk, dtype="int32")

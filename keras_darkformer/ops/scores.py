@@ -94,7 +94,7 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
         competes = ops.logical_and(real, ops.logical_not(sink))[:, None]
         scores = ops.where(competes, received, OUT)
         # What enters at each token; nothing while the window fills, or behind the last real token.
-        nothing = ops.full((batch, kv_heads, min(memory.window, length)), OUT, dtype="float32")
+        nothing = ops.full((batch, kv_heads, memory.window), OUT, dtype="float32")
         entering = ops.concatenate([nothing, scores], axis=2)[:, :, :length]
         last = ops.max(ops.where(real, index + 1, 0), axis=1)[:, None, None]
         entering = ops.where(index < last, entering, OUT)
@@ -103,7 +103,7 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
         # Key s entered as number s + W.
         stays = ops.concatenate(
             [leaves[:, :, memory.window :], ops.zeros_like(nothing, dtype="int32")], axis=2
-        )
+        )[:, :, :length]
         kept = ops.logical_and(age >= memory.window, index[:, None] < stays[:, :, None])
         exact = ops.logical_or(exact, kept)
     exact = ops.broadcast_to(exact, (batch, kv_heads, length, length))

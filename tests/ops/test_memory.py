@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import MODES, run
+from backends import BACKEND, MODES, run
 from keras import ops
 
 from keras_darkformer.memory import Memory
@@ -206,6 +206,19 @@ def test_pairs_that_meet_are_those_of_the_reference(memory):
             expected = exact_keys(near, real, real, memory)
             seen = np.tri(40, dtype=bool) & real
             np.testing.assert_array_equal(found[row, head] & seen, expected & seen)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="others know every size when they trace")
+@pytest.mark.parametrize("memory", [KEPT, Memory(90, 1, 2)], ids=["kept", "long window"])
+def test_pairs_of_sizes_that_tensorflow_knows_only_in_the_run(memory):
+    import tensorflow as tf
+
+    case = Case(length=40, batch=2, masked=True, heads=(4, 2))
+    arrays = (*case.arrays[:2], case.key_mask)
+    signature = [tf.TensorSpec((None, None, *x.shape[2:]), x.dtype) for x in arrays]
+    function = tf.function(lambda q, k, mask: exact_pairs(q, k, memory, mask), signature)
+    expected = run(lambda *x: exact_pairs(*x, memory, case.key_mask), *arrays[:2])
+    np.testing.assert_array_equal(function(*arrays), expected)
 
 
 def test_masked_token_of_its_own_leaves_the_state_as_it_was():
