@@ -185,12 +185,13 @@ def search(
     if _BACKEND != "tensorflow":
         return scan(lambda c, x, _: step(c, x), carry, inputs, (), remat=False)
 
-    def both(last: Any, x: Any) -> Any:  # there what is stacked is like the carry
-        found = step(last[0], x)
-        return found, found
+    import tensorflow as tf
 
-    last, found = ops.scan(both, (carry, output), tree.map_structure(_swap, inputs))
-    return last[0], tree.map_structure(_swap, found[1])
+    # `ops.scan` there asks for a length that is known before the run.
+    carries, outputs = tf.scan(
+        lambda last, x: step(last[0], x), tree.map_structure(_swap, inputs), (carry, output)
+    )
+    return tree.map_structure(lambda x: x[-1], carries), tree.map_structure(_swap, outputs)
 
 
 def _swap(x: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_darkformer.memory import Memory
 from keras_darkformer.ops.backend import reshape, search
 from keras_darkformer.ops.exact_memory import Part, joined, masked, tokens_at
 from keras_darkformer.ops.partition import shape_of
@@ -121,18 +122,19 @@ def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
     return masked(Part(logits, with_ones(before.value)), ops.where(seen, 0.0, FUTURE))
 
 
-def with_exits(mask: Tensor, exits: Tokens, competition: Competition, size: int) -> Tensor:
+def with_exits(
+    mask: Tensor, exits: Tokens, competition: Competition, chunk: int, memory: Memory
+) -> Tensor:
     """The mask of `local_part`, and those that left the window seen for as long as they are kept.
 
     Args:
         mask: `(b, 1, N, C, S + W + C)`.
         exits: T tokens. Those of a chunk are the first C of its band of W + C.
         competition: `Competition`.
-        size: W.
+        chunk: C.
+        memory: `Memory`.
     """
-    leaves = competition.exits_leave
-    chunk = leaves.shape[3]
-    sinks = mask.shape[4] - size - chunk
+    leaves, sinks, size = competition.exits_leave, memory.num_sinks, memory.window
     token, key = ops.arange(chunk, dtype="int32")[:, None], ops.arange(chunk, dtype="int32")
     real = reshape(exits.is_real, shape_of(leaves))
     seen = ops.logical_and(token < leaves[:, :, :, None], real[:, :, :, None])

@@ -160,7 +160,7 @@ def meet(
     competition = through_block(held.kept, exits, marks.enters, chunks, chunk)
     return Meeting(
         [
-            masked(local, with_exits(mask, exits, competition, size)),
+            masked(local, with_exits(mask, exits, competition, chunk, memory)),
             kept_part(query, competition, chunk),
         ],
         competition.left,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import BACKEND, MODES, run
+from backends import BACKEND, MODES, differentiated, run, to_numpy
 from keras import ops
 
 from keras_darkformer.memory import Memory
@@ -208,7 +208,49 @@ def test_pairs_that_meet_are_those_of_the_reference(memory):
             np.testing.assert_array_equal(found[row, head] & seen, expected & seen)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="others know every size when they trace")
+only_tensorflow = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="others know every size when they trace"
+)
+
+
+@only_tensorflow
+@pytest.mark.parametrize("jit", MODES)
+@pytest.mark.parametrize("memory", [KEPT, SINKS_ALONE], ids=["kept", "sinks alone"])
+@pytest.mark.parametrize("known", [False, True], ids=["length unknown", "length known"])
+def test_sizes_that_tensorflow_knows_only_in_the_run(memory, known, jit):
+    import tensorflow as tf
+
+    cases = [
+        Case(length=40 if known else length, batch=batch, masked=True, **ODD)
+        for length, batch in ((70, 2), (40, 3))
+    ]
+
+    def step(query, key, value, key_mask, upstream, *weights):
+        def scalar(*arrays):
+            output, state = windowed(memory, key_mask=key_mask)(*arrays)
+            return ops.sum(output * upstream), (output, state)
+
+        return differentiated(scalar, has_aux=True)(query, key, value, *weights)
+
+    def given(case):
+        query, key, value, *weights = arrays_of(case)
+        return query, key, value, case.key_mask, case.upstream, *weights
+
+    signature = [
+        tf.TensorSpec(x.shape if i > 4 else (None, 40 if known else None, *x.shape[2:]), x.dtype)
+        for i, x in enumerate(given(cases[0]))
+    ]
+    function = tf.function(step, input_signature=signature, jit_compile=jit or None)
+    for case in cases:
+        (_, (output, state)), gradients = to_numpy(function(*given(case)))
+        assert_close(output, expected(case, memory), 1e-5)
+        _, expected_state, of_known_sizes = attend_with_gradients(case, memory)
+        assert_same_state(state, expected_state)
+        for gradient, expected_gradient in zip(gradients, of_known_sizes.values(), strict=True):
+            assert_close(gradient, expected_gradient)
+
+
+@only_tensorflow
 @pytest.mark.parametrize("memory", [KEPT, Memory(90, 1, 2)], ids=["kept", "long window"])
 def test_pairs_of_sizes_that_tensorflow_knows_only_in_the_run(memory):
     import tensorflow as tf
