@@ -99,9 +99,12 @@ def through_block(
     none = ops.zeros((batch, heads, size + chunk), dtype="int32")
     output = (first, none, none[..., :chunk], none[..., :chunk] > 0)
     (_, last), found = search(step, carry, output, (by_chunk, places))
-    before, leaves, left, competed = (ops.transpose(x, (0, 2, 1, 3)) for x in found)
+    places, leaves, left, competed = (ops.transpose(x, (0, 2, 1, 3)) for x in found)
     source = joined(kept, exits)
-    before = tokens_at(source, reshape(before, (batch, heads, chunks * size)))
+    if isinstance(chunks, int) and chunks == 1:
+        before = kept
+    else:
+        before = tokens_at(source, reshape(places, (batch, heads, chunks * size)))
     return Competition(
         Tokens(*(reshape(x, (batch, heads, chunks, size, *x.shape[3:])) for x in before)),
         leaves[..., :size],

@@ -99,18 +99,12 @@ def padded_before(recent: Tokens, new: Tokens, padding: Tensor, size: int) -> tu
     return Tokens(*(x[:, :, :size] for x in stream)), Tokens(*(x[:, :, size:] for x in stream))
 
 
-def rows_at(x: Tensor, places: Tensor) -> Tensor:
-    """Of `(b, k, x, ...)` the rows at `(b, k, y)`."""
-    batch, heads, length, *sizes = shape_of(x)
-    rows = ops.arange(batch * heads, dtype="int32") * length
-    places = ops.broadcast_to(places, (batch, heads, ops.shape(places)[2]))
-    places = places + reshape(rows, (batch, heads, 1))
-    return ops.take(reshape(x, (-1, *sizes)), places, axis=0)
-
-
 def tokens_at(tokens: Tokens, places: Tensor) -> Tokens:
-    """The tokens at `(b, k, y)`."""
-    return Tokens(*(rows_at(x, places) for x in tokens))
+    """The tokens at `(b, 1 or k, y)`."""
+    batch, heads, length = shape_of(tokens.received)
+    rows = ops.arange(batch * heads, dtype="int32") * length
+    places = places + reshape(rows, (batch, heads, 1))
+    return Tokens(*(ops.take(reshape(x, (-1, *x.shape[3:])), places, axis=0) for x in tokens))
 
 
 def last_written(written: Tensor) -> Tensor:
@@ -299,6 +293,8 @@ def _bands(x: Tensor, size: int, reach: int, chunks: Tensor, chunk: int) -> Tens
 
 def added_up(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
     """`(b, k, N, C + W) -> (b, k, W + N * C)`: what the bands of all chunks say of a token."""
+    if isinstance(chunks, int) and chunks == 1:
+        return x[:, :, 0]
     batch, heads = shape_of(x)[:2]
     before = -(-size // chunk)
     missing = before * chunk - size
