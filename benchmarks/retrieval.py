@@ -9,6 +9,7 @@ asked for at the end of a text that names them near its start. Every arm stands 
 sinks of the same bytes. Writes results/retrieval_BACKEND.json.
 """
 
+import contextlib
 import json
 import pathlib
 import statistics
@@ -100,16 +101,29 @@ def judge(model, texts):
     return found
 
 
+@contextlib.contextmanager
+def kept_at_random():
+    """Has keys receive random numbers instead of attention in the block."""
+    from keras import ops, random
+
+    from keras_darkformer.ops import meeting
+
+    received = meeting.received
+    meeting.received = lambda part, asks: random.uniform(ops.shape(received(part, asks)))
+    try:
+        yield
+    finally:
+        meeting.received = received
+
+
 def converted(arm, calibration):
     """A fresh model, as the arm has it, and the bytes of its state per layer."""
     import numpy as np
-    from keras import ops, random, tree
+    from keras import tree
     from pretrained import smollm2
 
     import keras_darkformer as kd
-    from keras_darkformer.ops import meeting
 
-    meeting.received = RECEIVED
     model, _ = smollm2()
     if arm is None:
         return model, None
@@ -121,8 +135,6 @@ def converted(arm, calibration):
         for layer in model.backbone.dark_layers.values():
             offset = layer.feature_map.far_offset
             offset.assign(np.full(offset.shape, -1e30))
-    if how == "random":
-        meeting.received = lambda part, asks: random.uniform(ops.shape(RECEIVED(part, asks)))
     layer = next(iter(model.backbone.dark_layers.values()))
     state = tree.flatten(layer.feature_map.get_initial_state(1))
     sums = 0 if how == "fitted" else 3
@@ -150,7 +162,6 @@ def chosen_layers(batch):
 
 
 def main():
-    global RECEIVED
     made = parser(__doc__)
     made.add_argument("--test", required=True, help="text that nothing is fitted to")
     made.add_argument("--calibration", required=True, help="other text, to fit to")
@@ -161,13 +172,10 @@ def main():
     import numpy as np
     from pretrained import smollm2
 
-    from keras_darkformer.ops import meeting
-
     if backend() == "torch":
         import torch
 
         torch.set_grad_enabled(False)
-    RECEIVED = meeting.received
     warnings.simplefilter("ignore")
     tokenizer = smollm2()[1]
 
@@ -186,7 +194,9 @@ def main():
     results = {}
     for name, arm in arms(choice).items():
         model, size = converted(arm, batch)
-        found = [judge(model, of_seed) for of_seed in texts]
+        is_random = arm is not None and arm[1] == "random"
+        with kept_at_random() if is_random else contextlib.nullcontext():
+            found = [judge(model, of_seed) for of_seed in texts]
         results[name] = {"bytes": size, "options": arm and arm[0]} | {
             kind: {
                 "median": statistics.median(x[kind] for x in found),

@@ -55,10 +55,18 @@ __all__ = [
 ]
 
 
+# Names that need KerasHub, and where they are.
+_LATE = {
+    "LayerChoice": "keras_darkformer.choosing",
+    "choose_layers": "keras_darkformer.choosing",
+    "conversion_report": "keras_darkformer.hub",
+    "convert_to_dark": "keras_darkformer.hub",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("LayerChoice", "choose_layers"):
-        return getattr(importlib.import_module("keras_darkformer.choosing"), name)
-    if name not in ("hub", "convert_to_dark", "conversion_report"):
+    if name == "hub":
+        return importlib.import_module("keras_darkformer.hub")
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    hub = importlib.import_module("keras_darkformer.hub")
-    return hub if name == "hub" else getattr(hub, name)
+    return getattr(importlib.import_module(_LATE[name]), name)

@@ -16,10 +16,8 @@ from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.printed import PrintedDict
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import batches, dark_layers
-from keras_darkformer.training.positions import Parts
-from keras_darkformer.types import Data, Model
-
-SLICE = 32  # positions whose logits are there at a time
+from keras_darkformer.training.positions import Parts, over_positions
+from keras_darkformer.types import Data, Model, Tensor
 
 
 class LayerChoice(PrintedDict):
@@ -126,8 +124,7 @@ def choose_layers(
     References:
         - [Retrieval Heads](https://arxiv.org/abs/2404.15574), few of which look things up
     """
-    besides = ("model", "data", "keep_exact", "max_tokens", "length", "repeat", "batch_size")
-    ConversionOptions.take(choose_layers, kwargs, besides=(*besides, "probe_seed", "verbose"))
+    ConversionOptions.take(choose_layers, kwargs, besides=())
     for name, value in (("keep_exact", keep_exact), ("max_tokens", max_tokens), ("repeat", repeat)):
         positive_integer(name, value)
     if positive_integer("length", length) < 3 * repeat:
@@ -209,13 +206,11 @@ def _with_repeats(text: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 def _loss(parts: Parts, token_ids: np.ndarray, first: int) -> float:
     """Mean loss of the tokens from number `first` on."""
-    hidden = parts.hidden(_inputs(token_ids), training=False)
-    total, length = 0.0, token_ids.shape[1]
-    for start in range(first - 1, length - 1, SLICE):
-        stop = min(start + SLICE, length - 1)
-        logits = ops.cast(parts.logits(hidden[:, start:stop]), "float32")
-        losses = keras.losses.sparse_categorical_crossentropy(
-            token_ids[:, start + 1 : stop + 1], logits, from_logits=True
-        )
-        total += float(ops.convert_to_numpy(ops.sum(losses)))
-    return total / (len(token_ids) * (length - first))
+
+    def losses(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = ops.cast(parts.logits(hidden), "float32")
+        return keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
+
+    hidden = parts.hidden(_inputs(token_ids), training=False)[:, first - 1 : -1]
+    targets = ops.convert_to_tensor(token_ids[:, first:])
+    return float(ops.convert_to_numpy(ops.mean(over_positions(losses, hidden, targets))))

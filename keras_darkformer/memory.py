@@ -23,6 +23,11 @@ class Memory(NamedTuple):
         """W, 0 for none."""
         return self.sliding_window or 0
 
+    @property
+    def size(self) -> int:
+        """All tokens that are kept."""
+        return self.window + self.num_sinks + self.cache_size
+
     def __bool__(self) -> bool:
         """Whether anything is kept exactly."""
         return self.sliding_window is not None or self.num_sinks > 0

@@ -71,6 +71,14 @@ def none_of(tokens: Tokens) -> Tokens:
     return Tokens(*(x[:, :, :0] for x in tokens))
 
 
+def nothing_like(tokens: Tokens, size: Tensor) -> Tokens:
+    """So many places without a token, for the rows and heads of others."""
+    batch, heads = shape_of(tokens.received)[:2]
+    shapes = [(batch, heads, size, *x.shape[3:]) for x in tokens]
+    fill = zip(shapes, (0.0, 0.0, NOTHING), strict=True)
+    return Tokens(*(ops.full(shape, value, dtype="float32") for shape, value in fill))
+
+
 def joined(tokens: Tokens, more: Tokens) -> Tokens:
     """First these tokens, then those."""
     return Tokens(*(ops.concatenate(pair, axis=2) for pair in zip(tokens, more, strict=True)))
@@ -91,11 +99,7 @@ def padded_before(recent: Tokens, new: Tokens, padding: Tensor, size: int) -> tu
     """The window and the tokens after it, with padding before the oldest of the window."""
     if isinstance(padding, int) and not padding:
         return recent, new
-    batch, heads = shape_of(new.received)[:2]
-    shapes = [(batch, heads, padding, *x.shape[3:]) for x in new]
-    fill = zip(shapes, (0.0, 0.0, NOTHING), strict=True)
-    nothing = Tokens(*(ops.full(shape, x, dtype="float32") for shape, x in fill))
-    stream = joined(nothing, joined(recent, new))
+    stream = joined(nothing_like(new, padding), joined(recent, new))
     return Tokens(*(x[:, :, :size] for x in stream)), Tokens(*(x[:, :, size:] for x in stream))
 
 
@@ -148,8 +152,7 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
     place = ops.sum(earlier, axis=1)  # of the token of each slot; the length, if there is none
     is_old, is_new = slot < filled, place < length
     found = tokens_at(new, ops.minimum(place, length - 1)[:, None])
-    found = found._replace(received=ops.where(is_new[:, None], 0.0 * found.received, NOTHING))
-    tokens = _where(is_old, before, _where(is_new, found, Tokens(0.0, 0.0, found.received)))
+    tokens = _where(is_old, before, _where(is_new, found, Tokens(0.0, 0.0, NOTHING)))
     is_sink = ops.logical_and(real, number <= size)[:, None]
     others = new._replace(received=ops.where(is_sink, NOTHING, new.received))
     return Sinks(tokens, ops.where(is_old, -1, place)), others
@@ -157,11 +160,9 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
 
 def _where(condition: Tensor, tokens: Tokens, others: Tokens) -> Tokens:
     """Place by place, `condition` being `(b, x)`, one token or the other."""
-    key, value = (
-        ops.where(condition[:, None, :, None], x, y)
-        for x, y in zip(tokens[:2], others[:2], strict=True)
-    )
-    return Tokens(key, value, ops.where(condition[:, None], tokens.received, others.received))
+    by_place = condition[:, None]
+    conditions = by_place[..., None], by_place[..., None], by_place
+    return Tokens(*map(ops.where, conditions, tokens, others))
 
 
 def local_part(

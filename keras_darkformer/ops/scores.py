@@ -7,6 +7,7 @@ from keras import ops
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.backend import BASE, power, reshape
 from keras_darkformer.ops.cache import OUT, compete
+from keras_darkformer.ops.exact_memory import last_written
 from keras_darkformer.ops.features import (
     TO_BASE,
     FoldedFeatures,
@@ -96,8 +97,7 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
         # What enters at each token; nothing while the window fills, or behind the last real token.
         nothing = ops.full((batch, kv_heads, memory.window), OUT, dtype="float32")
         entering = ops.concatenate([nothing, scores], axis=2)[:, :, :length]
-        last = ops.max(ops.where(real, index + 1, 0), axis=1)[:, None, None]
-        entering = ops.where(index < last, entering, OUT)
+        entering = ops.where(index < last_written(real)[:, None], entering, OUT)
         empty = ops.full((batch, kv_heads, memory.cache_size), NOTHING, dtype="float32")
         leaves = compete(empty, entering)[0][:, :, memory.cache_size :]
         # Key s entered as number s + W.

@@ -22,7 +22,7 @@ from keras_darkformer.ops.checks import (
     check_parameters,
 )
 from keras_darkformer.ops.dark_attention import folded, tensors
-from keras_darkformer.ops.exact_memory import find_sinks, leaving, tokens_of
+from keras_darkformer.ops.exact_memory import find_sinks, leaving, nothing_like, tokens_of
 from keras_darkformer.ops.features import DarkParameters, FoldedFeatures
 from keras_darkformer.ops.parallel import absorb, read
 from keras_darkformer.ops.state import (
@@ -267,9 +267,7 @@ def _memory_before(
 
 def _sinks_before(axis: SequenceAxis, tokens: Tokens, size: int) -> Tokens:
     """The first tokens of the devices before this one."""
-    nothing = Tokens(*(0.0 * x[:, :, :1] for x in tokens))
-    nothing = Tokens(*(ops.repeat(x, size, axis=2) for x in nothing))
-    nothing = nothing._replace(received=nothing.received + NOTHING)
+    nothing = nothing_like(tokens, size)
     own = find_sinks(nothing, tokens, None)[0].tokens
     gathered = Tokens(*(axis.gather(x) for x in own))  # (D, b, k, S, ...)
     index = ops.arange(gathered.received.shape[0], dtype="int32")

@@ -45,7 +45,7 @@ def calibrate(
     and keys themselves, a sample of whole sequences is kept. Memory does not grow with the data.
 
     Geometry, proposal, shifts and projections of every dark layer are set; they are weights, saved
-    and loaded with the model. A far part behind a sliding window gets its offset. Where clusters
+    and loaded with the model. A far part beside an exact memory gets its offset. Where clusters
     are fitted, the layer's feature map becomes one of another class, with other weights.
 
     Args:
@@ -112,8 +112,7 @@ def calibrate(
     statistics = {
         id(layer): layer.feature_map.statistics(options, max_tokens) for layer in layers.values()
     }
-    memories = [layer.feature_map.memory for layer in layers.values()]
-    window = max(memory.window + memory.num_sinks + memory.cache_size for memory in memories)
+    kept_exactly = max(layer.feature_map.memory.size for layer in layers.values())
     longest = 0
     kept: Kept = []
     progress = keras.utils.Progbar(None, verbose=int(verbose), unit_name="batch")
@@ -124,12 +123,12 @@ def calibrate(
         offset = next(offsets)
         length = _look(model, layers, statistics, inputs, offset)
         longest = max(longest, length)
-        if window and length > window and _tokens(kept) < max_tokens:
+        if kept_exactly and length > kept_exactly and _tokens(kept) < max_tokens:
             kept.append((inputs, offset))
         progress.update(count + 1)
     progress.update(count + 1, finalize=True)
-    if window:
-        _check_length(longest, window)
+    if kept_exactly:
+        _check_length(longest, kept_exactly)
     fits = _fit(layers, statistics, options, verbose)
     # All fits before any layer is changed: a failure leaves the model as it was.
     swapped = 0
@@ -137,7 +136,7 @@ def calibrate(
         swapped += layer.feature_map.kind != fit.kind
         layer.swap_feature_map(fit.kind)
         layer.feature_map.load(fit)
-    if window:
+    if kept_exactly:
         _fit_far_offsets(model, layers, kept)
     if swapped:
         _say_swapped(model, swapped, len(layers), verbose)
@@ -225,10 +224,10 @@ def _fit(
 
 def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Kept) -> None:
     """Another look at some batches, with the fitted features, for the far parts' scale."""
-    windowed, masses = [], {}
+    with_memory, masses = [], {}
     for layer in layers.values():
         if layer.feature_map.memory:
-            windowed.append(layer)
+            with_memory.append(layer)
             masses[id(layer)] = FarMass(layer.feature_map)
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
@@ -242,9 +241,9 @@ def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Ke
         return heads.exact_output()
 
     for inputs, offset in kept:
-        with observed(windowed, observer, offset):
+        with observed(with_memory, observer, offset):
             run(model, inputs)
-    for layer in windowed:
+    for layer in with_memory:
         layer.feature_map.far_offset.assign(masses[id(layer)].offset())
 
 
@@ -252,11 +251,11 @@ def _tokens(kept: Kept) -> int:
     return sum(math.prod(keras.tree.flatten(inputs)[0].shape[:2]) for inputs, _ in kept)
 
 
-def _check_length(longest: int, window: int) -> None:
-    if longest <= window:
+def _check_length(longest: int, kept_exactly: int) -> None:
+    if longest <= kept_exactly:
         raise ValueError(
-            f"`data` must have sequences longer than the {window} tokens that are kept exactly, or "
-            f"there is nothing else to fit. Received: {longest} tokens at most"
+            f"`data` must have sequences longer than the {kept_exactly} tokens that are kept "
+            f"exactly, or there is nothing else to fit. Received: {longest} tokens at most"
         )
 
 

@@ -67,11 +67,12 @@ class ApproximationReport(PrintedDict):
         return means
 
     def __rich__(self) -> Table:
-        windowed = any(layer["sliding_window"] or layer["num_sinks"] for layer in self["layers"])
+        means = self.summary()
+        has_memory = means["far_mass"] is not None
         table = Table(title=f"Attention against exact softmax, {self['tokens']:,} queries a head")
         columns = ["layer", "head", "m", "map", "error", "Performer", "uniform", "KL"]
         columns += ["KL Performer", "KL uniform", "eff. dims"]
-        columns += ["far mass", "exact"] if windowed else []
+        columns += ["far mass", "exact"] if has_memory else []
         for column in columns:
             table.add_column(column, justify="left" if column in ("layer", "map") else "right")
         for layer in self["layers"]:
@@ -85,12 +86,11 @@ class ApproximationReport(PrintedDict):
                 for key in ("relative_error", "kl"):
                     cells += [f"{head[key][arm]:.2f}" for arm in ARMS]
                 cells.append(f"{head['effective_dims']:.1f}")
-                if windowed:
+                if has_memory:
                     for key in ("far_mass", "exact_far_mass"):
                         cells.append("-" if head[key] is None else f"{head[key]:.3f}")
                 table.add_row(*cells)
             table.add_section()
-        means = self.summary()
         table.add_row(
             "mean",
             "",
@@ -101,7 +101,7 @@ class ApproximationReport(PrintedDict):
             *(
                 f"{means[key]:.3f}"
                 for key in ("far_mass", "exact_far_mass")
-                if windowed and means[key] is not None
+                if has_memory and means[key] is not None
             ),
         )
         table.caption = (

@@ -242,13 +242,12 @@ class FeatureMap(keras.layers.Layer):
                 "model, by `keras_darkformer.calibrate`: it takes queries before and after the "
                 "rotation."
             )
-        window = self.memory.window
         if self.memory:
             lengths = query.shape[1], key.shape[1]
-            if not causal or lengths[0] != lengths[1] or lengths[1] <= window:
+            if not causal or lengths[0] != lengths[1] or lengths[1] <= self.memory.size:
                 raise ValueError(
                     "A map with an exact memory is calibrated with `causal=True` and on queries "
-                    f"and keys of one length, longer than its window of {window} tokens. "
+                    f"and keys of one length, longer than its {self.memory.size} tokens. "
                     f"Received: causal={causal}, lengths {lengths[0]} and {lengths[1]}"
                 )
             if query.shape[2] != self.num_query_heads:
