@@ -11,12 +11,12 @@ from keras_darkformer.ops.reference import exact_keys
 from keras_darkformer.ops.scores import exact_pairs
 
 from .cases import Case, assert_close
-from .states import assert_equal_states, assert_same_state, in_pieces, mask_for_pieces
-from .test_window import (
+from .memories import (
     NAMES,
-    TOKENS,
+    ODD,
     WINDOW_ALONE,
     arrays_of,
+    assert_gradients_are_differences,
     attend,
     attend_with_gradients,
     expected,
@@ -24,8 +24,8 @@ from .test_window import (
     shapes_of,
     windowed,
 )
+from .states import assert_equal_states, assert_same_state, in_pieces, mask_for_pieces
 
-ODD = {"heads": (4, 2), "value_dim": 6}
 SINKS, SINKS_ALONE, KEPT = Memory(16, 4), Memory(None, 4), Memory(12, 3, 8)
 MEMORIES = {"sinks": SINKS, "sinks alone": SINKS_ALONE, "kept": KEPT, "no sinks": Memory(5, 0, 20)}
 memories = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
@@ -81,18 +81,7 @@ def test_gradients_agree_with_differences_of_the_reference(rng):
     """The choice of what is kept is a constant to them."""
     case, step = Case(length=60, heads=(4, 2), masked=True), 1e-6
     _, _, gradients = attend_with_gradients(case, KEPT, chunk_size=8)
-    arrays = dict(zip((*TOKENS, *NAMES), arrays_of(case), strict=True))
-    for name, array in arrays.items():
-        direction = rng.standard_normal(array.shape)
-        above, below = (
-            np.sum(
-                expected(case, KEPT, arrays_of(case, **{name: array + s * direction}))
-                * case.upstream
-            )
-            for s in (step, -step)
-        )
-        assert abs(above - below) > 1e-3 * step, name  # it has an influence
-        assert_close(np.sum(gradients[name] * direction), (above - below) / (2 * step))
+    assert_gradients_are_differences(gradients, case, KEPT, rng, step=step)
 
 
 PIECES = {"pieces": [1, 30, 1, 5, 5, 30], "tokens": [1] * 40}

@@ -1,13 +1,10 @@
 """A window of the exact kernel in `attend`, against the float64 reference."""
 
-import functools
-
 import keras
 import numpy as np
 import pytest
 from backends import (
     BACKEND,
-    DEFAULT_JIT,
     MODES,
     differentiated,
     largest_intermediate,
@@ -18,15 +15,28 @@ from backends import (
 from keras import ops, tree
 
 from keras_darkformer.memory import Memory
-from keras_darkformer.ops import attention, exact_dark_attention, partition
+from keras_darkformer.ops import attention, exact_dark_attention
 from keras_darkformer.ops.backend import BASE
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.chunked import chunked
-from keras_darkformer.ops.features import FoldedFeatures, QueryScale
-from keras_darkformer.ops.reference import memory_attention_reference
 from keras_darkformer.ops.state import StateShapes
 
 from .cases import Case, assert_close
+from .memories import (
+    NAMES,
+    ODD,
+    WINDOW_ALONE,
+    arrays_of,
+    assert_gradients_are_differences,
+    attend,
+    attend_with_gradients,
+    expected,
+    folded,
+    in_blocks_of,
+    shapes_of,
+    weights,
+    windowed,
+)
 from .states import (
     assert_equal_states,
     assert_same_state,
@@ -36,115 +46,7 @@ from .states import (
     window_reference,
 )
 
-NAMES = (*FoldedFeatures._fields[:-1], *QueryScale._fields)
-TOKENS = ("query", "key", "value")
-
-
-@functools.lru_cache
-def weights(case):
-    """Features unlike each other, and the query's scale: what `NAMES` names."""
-    rng = np.random.default_rng(7)
-    num_heads, kv_heads = case.heads
-
-    def normal(scale, *shape):
-        return (scale * rng.standard_normal(shape)).astype("float32")
-
-    kernel = (kv_heads, case.head_dim, case.num_features)
-    return (
-        normal(0.5, *kernel),
-        normal(0.5, *kernel),
-        normal(0.3, kv_heads, case.num_features),
-        normal(0.3, kv_heads, case.head_dim, 5),
-        normal(0.3, kv_heads, case.head_dim),
-        normal(0.3, kv_heads, case.head_dim, 5),
-        normal(0.3, kv_heads, case.head_dim),
-        normal(1.0, num_heads) - 2.0,  # near and far of a size
-    )
-
-
-def arrays_of(case, **others):
-    """Queries, keys and values, then `weights`; some of them others, by name."""
-    arrays = dict(zip((*TOKENS, *NAMES), (*case.arrays[:3], *weights(case)), strict=True))
-    return tuple((arrays | others).values())
-
-
-def folded(weights):
-    """Features of what `NAMES` names."""
-    return FoldedFeatures(*weights[:5], QueryScale(*weights[5:]))
-
-
-# A bias that leaves the far part out.
-WINDOW_ALONE = np.full(4, -1e30, "float32")
-
-
-def made_once(make):
-    """`make`, which gives one function for the same arguments: JAX then compiles it once."""
-    made = {}
-
-    @functools.wraps(make)
-    def function(*arguments, **options):
-        named = (*arguments, *options, *options.values())
-        key = tuple(x if isinstance(x, int | str | Case | Memory) else id(x) for x in named)
-        # The arguments are kept, for as long as an id stands for them.
-        return made.setdefault(key, (make(*arguments, **options), named))[0]
-
-    return function
-
-
-def memory_of(size):
-    """A memory, or a window of so many tokens."""
-    return size if isinstance(size, Memory) else Memory(size)
-
-
-@made_once
-def windowed(size, **options):
-    """`attend` as a function of all arrays."""
-    options = {"return_state": True} | options
-
-    def function(query, key, value, *weights):
-        features = folded(weights)
-        return attention.attend(
-            query, key, value, features, memory=memory_of(size), causal=True, **options
-        )
-
-    return function
-
-
-def attend(case, size, arrays=None, *, jit=DEFAULT_JIT, **options):
-    """Output and state."""
-    options = {"key_mask": case.key_mask} | options
-    return run(windowed(size, **options), *(arrays or arrays_of(case)), jit=jit)
-
-
-@made_once
-def differentiated_scalar(case, size, **options):
-    """Of `sum(output * upstream)`, with output and state beside it."""
-
-    def scalar(*arrays):
-        output, state = windowed(size, **options)(*arrays)
-        return ops.sum(output * ops.convert_to_tensor(case.upstream)), (output, state)
-
-    return differentiated(scalar, has_aux=True)
-
-
-def attend_with_gradients(case, size, arrays=None, *, jit=DEFAULT_JIT, **options):
-    """Output, state, and the gradients of `sum(output * upstream)` by all arrays, by name."""
-    function = differentiated_scalar(case, size, **{"key_mask": case.key_mask} | options)
-    (_, (output, state)), gradients = run(function, *(arrays or arrays_of(case)), jit=jit)
-    return output, state, dict(zip((*TOKENS, *NAMES), gradients, strict=True))
-
-
-def expected(case, size, arrays=None, **options):
-    query, key, value, *weights = arrays or arrays_of(case)
-    options = {"key_mask": case.key_mask} | options
-    return memory_attention_reference(
-        query, key, value, folded(weights), memory_of(size), **options
-    )
-
-
 # Outputs.
-
-ODD = {"heads": (4, 2), "value_dim": 6}
 
 
 @pytest.mark.parametrize("jit", MODES)
@@ -181,10 +83,6 @@ def test_output_agrees_with_the_reference_at_more_sizes(case, size):
 def test_chunk_size_does_not_change_the_output(chunk_size):
     case = Case(length=50, batch=2, masked=True, **ODD)
     assert_close(attend(case, 12, chunk_size=chunk_size)[0], expected(case, 12), 1e-5)
-
-
-def in_blocks_of(length, monkeypatch):
-    monkeypatch.setattr(partition, "block_length", lambda _: length)
 
 
 BLOCKS_CASE, BLOCKS_SIZE = Case(length=70, batch=2, **ODD), 20
@@ -253,18 +151,7 @@ def test_window_of_keys_to_come_is_refused():
 def test_gradients_agree_with_differences_of_the_reference(jit, rng):
     case, size, step = Case(length=20, heads=(4, 2), masked=True), 6, 1e-5
     _, _, gradients = attend_with_gradients(case, size, chunk_size=8, jit=jit)
-    arrays = dict(zip((*TOKENS, *NAMES), arrays_of(case), strict=True))
-    for name, array in arrays.items():
-        direction = rng.standard_normal(array.shape)
-        above, below = (
-            np.sum(
-                expected(case, size, arrays_of(case, **{name: array + s * direction}))
-                * case.upstream
-            )
-            for s in (step, -step)
-        )
-        assert abs(above - below) > 1e-3 * step, name  # it has an influence
-        assert_close(np.sum(gradients[name] * direction), (above - below) / (2 * step))
+    assert_gradients_are_differences(gradients, case, size, rng, step=step)
 
 
 def test_gradients_flow_through_the_state():
@@ -381,11 +268,6 @@ def test_what_stands_at_masked_keys_changes_nothing():
 
 
 # The state.
-
-
-def shapes_of(case, size):
-    value_dim = case.value_dim or case.head_dim
-    return StateShapes(case.heads[1], case.num_features, value_dim, case.head_dim, memory_of(size))
 
 
 def assert_state_is_of(state, key, value, written, case):
