@@ -19,7 +19,7 @@ from common import backend, environment, parser, print_table, write
 
 SIZES = (4, 8, 16, 32, 64, 128)
 MEMORY = {"sliding_window": 64, "num_sinks": 4, "cache_size": 60}
-FEATURES_OFF = {"num_features": 1}  # and a far offset at which nothing is left of them
+FEATURES_OFF = {"feature_map": "none"}
 
 
 def arms(choose):
@@ -62,7 +62,8 @@ class Texts:
 
         ids, counts = np.unique(tokens, return_counts=True)
         ordinary = ids[np.argsort(-counts)[50:2000]]
-        self.rows = {"text": (np.stack([passage(length) for _ in range(rows)]), length - 1)}
+        text = np.stack([passage(length) for _ in range(rows)])
+        self.rows = {"text": (text, length - 1), "last 256 of text": (text, 256)}
         for size in SIZES[1::2] if quick else SIZES:
             repeats = np.stack([passage(length) for _ in range(rows)])
             for row in repeats:
@@ -118,8 +119,7 @@ def kept_at_random():
 
 def converted(arm, calibration):
     """A fresh model, as the arm has it, and the bytes of its state per layer."""
-    import numpy as np
-    from keras import tree
+    import keras
     from pretrained import smollm2
 
     import keras_darkformer as kd
@@ -131,17 +131,10 @@ def converted(arm, calibration):
     kd.convert_to_dark(model, **options)
     if how == "fitted":
         kd.calibrate(model, calibration, verbose=False)
-    else:
-        for layer in model.backbone.dark_layers.values():
-            offset = layer.feature_map.far_offset
-            offset.assign(np.full(offset.shape, -1e30))
     layer = next(iter(model.backbone.dark_layers.values()))
-    state = tree.flatten(layer.feature_map.get_initial_state(1))
-    sums = 0 if how == "fitted" else 3
-    # Of a model in bfloat16: there keys and values take two bytes, all else four.
-    widths = [4] * 3 + [2, 2, 4] * ((len(state) - 3) // 3)
-    sizes = [width * int(np.prod(leaf.shape)) for width, leaf in zip(widths, state, strict=True)]
-    return model, sum(sizes[sums:])
+    # Of a model in bfloat16.
+    state = keras.tree.flatten(layer.feature_map.get_initial_state(1, dtype="bfloat16"))
+    return model, sum(leaf.nbytes for leaf in state)
 
 
 def chosen_layers(batch):

@@ -18,7 +18,7 @@ from keras_darkformer.memory import Memory
 from keras_darkformer.types import Config
 
 ATTENTION_MODES = ("linear", "exact")
-FEATURE_MAPS = ("dark", "exponential")
+FEATURE_MAPS = ("dark", "exponential", "none")
 PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
 ROPE_GEOMETRIES = ("after", "before")
 # What every Keras layer takes beside its own arguments.
@@ -34,9 +34,9 @@ class FeatureOptions:
     Args:
         num_features: int. Features m per key/value head. More cost more and estimate the kernel
             better.
-        feature_map: `"dark"` for `DarkFeatureMap`, the paper's, or `"exponential"` for
+        feature_map: `"dark"` for `DarkFeatureMap`, the paper's; `"exponential"` for
             `ExponentialFeatureMap`, features without a geometry, which calibration by clusters
-            makes.
+            makes; or `"none"` for a window, sinks and kept keys alone.
         rank: int. Rows r of the geometry; `None` for `head_dim`.
         projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`; see `ops.draw_projection`.
         train_geometry: bool. Whether the geometry is trainable. False, with `geometry_scale=1.0`,

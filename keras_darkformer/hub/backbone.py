@@ -138,6 +138,8 @@ class DarkBackbone(LoraBackbone, PresetLoading):
             if linear and (window := self.family.window(layer)):
                 what = f"sliding window of {window} tokens"
                 why = "Features sum over all the past; these layers now see all of it."
+                if not layer.feature_map.num_features:
+                    why = f"These layers now see their own memory, {layer.feature_map.memory}."
                 found.setdefault((what, why), []).append(index)
             if linear and layer.drops_weights and block.dropout:
                 what = "dropout of single attention weights"

@@ -2,7 +2,12 @@
 
 from keras_darkformer.layers.dark_attention import DarkAttention
 from keras_darkformer.layers.dark_transformer_block import DarkTransformerBlock
-from keras_darkformer.layers.feature_maps import DarkFeatureMap, ExponentialFeatureMap, FeatureMap
+from keras_darkformer.layers.feature_maps import (
+    DarkFeatureMap,
+    ExponentialFeatureMap,
+    FeatureMap,
+    NoFeatureMap,
+)
 
 __all__ = [
     "DarkAttention",
@@ -10,4 +15,5 @@ __all__ = [
     "DarkTransformerBlock",
     "ExponentialFeatureMap",
     "FeatureMap",
+    "NoFeatureMap",
 ]

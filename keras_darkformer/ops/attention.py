@@ -31,7 +31,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    features: FoldedFeatures,
+    features: FoldedFeatures | None,
     *,
     causal: bool = False,
     memory: Memory = NO_MEMORY,
@@ -45,7 +45,7 @@ def attend(
         query: tensor of shape `(b, t, n, h)`, any float dtype, as key and value.
         key: tensor of shape `(b, s, k, h)`.
         value: tensor of shape `(b, s, k, v)`.
-        features: `FoldedFeatures`, float32.
+        features: `FoldedFeatures`, float32; `None` for the memory alone.
         causal, initial_state, return_state: as for `dark_attention`.
         memory: `Memory`: what is kept exactly.
         **call: key_mask, write_mask, chunk_size and remat, as for `dark_attention`.
@@ -66,16 +66,21 @@ def attend(
     if how.key_mask is not None and how.write_mask is not None:
         # What is masked counts for nothing.
         how = how._replace(write_mask=ops.logical_and(how.key_mask, how.write_mask))
-    sizes = key.shape[2], features.num_features, value.shape[3], key.shape[3]
+    num_features = features.num_features if features is not None else 0
+    sizes = key.shape[2], num_features, value.shape[3], key.shape[3]
     dtype = output_dtype(query, key, value)
     shapes = StateShapes(*sizes, memory, dtype=dtype)
     if initial_state is None:
         state = shapes._replace(dtype="float32").zeros(ops.shape(key)[0])
     else:
         state = shapes.check(initial_state, key.shape[0])
-    is_one = key.shape[1] == 1 and (causal or initial_state is not None)
-    form = recurrent if is_one else chunked if causal else parallel
-    output, state = form(query, key, value, features, state, how)
+    if key.shape[1] == 1 and (causal or initial_state is not None):
+        output, state = recurrent(query, key, value, features, state, how)
+    elif causal:
+        output, state = chunked(query, key, value, features, state, how)
+    else:
+        assert features is not None  # a memory is causal
+        output, state = parallel(query, key, value, features, state, how)
     output = ops.cast(output, dtype)
     return (output, shapes.stored(state)) if return_state else output
 

@@ -76,8 +76,21 @@ def check_geometry(name: str, geometry: Tensor, kv_heads: int, head_dim: int) ->
         )
 
 
-def check_parameters(parameters: "DarkParameters", key: Tensor) -> None:
-    """Shapes of the parameters of a dark feature map."""
+def check_parameters(parameters: "DarkParameters", key: Tensor, memory: Memory) -> None:
+    """Shapes of the parameters of a dark feature map, all `None` for an exact memory alone."""
+    if parameters.projection is None:
+        given = [name for name, x in parameters._asdict().items() if x is not None]
+        if given:
+            raise ValueError(
+                f"`{given[0]}` needs a `projection`: without one there are no features. "
+                "Received: projection=None"
+            )
+        if not memory:
+            raise ValueError(
+                "`projection` may be `None` beside a `sliding_window` or `num_sinks` only. "
+                "Received: projection=None, neither of them"
+            )
+        return
     kv_heads, head_dim = key.shape[2:]
     geometry, projection, query_geometry, log_weight, query_shift, key_shift = parameters
     check_geometry("geometry", geometry, kv_heads, head_dim)
@@ -118,12 +131,15 @@ def check_causal(memory: Memory, write_mask: Tensor, *, causal: bool) -> None:
         raise ValueError("`write_mask` needs `causal=True`.")
 
 
-def check_far_offset(far_offset: Tensor, memory: Memory, num_query_heads: int) -> None:
-    """What goes with an exact memory."""
+def check_far_offset(far_offset: Tensor, has_far: bool, num_query_heads: int) -> None:
+    """What goes with features beside an exact memory."""
     if far_offset is None:
         return
-    if not memory:
-        raise ValueError("`far_offset` needs a `sliding_window` or `num_sinks`.")
+    if not has_far:
+        raise ValueError(
+            "`far_offset` needs a `sliding_window` or `num_sinks`, and features beside it. "
+            "Received: no such memory, or projection=None"
+        )
     if tuple(far_offset.shape) != (num_query_heads,):
         raise ValueError(
             f"`far_offset` must have shape (num_query_heads,) = ({num_query_heads},). "

@@ -14,6 +14,7 @@ from keras import ops
 from keras_darkformer.ops.backend import reshape, scan
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.exact_memory import (
+    Far,
     Sinks,
     combined,
     joined,
@@ -51,8 +52,9 @@ from keras_darkformer.types import Tensor
 class Carry(TypedDict, total=False):
     """What goes from block to block.
 
-    `seen` are the sums that queries see. `written` are those of the state, where they differ: each
-    key's features are then computed once and added twice. `held` is the memory.
+    `seen` are the sums that queries see; none without features. `written` are those of the state,
+    where they differ: each key's features are then computed once and added twice. `held` is the
+    memory.
     """
 
     seen: Sums
@@ -61,14 +63,14 @@ class Carry(TypedDict, total=False):
 
 
 # What does not change from block to block, and has gradients.
-Constants = tuple[FoldedFeatures, tuple[Tensor, Tensor], Tensor, Sinks | None]
+Constants = tuple[FoldedFeatures | None, tuple[Tensor, Tensor], Tensor, Sinks | None]
 
 
 def chunked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    features: FoldedFeatures,
+    features: FoldedFeatures | None,
     state: State | MemoryState,
     call: Call,
 ) -> tuple[Tensor, State | MemoryState]:
@@ -95,10 +97,12 @@ def chunked(
         recent = state.recent if isinstance(state.recent, Tokens) else none_of(new)
         padding = blocks * tokens - length
         first, rest = padded_before(recent, new, padding, memory.window)
-        carry = Carry(seen=pack(state.sums), held=Held(first, state.kept))
+        carry = Carry(held=Held(first, state.kept))
+        if isinstance(state.sums, State):
+            carry["seen"] = pack(state.sums)
         inputs |= {name: ops.swapaxes(x, 1, 2) for name, x in rest._asdict().items()}
         inputs |= arrival.marks._asdict()
-    if write is not None and call.with_state:
+    if write is not None and call.with_state and features is not None:
         carry["written"], inputs["write"] = carry["seen"], write
 
     def step(
@@ -110,8 +114,12 @@ def chunked(
             new = Tokens(*(ops.swapaxes(block[name], 1, 2) for name in Tokens._fields))
             marks = Marks(block["index"], block["asks"], block.get("enters"))
             met = meet(query, new, carry["held"], sinks, marks, near_mask, chunks, chunk, memory)
+            if features is None:
+                output = combined(met.parts, None)
+                return Carry(held=met.held), (tokens_first(output, tokens), met.exits)
             keys = features_by_head(met.left.key, met.left.value, met.left.is_real, features)
         else:
+            assert features is not None
             keys = features_of_keys(block["key"], block["value"], block.get("mask"), features)
         of_queries, scale = features_of_queries(query, features, scaled=bool(memory))
         sums, key_scale, seen_after = chunked_sums(
@@ -128,16 +136,15 @@ def chunked(
             return behind, (tokens_first(output, tokens), ())
         behind["held"] = met.held
         far_scale = reshape(scale, (*shape_of(key_scale), groups)) + key_scale[..., None]
-        output = combined(met.parts, sums, far_scale)
+        output = combined(met.parts, Far(sums, far_scale))
         return behind, (tokens_first(output, tokens), met.exits)
 
     constants = features, (future(chunk), future(chunks + 1)), near_mask, sinks
     inputs = split_blocks(inputs, blocks, tokens)
     carry, (output, exits) = scan(step, carry, inputs, constants, remat=call.remat)
-    sums = unpack(carry.get("written", carry["seen"]))
     output = join_blocks(output, length)
     if isinstance(state, State):
-        return output, sums
+        return output, unpack(carry.get("written", carry["seen"]))
     recent = carry["held"].recent
     if memory.window and written is not None and call.with_state:
         # What all tokens had received when they left the window, or have by now.
@@ -146,8 +153,9 @@ def chunked(
         assert isinstance(state.recent, Tokens)
         stream = joined(state.recent, arrival.tokens)._replace(received=gone)
         recent = window_by_row(stream, arrival.marks.asks, memory.window)
+    last = carry.get("written", carry.get("seen"))
     return output, MemoryState(
-        sums,
+        () if last is None else unpack(last),
         () if sinks is None else sinks.tokens,
         recent if memory.window else (),
         carry["held"].kept,

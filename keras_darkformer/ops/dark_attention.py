@@ -67,7 +67,8 @@ def dark_attention(
     the logarithm of the far part's weights. In the memory are the first `num_sinks` tokens, on
     which trained models put much of their attention; the last `sliding_window`; and `cache_size` of
     those between, for each key/value head the ones that received most attention while they were in
-    the window. Its size does not depend on the length.
+    the window. Its size does not depend on the length. `projection=None` leaves the features out:
+    there is no far part then.
 
     Masked keys count for nothing, whatever they hold. A query that has no key to attend to gives
     zeros, and passes no gradient.
@@ -83,6 +84,7 @@ def dark_attention(
         geometry: M, of shape `(k, r, h)`; `None` for the identity, which is Performer and saves a
             product per key.
         projection: W, of shape `(k, m, r)`, or `(m, r)` shared by the heads; see `draw_projection`.
+            `None` for an exact memory alone.
         query_geometry: optional, of shape `(k, r, h)`: a geometry of the queries' own; the kernel
             is then `exp(q^' M_q' M_k k^)`.
         log_weight: optional, of shape `(k, m)`: added to the log-features of both queries and keys.
@@ -94,8 +96,8 @@ def dark_attention(
             exactly; needs `causal=True`.
         cache_size: int G. And G of those that have left the window; needs a `sliding_window`. What
             a key receives is the sum of the softmax weights of queries over sinks and window.
-        far_offset: optional, of shape `(n,)`, with an exact memory. -1e30 leaves the far part out,
-            to measure the memory alone.
+        far_offset: optional, of shape `(n,)`, with an exact memory and features. -1e30 leaves
+            nothing of the far part.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
         write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = enters the state that
@@ -152,15 +154,14 @@ def dark_attention(
     parameters = DarkParameters(
         *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
-    check_parameters(parameters, key)
     memory = Memory(sliding_window, num_sinks, cache_size)
     memory.check()
-    factored = initial_state is not None and are_few(query, parameters.projection.shape[-2])
+    check_parameters(parameters, key, memory)
     return attend(
         query,
         key,
         value,
-        folded(parameters, query, key, memory, far_offset, factored=factored),
+        folded(parameters, query, key, memory, far_offset, goes_on=initial_state is not None),
         memory=memory,
         causal=causal,
         key_mask=key_mask,
@@ -179,12 +180,16 @@ def folded(
     memory: Memory,
     far_offset: Tensor,
     *,
-    factored: bool = False,
-) -> FoldedFeatures:
-    """The parameters folded for these queries and keys."""
+    goes_on: bool = False,
+) -> FoldedFeatures | None:
+    """The parameters folded for these queries and keys, which may go on from a state."""
     (far_offset,) = tensors(far_offset)
-    check_far_offset(far_offset, memory, query.shape[2])
+    has_features = parameters.projection is not None
+    check_far_offset(far_offset, has_features and bool(memory), query.shape[2])
+    if not has_features:
+        return None
     sizes = key.shape[2], key.shape[3]
+    factored = goes_on and are_few(query, parameters.projection.shape[-2])
     features = fold(parameters, *sizes, factored=factored)
     if not memory:
         return features

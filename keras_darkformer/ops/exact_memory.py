@@ -233,35 +233,43 @@ def received(part: Part, asks: Tensor) -> Tensor:
     return ops.sum(weights * share, axis=(3, 4))
 
 
-def combined(parts: list[Part], far: Tensor, far_scale: Tensor) -> Tensor:
-    """Output of queries that see parts of the memory, and a far part.
+class Far(NamedTuple):
+    """What features stand for, as the queries of a block see it.
 
-    Args:
-        parts: of the memory.
-        far: what features give, `(b, k, N, C, g, v + 1)`.
-        far_scale: its log-scale, `(b, k, N, C, g)`.
-
-    Returns:
-        `(b, k, N * C * g, v)`.
+    Attributes:
+        sums: of weights times values, and of weights, `(b, k, N, C, g, v + 1)`.
+        log_scale: `(b, k, N, C, g)`.
     """
-    # The far part's own scale is the largest that it could be; what it is may be far below, and
-    # must not push the window's weights down.
-    amount = ops.stop_gradient(far[..., -1])
-    alive = ops.logical_and(amount > TINY, far_scale > 0.5 * LOG_ZERO)
-    log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE
-    scale = ops.where(alive, far_scale + log_amount, LOG_ZERO)
+
+    sums: Tensor
+    log_scale: Tensor
+
+
+def combined(parts: list[Part], far: Far | None) -> Tensor:
+    """Output of queries that see parts of the memory, and a far part: `(b, k, N * C * g, v)`."""
+    scale: Tensor = LOG_ZERO  # above the logits of keys that are not seen
+    if far is not None:
+        # The far part's own scale is the largest that it could be; what it is may be far below, and
+        # must not push the window's weights down.
+        amount = ops.stop_gradient(far.sums[..., -1])
+        alive = ops.logical_and(amount > TINY, far.log_scale > 0.5 * LOG_ZERO)
+        log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE
+        scale = ops.where(alive, far.log_scale + log_amount, LOG_ZERO)
     for part in parts:
         scale = ops.maximum(scale, ops.max(ops.stop_gradient(part.logits), axis=-1))
-    # At most 1 / TINY, and the product at most the values.
-    far = far * power(ops.where(alive, far_scale - scale, FUTURE))[..., None]
-    batch, kv_heads, chunks, chunk, groups, columns = shape_of(far)
-    rows = chunk * groups
-    sums = reshape(far, (batch, kv_heads, chunks, rows, columns))
+    batch, kv_heads, chunks, chunk, groups = shape_of(parts[0].logits)[:5]
+    rows, columns, sums = chunk * groups, parts[0].value.shape[-1], []
+    if far is not None:
+        # At most 1 / TINY, and the product at most the values.
+        weights = power(ops.where(alive, far.log_scale - scale, FUTURE))
+        weighted = far.sums * weights[..., None]
+        sums.append(reshape(weighted, (batch, kv_heads, chunks, rows, columns)))
     for part in parts:
         weights = power(part.logits - scale[..., None])
         weights = reshape(weights, (batch, kv_heads, chunks, rows, part.value.shape[3]))
-        sums = sums + weights @ part.value
-    return normalize(*split_last(reshape(sums, (batch, kv_heads, chunks * rows, columns))))
+        sums.append(weights @ part.value)
+    total = reshape(sum(sums), (batch, kv_heads, chunks * rows, columns))
+    return normalize(*split_last(total))
 
 
 def band(chunk: int, size: int, reach: int) -> Tensor:

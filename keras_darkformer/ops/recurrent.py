@@ -4,7 +4,7 @@ from keras import ops, tree
 
 from keras_darkformer.ops.backend import reshape
 from keras_darkformer.ops.call import Call
-from keras_darkformer.ops.exact_memory import combined, none_of
+from keras_darkformer.ops.exact_memory import Far, combined, none_of
 from keras_darkformer.ops.features import TO_BASE, FoldedFeatures
 from keras_darkformer.ops.meeting import Held, arrive, meet, memory_band
 from keras_darkformer.ops.partition import tokens_first
@@ -24,13 +24,13 @@ def recurrent(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    features: FoldedFeatures,
+    features: FoldedFeatures | None,
     state: State | MemoryState,
     call: Call,
 ) -> tuple[Tensor, State | MemoryState]:
     """Output `(b, t, n, v)` in float32, and the state after the key; see `attention.attend`."""
     length, key_mask, write_mask = ops.shape(query)[1], call.key_mask, call.write_mask
-    query, memory = by_head(query, features.num_heads), call.memory
+    query, memory = by_head(query, key.shape[2]), call.memory
     after: State | MemoryState
     if isinstance(state, MemoryState):
         # A masked key leaves no trace, not even its place in the window.
@@ -40,13 +40,18 @@ def recurrent(
         near_mask = memory_band(1, memory)
         held, sinks = Held(recent, state.kept), arrival.sinks
         met = meet(query, arrival.tokens, held, sinks, arrival.marks, near_mask, 1, 1, memory)
-        left = met.left
-        sums = add_key(state.sums, features_by_head(left.key, left.value, left.is_real, features))
-        of_queries, scale = features_of_queries(query, features, scaled=True)
-        read = [of_queries @ sums.kv_state, of_queries @ sums.key_state[..., None]]
-        far = ops.concatenate(read, axis=-1)[:, :, None, None]
-        far_scale = (scale + sums.log_scale[..., None] * TO_BASE)[:, :, None, None]
-        output = combined(met.parts, far, far_scale)
+        sums, far = state.sums, None
+        if features is not None:
+            assert isinstance(sums, State)
+            left = met.left
+            of_left = features_by_head(left.key, left.value, left.is_real, features)
+            sums = add_key(sums, of_left)
+            of_queries, scale = features_of_queries(query, features, scaled=True)
+            read = [of_queries @ sums.kv_state, of_queries @ sums.key_state[..., None]]
+            scale = scale + sums.log_scale[..., None] * TO_BASE
+            both = ops.concatenate(read, axis=-1)
+            far = Far(both[:, :, None, None], scale[:, :, None, None])
+        output = combined(met.parts, far)
         after = MemoryState(
             sums,
             () if sinks is None else sinks.tokens,
@@ -54,6 +59,7 @@ def recurrent(
             met.held.kept,
         )
     else:
+        assert features is not None
         if key_mask is not None:
             key_mask = ops.broadcast_to(key_mask, ops.shape(key)[:2])
         after = add_key(state, features_of_keys(key, value, key_mask, features))

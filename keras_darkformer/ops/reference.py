@@ -185,7 +185,7 @@ def memory_attention_reference(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
-    features: FoldedFeatures,
+    features: FoldedFeatures | None,
     memory: Memory,
     *,
     key_mask: np.ndarray | None = None,
@@ -200,9 +200,9 @@ def memory_attention_reference(
                     + q_t f - |q_t N_q|^2 + e                        else
         O_t = sum_s w_ts v_s / sum_s w_ts,    w = base^near or base^far
 
-    What is in the memory says `exact_keys`. Queries that see no key give zeros.
+    What is in the memory says `exact_keys`; without features all else has no weight. Queries that
+    see no key give zeros.
     """
-    assert features.query_scale is not None
     query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
     batch, length, num_heads, head_dim = query.shape
     groups = num_heads // key.shape[2]
@@ -216,12 +216,13 @@ def memory_attention_reference(
             near = np.stack([query[b, :, n] @ key[b, :, k].T for n in heads]) / np.sqrt(head_dim)
             exact = exact_keys(near, real[b], written[b], memory)
             for n in heads:
-                q, keys = query[b, :, n], key[b, :, k]
-                far = _far_logits(q, keys, k, n, features) * np.log(BASE)
-                logits = np.where(exact, near[n - k * groups], far)
+                logits = near[n - k * groups]
                 seen = np.tri(length, dtype=bool) & real[b]
-                if features.query_scale.bias[n] < LEFT_OUT:
+                if features is None or _bias(features, n) < LEFT_OUT:
                     seen &= exact
+                else:
+                    far = _far_logits(query[b, :, n], key[b, :, k], k, n, features)
+                    logits = np.where(exact, logits, far * np.log(BASE))
                 for t in np.flatnonzero(seen.any(axis=1)):
                     weights = np.exp(logits[t, seen[t]] - logits[t, seen[t]].max())
                     output[b, t, n] = weights @ value[b, seen[t], k] / weights.sum()
@@ -268,6 +269,12 @@ def exact_keys(
             weights /= weights.sum(axis=1, keepdims=True)
             received[local] += weights.sum(axis=0)
     return exact
+
+
+def _bias(features: FoldedFeatures, n: int) -> float:
+    """What is added to the far part's logarithms of a query head."""
+    assert features.query_scale is not None
+    return float(features.query_scale.bias[n])
 
 
 def _far_logits(

@@ -1,6 +1,7 @@
 """Scores that features stand for, pair by pair: quadratic, to train and judge features with."""
 
 import math
+from typing import NamedTuple
 
 from keras import ops
 
@@ -61,7 +62,33 @@ def log_scores(
     return ops.where(exact, reshape(near, (batch, num_heads, length, -1)), scores)
 
 
+class MemoryPairs(NamedTuple):
+    """Which pairs of a query and a key meet in which part of the memory; bool, `(b, n, t, s)`.
+
+    No pair is in two parts. Axes may be 1 where all are alike, and pairs of keys that are masked or
+    to come may be among them.
+    """
+
+    sinks: Tensor
+    window: Tensor
+    kept: Tensor
+
+    @property
+    def exact(self) -> Tensor:
+        """Which pairs meet in any of them."""
+        return ops.logical_or(ops.logical_or(self.sinks, self.window), self.kept)
+
+
 def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = None) -> Tensor:
+    """Which pairs meet in the memory at all, `(b, n, t, t)`; see `memory_pairs`."""
+    exact = memory_pairs(query, key, memory, key_mask).exact
+    batch, length, num_heads, _ = tuple(ops.shape(query))
+    return ops.broadcast_to(exact, (batch, num_heads, length, length))
+
+
+def memory_pairs(
+    query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = None
+) -> MemoryPairs:
     """Which pairs of a causal call on a whole sequence meet in the exact memory.
 
     Args:
@@ -69,9 +96,6 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
         key: `(b, t, k, h)`.
         memory: `Memory`.
         key_mask: bool, `(b, t)`, or `None`.
-
-    Returns:
-        Bool, `(b, n, t, t)`. Pairs of a masked key may be among them.
     """
     batch, length, num_heads, _ = tuple(ops.shape(query))
     kv_heads, index = key.shape[2], ops.arange(length, dtype="int32")
@@ -83,7 +107,8 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
     age = index[:, None] - index[None, :]
     recent = ops.logical_and(age >= 0, age < memory.window)
     local = ops.logical_or(recent, sink[:, None])  # (b, t, s)
-    exact = local[:, None]
+    window = ops.logical_and(recent, ops.logical_not(sink)[:, None])
+    kept = ops.zeros((1, 1, 1, 1), dtype="bool")
     if memory.cache_size:
         seen = ops.logical_and(ops.logical_and(local, real[:, None]), age >= 0)
         logits = ops.stop_gradient(exact_logits(query, key))
@@ -105,9 +130,9 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
             [leaves[:, :, memory.window :], ops.zeros_like(nothing, dtype="int32")], axis=2
         )[:, :, :length]
         kept = ops.logical_and(age >= memory.window, index[:, None] < stays[:, :, None])
-        exact = ops.logical_or(exact, kept)
-    exact = ops.broadcast_to(exact, (batch, kv_heads, length, length))
-    return ops.repeat(exact, num_heads // kv_heads, axis=1)
+        kept = ops.logical_and(kept, ops.logical_not(sink)[:, None, None])
+        kept = ops.repeat(kept, num_heads // kv_heads, axis=1)
+    return MemoryPairs(sink[:, None, None], window[:, None], kept)
 
 
 def exact_logits(query: Tensor, key: Tensor) -> Tensor:

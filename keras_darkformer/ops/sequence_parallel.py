@@ -133,16 +133,22 @@ def sequence_parallel_dark_attention(
     parameters = DarkParameters(
         *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
-    check_parameters(parameters, key)
+    check_parameters(parameters, key, memory)
     features = folded(parameters, query, key, memory, far_offset)
     call = Call(None if key_mask is None else ops.cast(key_mask, "bool"), remat=remat)
-    shapes = StateShapes(features.num_heads, features.num_features, value.shape[3])
-    zeros = _differing(shapes.zeros(key.shape[0]), (query, key, value, key_mask, parameters))
     before: AttentionState | None = None
+    if features is not None:
+        shapes = StateShapes(features.num_heads, features.num_features, value.shape[3])
+        zeros = _differing(shapes.zeros(key.shape[0]), (query, key, value, key_mask, parameters))
     if memory:
         _check_sizes(memory, key, initial_state, return_state)
-        before = _memory_before(axis, key, value, features, zeros, memory, call)
+        tokens, sinks, recent = _memory_before(axis, key, value, memory, call)
+        sums: State | tuple[()] = ()
+        if features is not None:
+            sums = _sums_before(axis, tokens, features, zeros, memory, call)
+        before = MemoryState(sums, sinks, recent, ())
     else:
+        assert features is not None
         others = () if initial_state is None else (shapes.check(initial_state, key.shape[0]),)
         own = absorb(key, value, features, zeros, call)
         if causal:
@@ -163,6 +169,7 @@ def sequence_parallel_dark_attention(
             remat=remat,
         )
     else:
+        assert features is not None
         output = read(query, features, state, call)
         output = ops.cast(output, output_dtype(query, key, value))
     return (output, state) if return_state else output
@@ -226,24 +233,34 @@ def _added(*states: State) -> State:
 
 
 def _memory_before(
+    axis: SequenceAxis, key: Tensor, value: Tensor, memory: Memory, call: Call
+) -> tuple[Tokens, Tokens | tuple[()], Tokens | tuple[()]]:
+    """This device's tokens but for sinks, and the sinks and the window that they go on from."""
+    tokens = tokens_of(key, value, call.key_mask)
+    sinks: Tokens | tuple[()] = ()
+    if memory.num_sinks:
+        sinks = before = _sinks_before(axis, tokens, memory.num_sinks)
+        tokens = find_sinks(before, tokens, None)[1]
+    if not memory.window:
+        return tokens, sinks, ()
+    recent = Tokens(*map(axis.from_previous, leaving(tokens, memory.window)[1]))
+    received = ops.where(axis.index == 0, NOTHING, recent.received)
+    return tokens, sinks, recent._replace(received=received)
+
+
+def _sums_before(
     axis: SequenceAxis,
-    key: Tensor,
-    value: Tensor,
+    tokens: Tokens,
     features: FoldedFeatures,
     zeros: State,
     memory: Memory,
     call: Call,
-) -> MemoryState:
-    """The state with an exact memory that this device's tokens go on from.
+) -> State:
+    """The sums of the keys that have left the memory before this device's tokens.
 
     The neighbour's last tokens are in the window, and all before them in the sums. So each device
     sums up what leaves its window by itself and, from there on, everything.
     """
-    tokens = tokens_of(key, value, call.key_mask)
-    sinks: Tokens | tuple[()] = ()
-    if memory.num_sinks:
-        before = _sinks_before(axis, tokens, memory.num_sinks)
-        sinks, tokens = before, find_sinks(before, tokens, None)[1]
     state, states = zeros, []
     for part in leaving(tokens, memory.window):
         if part.key.shape[2]:
@@ -255,14 +272,8 @@ def _memory_before(
     further = _before(axis, everything, axis.index - 1)
     kv_state, key_state, log_scale = (axis.from_previous(x) for x in left)
     # The first device is sent zeros; as a scale that would be a large one.
-    is_first = axis.index == 0
-    log_scale = ops.where(is_first, LOG_ZERO, log_scale)
-    sums = _added(further, State(kv_state, key_state, log_scale))
-    if not memory.window:
-        return MemoryState(sums, sinks, (), ())
-    recent = Tokens(*map(axis.from_previous, leaving(tokens, memory.window)[1]))
-    recent = recent._replace(received=ops.where(is_first, NOTHING, recent.received))
-    return MemoryState(sums, sinks, recent, ())
+    log_scale = ops.where(axis.index == 0, LOG_ZERO, log_scale)
+    return _added(further, State(kv_state, key_state, log_scale))
 
 
 def _sinks_before(axis: SequenceAxis, tokens: Tokens, size: int) -> Tokens:

@@ -57,16 +57,16 @@ class Tokens(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """The state with an exact memory. Parts that the memory has not are empty tuples.
+    """The state with an exact memory. Parts that it has not are empty tuples.
 
     Attributes:
-        sums: `State` of the keys that have left the memory.
+        sums: `State` of the keys that have left the memory; none without features.
         sinks: `Tokens`, the first `num_sinks`.
         recent: `Tokens`, the last `sliding_window`.
         kept: `Tokens`, `cache_size` of those between, oldest first.
     """
 
-    sums: State
+    sums: State | tuple[()]
     sinks: Tokens | tuple[()]
     recent: Tokens | tuple[()]
     kept: Tokens | tuple[()]
@@ -92,7 +92,7 @@ class StateShapes(NamedTuple):
 
     Attributes:
         num_heads: k, heads of keys and values.
-        num_features: m.
+        num_features: m; 0 for an exact memory alone.
         value_dim: v.
         head_dim: h; only an exact memory asks for it.
         memory: `Memory`.
@@ -111,7 +111,7 @@ class StateShapes(NamedTuple):
     def leaves(self) -> list[Shape]:
         """The shapes of all leaves, less the batch, in the order of `keras.tree`."""
         k, m, v, h = self[:4]
-        shapes: list[Shape] = [(k, m, v), (k, m), (k,)]
+        shapes: list[Shape] = [(k, m, v), (k, m), (k,)] if m else []
         for size in self._sizes:
             shapes += [(k, size, h), (k, size, v), (k, size)] if size else []
         return [*shapes, ()] if self.positioned else shapes
@@ -120,16 +120,21 @@ class StateShapes(NamedTuple):
     def _sizes(self) -> tuple[int, int, int]:
         return self.memory.num_sinks, self.memory.window, self.memory.cache_size
 
+    @property
+    def _sums(self) -> int:
+        """Leaves of the sums."""
+        return 3 if self.num_features else 0
+
     def dtypes(self) -> list[str]:
         """The dtypes of all leaves."""
         tokens = sum(size > 0 for size in self._sizes)
         stored = [self.dtype, self.dtype, "float32"] * tokens
-        return ["float32"] * 3 + stored + ["float32"] * self.positioned
+        return ["float32"] * self._sums + stored + ["float32"] * self.positioned
 
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The state of these leaves."""
         rest = iter(leaves)
-        state: Any = State(*(next(rest) for _ in range(3)))
+        state: Any = State(*(next(rest) for _ in range(3))) if self.num_features else ()
         if self.memory:
             parts = [Tokens(*(next(rest) for _ in range(3))) if x else () for x in self._sizes]
             state = MemoryState(state, *parts)
@@ -141,8 +146,9 @@ class StateShapes(NamedTuple):
             ops.zeros((batch_size, *shape), dtype=dtype)
             for shape, dtype in zip(self.leaves(), self.dtypes(), strict=True)
         ]
-        leaves[2] = leaves[2] + LOG_ZERO
-        for index in range(5, len(leaves) - self.positioned, 3):
+        if self.num_features:
+            leaves[2] = leaves[2] + LOG_ZERO
+        for index in range(self._sums + 2, len(leaves) - self.positioned, 3):
             leaves[index] = leaves[index] + NOTHING
         return self.pack(leaves)
 
@@ -210,7 +216,7 @@ def initial_state(
     Args:
         batch_size: int, or scalar int tensor.
         num_key_value_heads: int, k.
-        num_features: int, m.
+        num_features: int, m; 0 for an exact memory alone.
         value_dim: int, v.
         head_dim: int, h; needed with an exact memory.
         sliding_window, num_sinks, cache_size: as for `dark_attention`.

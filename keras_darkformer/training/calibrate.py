@@ -16,6 +16,7 @@ from keras_darkformer.training.data import (
     batches,
     check_position_offset,
     dark_layers,
+    layers_with_features,
     position_offsets,
     run,
 )
@@ -105,8 +106,9 @@ def calibrate(
         method=method, proposal=proposal, center=center, refine=refine, seed=seed
     )
     positive_integer("max_tokens", max_tokens)
-    layers = dark_layers(model)
-    check_position_offset(position_offset, layers.values())
+    every_layer = dark_layers(model)
+    check_position_offset(position_offset, every_layer.values())
+    layers = layers_with_features(every_layer)
     for layer in layers.values():
         layer.feature_map.check_calibration(options)
     statistics = {
@@ -121,7 +123,7 @@ def calibrate(
         if not count:
             _probe_layouts(model, layers, statistics, inputs)
         offset = next(offsets)
-        length = _look(model, layers, statistics, inputs, offset)
+        length = _look(model, every_layer, statistics, inputs, offset)
         longest = max(longest, length)
         if kept_exactly and length > kept_exactly and _tokens(kept) < max_tokens:
             kept.append((inputs, offset))
@@ -137,7 +139,7 @@ def calibrate(
         layer.swap_feature_map(fit.kind)
         layer.feature_map.load(fit)
     if kept_exactly:
-        _fit_far_offsets(model, layers, kept)
+        _fit_far_offsets(model, every_layer, kept)
     if swapped:
         _say_swapped(model, swapped, len(layers), verbose)
         compile_anew(model)
@@ -164,6 +166,8 @@ def _look(
     lengths = []
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
+        if id(layer) not in statistics:
+            return heads.exact_output()
         of_layer = statistics[id(layer)]
         query, key = map(_numpy, (heads.query, heads.key))
         key_mask = None if heads.key_mask is None else _numpy(heads.key_mask)
@@ -224,27 +228,28 @@ def _fit(
 
 def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Kept) -> None:
     """Another look at some batches, with the fitted features, for the far parts' scale."""
-    with_memory, masses = [], {}
-    for layer in layers.values():
-        if layer.feature_map.memory:
-            with_memory.append(layer)
-            masses[id(layer)] = FarMass(layer.feature_map)
+    masses = {
+        id(layer): FarMass(layer.feature_map)
+        for layer in layers_with_features(layers).values()
+        if layer.feature_map.memory
+    }
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
-        masses[id(layer)].add(
-            heads.query,
-            heads.key,
-            *heads.for_features(layer.feature_map),
-            key_mask=heads.key_mask,
-            attention_mask=heads.attention_mask,
-        )
+        if id(layer) in masses:
+            masses[id(layer)].add(
+                heads.query,
+                heads.key,
+                *heads.for_features(layer.feature_map),
+                key_mask=heads.key_mask,
+                attention_mask=heads.attention_mask,
+            )
         return heads.exact_output()
 
     for inputs, offset in kept:
-        with observed(with_memory, observer, offset):
+        with observed(layers.values(), observer, offset):
             run(model, inputs)
-    for layer in with_memory:
-        layer.feature_map.far_offset.assign(masses[id(layer)].offset())
+    for mass in masses.values():
+        mass.map.far_offset.assign(mass.offset())
 
 
 def _tokens(kept: Kept) -> int:

@@ -29,6 +29,21 @@ def dark_layers(model: Model) -> dict[str, FeatureAttention]:
     return dict(zip(names, found, strict=True))
 
 
+def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, FeatureAttention]:
+    """Those of a model's dark layers whose feature maps can be fitted.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = {name: layer for name, layer in layers.items() if layer.feature_map.num_features}
+    if not found:
+        raise ValueError(
+            "`model` must have a dark layer with features to fit. Received: a model whose layers "
+            'all have `feature_map="none"`'
+        )
+    return found
+
+
 def run(model: Model, inputs: Data) -> Any:
     """Runs the layers of a model, of a KerasHub task without its head."""
     backbone: Model = getattr(model, "backbone", model)

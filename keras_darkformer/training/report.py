@@ -1,18 +1,14 @@
 """What a conversion loses, layer by layer and head by head."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops
 from rich.table import Table
 
 from keras_darkformer.checks import positive_integer
-from keras_darkformer.fitting import Moments
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.layers.heads import Heads
-from keras_darkformer.ops import draw_projection
-from keras_darkformer.ops.features import DarkParameters, fold
-from keras_darkformer.ops.scores import exact_logits, log_scores, log_softmax
 from keras_darkformer.printed import PrintedDict
 from keras_darkformer.training.data import (
     batches,
@@ -21,11 +17,8 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
+from keras_darkformer.training.judge import ARMS, PARTS, Judge
 from keras_darkformer.types import Config, Data, Model, Tensor
-
-ARMS = ("dark", "performer", "uniform")
-# A divergence this large comes of the finite number that stands for log(0).
-INFINITE = 1e20
 
 
 class ApproximationReport(PrintedDict):
@@ -41,73 +34,54 @@ class ApproximationReport(PrintedDict):
             `|output - exact| / |exact|`, for `dark`, for `performer` (identity
             geometry, fresh draw, as many features) and for `uniform`
             (averaging what is visible: what knows nothing of the logits).
+            `performer` is `None` where there are no features.
         kl: dict of the mean divergence from exact attention weights, in nats,
             for the same three; infinite for a window alone.
-        far_mass, exact_far_mass: share of the weights behind the sliding
-            window, here and of softmax; `None` without a window.
+        mass, exact_mass: dicts of the share of the weights on the `sinks`, in the `window`, on
+            `kept` keys and on the others, `far`, here and of softmax; `None` without a memory.
+        far_kl: how much of the divergence comes of where the far part puts its weight, not of how
+            much it has; `None` without a memory or features.
         spectrum: eigenvalues of `Cov(q^) + Cov(k^)`, falling: the variances
             that logits are made of.
         effective_dims: `(sum v)^2 / sum v^2` of these: `head_dim` where queries
             and keys are isotropic, 1 where all is in one direction.
     """
 
-    width = 120
+    width = 150
 
     def summary(self) -> Config:
         """Means over heads and layers of all that is a number."""
         heads = [head for layer in self["layers"] for head in layer["heads"]]
-        means: Config = {
-            key: {arm: float(np.mean([head[key][arm] for head in heads])) for arm in ARMS}
-            for key in ("relative_error", "kl")
-        }
-        for key in ("far_mass", "exact_far_mass"):
+        means: Config = {key: _means(heads, key, ARMS) for key in ("relative_error", "kl")}
+        for key in ("mass", "exact_mass"):
+            has_memory = [head for head in heads if head[key] is not None]
+            means[key] = _means(has_memory, key, PARTS) if has_memory else None
+        for key in ("far_kl", "effective_dims"):
             values = [head[key] for head in heads if head[key] is not None]
             means[key] = float(np.mean(values)) if values else None
-        means["effective_dims"] = float(np.mean([head["effective_dims"] for head in heads]))
         return means
 
     def __rich__(self) -> Table:
         means = self.summary()
-        has_memory = means["far_mass"] is not None
+        has_memory = means["mass"] is not None
         table = Table(title=f"Attention against exact softmax, {self['tokens']:,} queries a head")
         columns = ["layer", "head", "m", "map", "error", "Performer", "uniform", "KL"]
         columns += ["KL Performer", "KL uniform", "eff. dims"]
-        columns += ["far mass", "exact"] if has_memory else []
+        columns += [*PARTS, "exact far", "far KL"] if has_memory else []
         for column in columns:
             table.add_column(column, justify="left" if column in ("layer", "map") else "right")
         for layer in self["layers"]:
             for index, head in enumerate(layer["heads"]):
-                cells = [
-                    layer["name"],
-                    str(index),
-                    str(layer["num_features"]),
-                    layer["feature_map"],
-                ]
-                for key in ("relative_error", "kl"):
-                    cells += [f"{head[key][arm]:.2f}" for arm in ARMS]
-                cells.append(f"{head['effective_dims']:.1f}")
-                if has_memory:
-                    for key in ("far_mass", "exact_far_mass"):
-                        cells.append("-" if head[key] is None else f"{head[key]:.3f}")
-                table.add_row(*cells)
+                of_layer = [layer["name"], str(index), str(layer["num_features"])]
+                table.add_row(*of_layer, layer["feature_map"], *_cells(head, has_memory))
             table.add_section()
-        table.add_row(
-            "mean",
-            "",
-            "",
-            "",
-            *(f"{means[key][arm]:.2f}" for key in ("relative_error", "kl") for arm in ARMS),
-            f"{means['effective_dims']:.1f}",
-            *(
-                f"{means[key]:.3f}"
-                for key in ("far_mass", "exact_far_mass")
-                if has_memory and means[key] is not None
-            ),
-        )
+        table.add_row("mean", "", "", "", *_cells(means, has_memory))
         table.caption = (
             "error: median of |output - exact| / |exact|; KL in nats; Performer has as many "
             "features, uniform averages all that a query sees"
         )
+        if has_memory:
+            table.caption += "; sinks, window, kept, far: shares of the weights"
         return table
 
     def plot(self, path: Any = None) -> Any:
@@ -130,7 +104,7 @@ class ApproximationReport(PrintedDict):
         for axis, key in ((errors, "relative_error"), (divergence, "kl")):
             for offset, arm in zip((-0.25, 0.0, 0.25), ARMS, strict=True):
                 for index, layer in enumerate(layers):
-                    values = [head[key][arm] for head in layer["heads"]]
+                    values = [_number(head[key][arm]) for head in layer["heads"]]
                     axis.scatter(
                         np.full(len(values), index + offset),
                         values,
@@ -138,7 +112,8 @@ class ApproximationReport(PrintedDict):
                         color=colors[arm],
                         alpha=0.4,
                     )
-                means = [np.mean([head[key][arm] for head in layer["heads"]]) for layer in layers]
+                means = [_means(layer["heads"], key, (arm,))[arm] for layer in layers]
+                means = list(map(_number, means))
                 axis.scatter(
                     positions + offset, means, s=60, marker="_", color=colors[arm], label=names[arm]
                 )
@@ -202,7 +177,7 @@ def approximation_report(
     positive_integer("max_batches", max_batches)
     layers = dark_layers(model)
     check_position_offset(position_offset, layers.values())
-    judges = {id(layer): _Judge(layer, seed) for layer in layers.values()}
+    judges = {id(layer): Judge(layer, seed) for layer in layers.values()}
 
     def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
         judges[id(layer)].add(heads)
@@ -218,113 +193,26 @@ def approximation_report(
     return ApproximationReport(layers=found, tokens=next(iter(judges.values())).tokens)
 
 
-class _Judge:
-    """Figures of one layer, batch by batch."""
-
-    def __init__(self, layer: FeatureAttention, seed: int) -> None:
-        self.map = layer.feature_map
-        self.map.ensure_built()
-        self.moments = Moments(self.map.num_heads, self.map.head_dim)
-        projection = draw_projection(self.map.num_features, self.map.head_dim, seed=seed)
-        self.performer = fold(
-            DarkParameters(None, ops.convert_to_tensor(projection)),
-            self.map.num_heads,
-            self.map.head_dim,
-        )
-        self.errors: dict[str, list[np.ndarray]] = {arm: [] for arm in ARMS}
-        self.divergences: dict[str, list[np.ndarray]] = {arm: [] for arm in ARMS}
-        self.far: list[np.ndarray] = []
-        self.exact_far: list[np.ndarray] = []
-        self.tokens = 0
-
-    def add(self, heads: Heads) -> None:
-        query, key = (ops.cast(x, "float32") for x in (heads.query, heads.key))
-        visible = heads.visible
-        logits = exact_logits(query, key)
-        exact = log_softmax(logits, visible)
-        of_features = heads.for_features(self.map)
-        pairs = self.map.exact_pairs(*of_features, heads.key_mask)
-        scores = {
-            "dark": self.map.log_scores(*of_features, pairs),
-            "performer": log_scores(query, key, self.performer),
-            "uniform": ops.zeros_like(logits),
-        }
-        weights = ops.where(visible, ops.exp(exact), 0.0)
-        groups = query.shape[2] // key.shape[2]
-        value = ops.repeat(ops.cast(heads.value, "float32"), groups, axis=2)
-        if heads.key_mask is not None:
-            value = ops.where(heads.key_mask[:, :, None, None], value, 0.0)
-        target = ops.einsum("bnts,bsnv->bntv", weights, value)
-        size = ops.maximum(ops.norm(target, axis=-1), 1e-20)
-        counts = np.broadcast_to(
-            ops.convert_to_numpy(ops.any(visible, axis=-1)), tuple(logits.shape[:3])
-        )
-        masks = [None, None]
-        if heads.key_mask is not None:
-            mask = ops.convert_to_numpy(heads.key_mask)
-            masks[1] = mask
-            if query.shape[1] == key.shape[1]:
-                masks[0] = mask
-                counts = counts & mask[:, None, :]
-        self.moments.update(ops.convert_to_numpy(query), ops.convert_to_numpy(key), *masks)
-        self.tokens += int(counts[:, 0].sum())
-        for arm, score in scores.items():
-            log_weights = log_softmax(score, visible)
-            own = ops.where(visible, ops.exp(log_weights), 0.0)
-            output = ops.einsum("bnts,bsnv->bntv", own, value)
-            error = ops.norm(output - target, axis=-1) / size
-            kl = ops.sum(ops.where(visible, weights * (exact - log_weights), 0.0), axis=-1)
-            self.errors[arm].append(_by_head(error, counts))
-            self.divergences[arm].append(_by_head(kl, counts))
-            if arm == "dark" and pairs is not None:
-                for kept, of in ((self.far, own), (self.exact_far, weights)):
-                    kept.append(_by_head(ops.sum(ops.where(pairs, 0.0, of), axis=-1), counts))
-
-    def result(self, name: str) -> Config:
-        feature_map = self.map
-        groups = len(self.errors["dark"][0]) // feature_map.num_heads
-        total = self.moments.cov.sum(axis=0)
-        spectra = np.maximum(np.linalg.eigvalsh(total)[:, ::-1], 0.0)
-        heads = []
-        for head in range(len(self.errors["dark"][0])):
-            spectrum = spectra[head // groups]
-            square = float((spectrum**2).sum())
-            heads.append(
-                {
-                    "relative_error": {
-                        arm: float(np.median(_joined(self.errors[arm], head))) for arm in ARMS
-                    },
-                    "kl": {arm: _divergence(_joined(self.divergences[arm], head)) for arm in ARMS},
-                    "far_mass": _mean(self.far, head),
-                    "exact_far_mass": _mean(self.exact_far, head),
-                    "spectrum": [float(x) for x in spectrum],
-                    "effective_dims": float(spectrum.sum() ** 2 / square) if square else 0.0,
-                }
-            )
-        return {
-            "name": name,
-            "num_features": feature_map.num_features,
-            "feature_map": feature_map.kind,
-            **feature_map.memory._asdict(),
-            "heads": heads,
-        }
+def _means(heads: list[Config], key: str, names: Sequence[str]) -> Config:
+    """Means over heads by name, `None` where no head has a figure."""
+    values = {name: [h[key][name] for h in heads if h[key][name] is not None] for name in names}
+    return {name: float(np.mean(found)) if found else None for name, found in values.items()}
 
 
-def _by_head(x: Any, counts: np.ndarray) -> Any:
-    """`(b, n, t)` as a list of n arrays of what counts."""
-    x = ops.convert_to_numpy(x)
-    return [x[:, head][counts[:, head]] for head in range(x.shape[1])]
+def _number(x: float | None) -> float:
+    return np.nan if x is None else x
 
 
-def _divergence(values: np.ndarray) -> float:
-    """Their mean; infinite where weights that softmax gives are missing altogether."""
-    mean = float(np.mean(values))
-    return mean if mean < INFINITE else float("inf")
+def _cells(figures: Config, has_memory: bool) -> list[str]:
+    """The figures of a head, or the means over heads, as a table shows them."""
 
+    def cell(x: float | None, digits: int) -> str:
+        return "-" if x is None else f"{x:.{digits}f}"
 
-def _joined(parts: list[Any], head: int) -> np.ndarray:
-    return np.concatenate([part[head] for part in parts])
-
-
-def _mean(parts: list[Any], head: int) -> float | None:
-    return float(np.mean(_joined(parts, head))) if parts else None
+    cells = [cell(figures[key][arm], 2) for key in ("relative_error", "kl") for arm in ARMS]
+    cells.append(cell(figures["effective_dims"], 1))
+    if has_memory:
+        mass, exact_mass = (figures[key] or dict.fromkeys(PARTS) for key in ("mass", "exact_mass"))
+        cells += [cell(mass[part], 3) for part in PARTS]
+        cells += [cell(exact_mass["far"], 3), cell(figures["far_kl"], 2)]
+    return cells

@@ -20,6 +20,7 @@ from keras_darkformer.training.data import (
     batches,
     check_position_offset,
     dark_layers,
+    layers_with_features,
     position_offsets,
     run,
 )
@@ -150,7 +151,8 @@ class AttentionTransfer(keras.Model):
         super().__init__(name="attention_transfer")
         self.model = model
         self.dark_layers = dark_layers(model)
-        self.layer_losses = [keras.metrics.Mean(name=name) for name in self.dark_layers]
+        fitted = layers_with_features(self.dark_layers)
+        self.layer_losses = [keras.metrics.Mean(name=name) for name in fitted]
         if not self.trainable_variables:
             raise ValueError(
                 "No feature map of `model` is trainable. Convert it with `train_geometry=True` "
@@ -184,7 +186,8 @@ class AttentionTransfer(keras.Model):
         losses = []
 
         def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
-            losses.append(transfer_loss(layer.feature_map, heads))
+            if layer.feature_map.num_features:
+                losses.append(transfer_loss(layer.feature_map, heads))
             # Cut off here: what follows has nothing to learn from this layer.
             return ops.stop_gradient(heads.exact_output())
 

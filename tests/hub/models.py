@@ -127,7 +127,7 @@ def dark(model, **options):
 
 def scramble_geometries(model, seed=1):
     rng = np.random.default_rng(seed)
-    for feature_map in feature_maps(model):
+    for feature_map in filter(lambda x: x.num_features, feature_maps(model)):
         geometry = feature_map.geometry
         geometry.assign(to_numpy(geometry.value) + 0.2 * rng.standard_normal(geometry.shape))
     return model

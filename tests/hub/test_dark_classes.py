@@ -37,6 +37,7 @@ CONFIGS = [
     {"feature_map": ["exponential", "dark"], "layers": [0, 2], "projection": "gaussian"},
     {"rank": 4, "tie_geometry": False, "sliding_window": 5, "geometry_scale": 0.5, "remat": True},
     {"sliding_window": 5, "num_sinks": 2, "cache_size": 3},
+    {"feature_map": ["none", "dark"], "layers": [0, 2], "sliding_window": 5},
     {"rope_geometry": "before", "attention_mode": "exact", "chunk_size": 4},
     {"train_geometry": False, "train_projection": True},
 ]

@@ -18,7 +18,9 @@ PROMPT = inputs(5, 5, 5)
 # One of the layers of gemma2 is left exact, with a key/value cache.
 BUILDERS = {
     "gemma2": lambda: dark(gemma2()),
-    "memory": lambda: dark(gemma(num_layers=1), sliding_window=3, num_sinks=1, cache_size=3),
+    "memory": lambda: dark(
+        gemma(), sliding_window=3, num_sinks=1, cache_size=3, feature_map=["dark", "none"]
+    ),
 }
 
 

@@ -27,35 +27,29 @@ from .helpers import (
 )
 
 X = normal(BATCH, LENGTH, WIDTH)
-LEFT_OUT = -1e30  # a `far_offset` at which nothing is left of the far part
 alone_or_not = pytest.mark.parametrize("alone", [False, True], ids=["features", "window_alone"])
 
 
 def windowed(size=3, *, alone=False, **options):
+    if alone:
+        return attention(sliding_window=size, feature_map="none", **options)
     layer = attention(sliding_window=size, **options)
-    leave_out(layer) if alone else layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
+    layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
     return layer
-
-
-def leave_out(layer):
-    layer.feature_map.far_offset.assign(np.full(4, LEFT_OUT))
 
 
 def project(layer, x):
     return (arrays(dense(x)) for dense in (layer.query_dense, layer.key_dense, layer.value_dense))
 
 
-@alone_or_not
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_output_agrees_with_the_reference(calibrated, alone):
-    layer = windowed(alone=alone, tie_geometry=False)
+def test_output_agrees_with_the_reference(calibrated):
+    layer = windowed(tie_geometry=False)
     query, key, value = project(layer, X)
     if calibrated:
         layer.feature_map.calibrate(query, key, causal=True, refine=False)
         assert differ(layer.feature_map.far_offset, 0.5 * normal(4, seed=8))
         assert differ(layer.feature_map.far_offset, np.zeros(4))
-        if alone:  # a calibration sets the offset
-            leave_out(layer)
     names = ["projection", "query_geometry", "far_offset", "log_weight", "query_shift", "key_shift"]
     weights = {name: arrays(getattr(layer.feature_map, name)) for name in names}
     attended, _ = dark_attention_reference(
@@ -115,18 +109,15 @@ def test_steps_give_the_outputs_of_the_whole(alone, memory):
     assert shapes_and_dtypes(spec) == shapes_and_dtypes((output, state))
 
 
-def test_the_far_part_can_be_left_out_at_any_time():
-    layer = windowed()
-    offset = arrays(layer.feature_map.far_offset)
-    both = arrays(call(layer, X, X, use_causal_mask=True))
-    leave_out(layer)
-    found = arrays(call(layer, X, X, use_causal_mask=True))
-    assert differ(found, both)
-    alone = windowed()
-    alone.set_weights(layer.get_weights())
-    assert_close(found, call(alone, X, X, use_causal_mask=True))
-    layer.feature_map.far_offset.assign(offset)
-    assert_close(call(layer, X, X, use_causal_mask=True), both)
+def test_a_window_alone_is_softmax_over_it():
+    layer = windowed(alone=True)
+    exact = attention(attention_mode="exact")
+    exact.feature_map.geometry.assign(np.stack([np.eye(4)] * 2))
+    for name in ("query_dense", "key_dense", "value_dense", "output_dense"):
+        getattr(exact, name).set_weights(getattr(layer, name).get_weights())
+    age = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    expected = call(exact, X, X, attention_mask=((age >= 0) & (age < 3))[None])
+    assert_close(call(layer, X, X, use_causal_mask=True), expected)
 
 
 def test_only_the_last_tokens_are_seen_by_a_window_alone():
@@ -153,12 +144,11 @@ def test_a_model_with_a_window_trains():
     assert np.abs(arrays(layer.feature_map.far_offset) - before).min() > 1e-4
 
 
-def test_all_that_is_trainable_has_a_gradient_but_for_a_far_part_that_is_left_out():
+def test_all_that_is_trainable_has_a_gradient():
     gradients = weight_gradients(windowed(), X, X, use_causal_mask=True)
     assert all(np.abs(x).max() > 1e-5 for x in gradients.values())
     gradients = weight_gradients(windowed(alone=True), X, X, use_causal_mask=True)
-    still = {"feature_map/geometry", "feature_map/far_offset", "key/bias"}
-    assert {name for name, x in gradients.items() if np.abs(x).max() < 1e-5} == still
+    assert {name for name, x in gradients.items() if np.abs(x).max() < 1e-5} == {"key/bias"}
 
 
 @pytest.mark.parametrize("x", [X, keras.KerasTensor(X.shape)], ids=["real", "symbolic"])
@@ -192,6 +182,7 @@ def test_exact_mode_has_no_need_of_a_window():
             {"sliding_window": 3, "feature_map": "exponential"},
             'Features of `feature_map="exponential"`',
         ),
+        ({"feature_map": "none"}, '`feature_map="none"` needs a `sliding_window` or `num_sinks`'),
     ],
     ids=str,
 )

@@ -26,9 +26,11 @@ def tensors_of(state):
 def unscaled(state, log_scale=0.0):
     """The sums themselves times `exp(-log_scale)`, then the memory's tokens, in float64."""
     sums, *parts = state if isinstance(state, MemoryState) else (state,)
-    kv_state, key_state, own = (np.asarray(x, "float64") for x in sums)
-    scale = np.exp(own - log_scale)[..., None]
-    found = [kv_state * scale[..., None], key_state * scale]
+    found = []
+    if sums:
+        kv_state, key_state, own = (np.asarray(x, "float64") for x in sums)
+        scale = np.exp(own - log_scale)[..., None]
+        found = [kv_state * scale[..., None], key_state * scale]
     for tokens in filter(None, parts):
         key, value, received = (np.asarray(x, "float64") for x in tokens)
         real = received[..., None] >= 0
@@ -39,7 +41,8 @@ def unscaled(state, log_scale=0.0):
 def assert_same_state(actual, expected, tolerance=1e-4):
     """The sums are the same, whatever their scales, and so is the window."""
     assert type(actual) is type(expected)
-    log_scale = tree.flatten(expected)[2].astype("float64")
+    sums = expected.sums if isinstance(expected, MemoryState) else expected
+    log_scale = sums.log_scale.astype("float64") if sums else 0.0
     pairs = zip(unscaled(actual, log_scale), unscaled(expected, log_scale), strict=True)
     for x, y in pairs:
         assert_close(x, y, tolerance)

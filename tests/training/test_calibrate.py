@@ -20,7 +20,13 @@ from hub.models import (
 from hub.searches import greedy_search
 from keras import ops
 
-from keras_darkformer import DarkFeatureMap, approximation_report, calibrate, convert_to_dark
+from keras_darkformer import (
+    DarkFeatureMap,
+    approximation_report,
+    calibrate,
+    convert_to_dark,
+    transfer_attention,
+)
 
 from .models import dark_gemma, feature_weights, plain, tokens
 from .reference import behind, feature_scores, softmax, softmax_scores, visible_pairs
@@ -428,3 +434,26 @@ def test_calibration_shows_in_the_config():
     np.testing.assert_allclose(
         outputs(twin, BATCHES[0]), outputs(model.backbone, BATCHES[0]), rtol=1e-5, atol=1e-5
     )
+
+
+def test_layers_without_features_are_passed_by():
+    """The others are fitted to what comes to them from exact attention, as without such layers."""
+    _, model = dark_gemma(sliding_window=4, feature_map=["none", "dark"])
+    _, whole = dark_gemma(sliding_window=4)
+    for each in (model, whole):
+        quietly(each, BATCHES, method="scale", center=True)
+    without, found = feature_maps(model)
+    assert not without.weights
+    assert to_numpy(found.far_offset.value).any()
+    for name in ("geometry", "query_shift", "key_shift"):
+        wanted = to_numpy(getattr(feature_maps(whole)[1], name).value)
+        np.testing.assert_allclose(to_numpy(getattr(found, name).value), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fit", [calibrate, transfer_attention])
+def test_a_model_without_features_has_nothing_to_fit(fit):
+    _, model = dark_gemma(lambda: gemma(num_layers=1), sliding_window=4, feature_map="none")
+    with pytest.raises(ValueError, match='whose layers all have `feature_map="none"`'):
+        fit(model, BATCHES)
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        feature_maps(model)[0].calibrate(np.ones((1, 9, 4, 8)), np.ones((1, 9, 2, 8)), causal=True)

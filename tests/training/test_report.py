@@ -72,10 +72,16 @@ def expected_figures(feature_map, heads, seed=0):
             figures["relative_error"][arm] = np.median(error[:, head][mask])
             figures["kl"][arm] = divergence(exact, own)[:, head][mask].mean()
         if feature_map.memory:
-            far = behind(feature_map.memory.window, LENGTH)
-            for name, of in (("far_mass", arms["dark"]), ("exact_far_mass", None)):
-                of = exact if of is None else softmax(of, visible)
-                figures[name] = (of * far).sum(-1)[:, head][mask].mean()
+            ours, far = softmax(arms["dark"], visible), behind(feature_map.memory.window, LENGTH)
+            parts = {"sinks": far & ~far, "kept": far & ~far, "window": ~far, "far": far}
+            for name, of in (("mass", ours), ("exact_mass", exact)):
+                figures[name] = {
+                    part: (of * where).sum(-1)[:, head][mask].mean()
+                    for part, where in parts.items()
+                }
+            exact_far, our_far = (softmax(np.log(x + 1e-300), visible & far) for x in (exact, ours))
+            share = (exact * far).sum(-1)
+            figures["far_kl"] = (share * divergence(exact_far, our_far))[:, head][mask].mean()
         group = slice(head // 2 * 2, head // 2 * 2 + 2)
         both = (query[:, :, group][mask].reshape(-1, 8), key[:, :, head // 2][mask])
         total = sum(np.cov(x.T.astype("float64"), bias=True) for x in both) / np.sqrt(8)
@@ -92,6 +98,14 @@ def reported(request):
     return stock, model, approximation_report(model, BATCH, seed=4)
 
 
+def assert_near(figures, wanted):
+    if not isinstance(wanted, dict):
+        figures, wanted = {"": figures}, {"": wanted}
+    assert figures.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(figures[name], value, rtol=2e-3, atol=1e-4)
+
+
 def test_its_figures_are_those_of_float64(reported):
     stock, model, report = reported
     layers = zip(report["layers"], feature_maps(model), stock_heads(stock, BATCH), strict=True)
@@ -101,11 +115,11 @@ def test_its_figures_are_those_of_float64(reported):
             for key in ("relative_error", "kl"):
                 for arm, value in wanted[key].items():
                     np.testing.assert_allclose(figures[key][arm], value, rtol=5e-3, atol=1e-4)
-            for key in ("far_mass", "exact_far_mass"):
+            for key in ("mass", "exact_mass", "far_kl"):
                 if not feature_map.memory:
                     assert figures[key] is None
                 else:
-                    np.testing.assert_allclose(figures[key], wanted[key], rtol=2e-3)
+                    assert_near(figures[key], wanted[key])
             np.testing.assert_allclose(
                 figures["spectrum"], wanted["spectrum"], rtol=1e-3, atol=1e-4
             )
@@ -129,10 +143,11 @@ def test_its_summary_is_the_mean_over_heads_and_layers(reported):
     for key in ("relative_error", "kl"):
         for arm, value in means[key].items():
             assert value == pytest.approx(np.mean([head[key][arm] for head in heads]))
-    if heads[0]["far_mass"] is None:
-        assert means["far_mass"] is None
+    if heads[0]["mass"] is None:
+        assert means["mass"] is means["far_kl"] is None
     else:
-        assert means["far_mass"] == pytest.approx(np.mean([head["far_mass"] for head in heads]))
+        far = np.mean([head["mass"]["far"] for head in heads])
+        assert means["mass"]["far"] == pytest.approx(far)
 
 
 def test_it_prints_a_table(reported):
@@ -141,7 +156,7 @@ def test_it_prints_a_table(reported):
     assert len(rows) == 8
     assert f"{report['layers'][1]['heads'][2]['kl']['dark']:.2f}" in rows[6]
     assert "mean" in text
-    assert ("far mass" in text) is (report["layers"][0]["sliding_window"] is not None)
+    assert ("sinks" in text) is (report["layers"][0]["sliding_window"] is not None)
 
 
 def test_it_draws_a_picture(reported, tmp_path):
@@ -157,8 +172,35 @@ def test_a_window_over_everything_is_exact():
     means = approximation_report(model, BATCH).summary()
     assert means["relative_error"]["dark"] < 1e-5
     assert abs(means["kl"]["dark"]) < 1e-5
-    assert means["far_mass"] == means["exact_far_mass"] == 0
+    assert means["mass"]["far"] == means["exact_mass"]["far"] == 0
+    assert means["exact_mass"]["window"] == pytest.approx(1)
     assert means["relative_error"]["uniform"] > 0.1
+
+
+def test_each_part_of_a_memory_has_its_share():
+    memory = {"sliding_window": 3, "num_sinks": 1, "cache_size": 2}
+    _, model = dark_gemma(**memory, feature_map=["dark", "none"])
+    report = approximation_report(model, BATCH)
+    with_features, without = (layer["heads"] for layer in report["layers"])
+    for head in (*with_features, *without):
+        assert sum(head["mass"].values()) == pytest.approx(1)
+        assert sum(head["exact_mass"].values()) == pytest.approx(1)
+        assert min(head["exact_mass"].values()) > 0.01
+    for head in without:
+        assert head["mass"]["far"] == 0
+        assert head["relative_error"]["performer"] is head["far_kl"] is None
+        assert head["kl"]["dark"] == np.inf
+    # Without a cache what is kept is far.
+    fewer = dark_gemma(**memory | {"cache_size": 0}, feature_map=["dark", "none"])[1]
+    for head, other in zip(
+        with_features, approximation_report(fewer, BATCH)["layers"][0]["heads"], strict=True
+    ):
+        parts, others = head["exact_mass"], other["exact_mass"]
+        assert others["kept"] == 0
+        assert others["far"] == pytest.approx(parts["far"] + parts["kept"])
+        assert others["sinks"] == pytest.approx(parts["sinks"])
+    assert "-" in str(report)
+    report.plot()
 
 
 @pytest.mark.slow

@@ -259,3 +259,14 @@ def test_a_model_with_nothing_to_train_is_refused():
 def test_arguments_out_of_range_are_refused(wrong, transferred):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         transfer_attention(transferred.model, DATA, **wrong)
+
+
+def test_layers_without_features_learn_nothing_and_stop_nobody():
+    _, model = dark_gemma(sliding_window=4, feature_map=["dark", "none"])
+    other = dark_gemma(sliding_window=4)[1]
+    losses = []
+    for each in (model, other):
+        history = transfer_attention(each, DATA, steps=2, redraw=True, verbose=0).history
+        losses.append(history["layer_0"])
+    assert "layer_1" not in transfer_attention(model, DATA, steps=1, verbose=0).history
+    np.testing.assert_allclose(*losses, rtol=1e-4)

@@ -3,10 +3,11 @@
 from keras_darkformer.layers.feature_maps.base import FeatureMap
 from keras_darkformer.layers.feature_maps.dark import DarkFeatureMap
 from keras_darkformer.layers.feature_maps.exponential import ExponentialFeatureMap
+from keras_darkformer.layers.feature_maps.none import NoFeatureMap
 
-__all__ = ["BY_KIND", "DarkFeatureMap", "ExponentialFeatureMap", "FeatureMap"]
+__all__ = ["BY_KIND", "DarkFeatureMap", "ExponentialFeatureMap", "FeatureMap", "NoFeatureMap"]
 
 # By the value of the option `feature_map`.
 BY_KIND: dict[str, type[FeatureMap]] = {
-    cls.kind: cls for cls in (DarkFeatureMap, ExponentialFeatureMap)
+    cls.kind: cls for cls in (DarkFeatureMap, ExponentialFeatureMap, NoFeatureMap)
 }

@@ -113,8 +113,8 @@ class FeatureMap(keras.layers.Layer):
             )
             setattr(self, name, weight)
 
-    def fold(self, *, factored: bool = False) -> FoldedFeatures:
-        """The map as `ops` takes it.
+    def fold(self, *, factored: bool = False) -> FoldedFeatures | None:
+        """The map as `ops` takes it; `None` for no features.
 
         Args:
             factored: bool. For so few tokens that folding would cost more than all the rest.
@@ -179,7 +179,9 @@ class FeatureMap(keras.layers.Layer):
             `(b, n, t, s)` in float32, up to a constant of each query.
         """
         self.ensure_built()
-        return log_scores(query, key, self.fold(), exact)
+        features = self.fold()
+        assert features is not None
+        return log_scores(query, key, features, exact)
 
     def exact_pairs(self, query: Tensor, key: Tensor, key_mask: Tensor = None) -> Tensor:
         """Which pairs of a causal call meet in the exact memory, bool `(b, n, t, s)`, or `None`."""

@@ -1,0 +1,179 @@
+"""How far a layer's attention is from softmax, head by head."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_darkformer.fitting import Moments
+from keras_darkformer.layers.core import FeatureAttention
+from keras_darkformer.layers.feature_maps import FeatureMap
+from keras_darkformer.layers.heads import Heads
+from keras_darkformer.ops import draw_projection
+from keras_darkformer.ops.features import DarkParameters, FoldedFeatures, fold
+from keras_darkformer.ops.scores import (
+    MemoryPairs,
+    exact_logits,
+    log_scores,
+    log_softmax,
+    log_sum_exp,
+    memory_pairs,
+)
+from keras_darkformer.types import Config, Tensor
+
+ARMS = ("dark", "performer", "uniform")
+PARTS = ("sinks", "window", "kept", "far")
+# Figures of batches, a list of one array a head each, by arm or by part.
+ByArm = dict[str, list[Any]]
+# A divergence this large comes of the finite number that stands for log(0).
+INFINITE = 1e20
+
+
+class Judge:
+    """Figures of one layer, batch by batch.
+
+    Args:
+        layer: dark attention.
+        seed: int. Of Performer's draw.
+
+    Attributes:
+        tokens: queries looked at, by head.
+    """
+
+    def __init__(self, layer: FeatureAttention, seed: int) -> None:
+        self.map = layer.feature_map
+        self.map.ensure_built()
+        self.moments = Moments(self.map.num_heads, self.map.head_dim)
+        self.performer = _performer(self.map, seed) if self.map.num_features else None
+        self.errors: ByArm = {arm: [] for arm in ARMS}
+        self.divergences: ByArm = {arm: [] for arm in ARMS}
+        self.mass: ByArm = {part: [] for part in PARTS}
+        self.exact_mass: ByArm = {part: [] for part in PARTS}
+        self.far_kl: list[Any] = []
+        self.tokens = 0
+
+    def add(self, heads: Heads) -> None:
+        """Looks at a call of the layer."""
+        query, key = (ops.cast(x, "float32") for x in (heads.query, heads.key))
+        visible = heads.visible
+        logits = exact_logits(query, key)
+        exact = log_softmax(logits, visible)
+        of_features = heads.for_features(self.map)
+        memory = self.map.memory
+        pairs = memory_pairs(*of_features, memory, heads.key_mask) if memory else None
+        scores = {"dark": self.map.log_scores(*of_features, pairs and pairs.exact)}
+        if self.performer is not None:
+            scores["performer"] = log_scores(query, key, self.performer)
+        scores["uniform"] = ops.zeros_like(logits)
+        weights = ops.where(visible, ops.exp(exact), 0.0)
+        groups = query.shape[2] // key.shape[2]
+        value = ops.repeat(ops.cast(heads.value, "float32"), groups, axis=2)
+        if heads.key_mask is not None:
+            value = ops.where(heads.key_mask[:, :, None, None], value, 0.0)
+        target = ops.einsum("bnts,bsnv->bntv", weights, value)
+        size = ops.maximum(ops.norm(target, axis=-1), 1e-20)
+        counts = np.broadcast_to(
+            ops.convert_to_numpy(ops.any(visible, axis=-1)), tuple(logits.shape[:3])
+        )
+        masks = [None, None]
+        if heads.key_mask is not None:
+            mask = ops.convert_to_numpy(heads.key_mask)
+            masks[1] = mask
+            if query.shape[1] == key.shape[1]:
+                masks[0] = mask
+                counts = counts & mask[:, None, :]
+        self.moments.update(ops.convert_to_numpy(query), ops.convert_to_numpy(key), *masks)
+        self.tokens += int(counts[:, 0].sum())
+        for arm, score in scores.items():
+            log_weights = log_softmax(score, visible)
+            own = ops.where(visible, ops.exp(log_weights), 0.0)
+            output = ops.einsum("bnts,bsnv->bntv", own, value)
+            error = ops.norm(output - target, axis=-1) / size
+            kl = ops.sum(ops.where(visible, weights * (exact - log_weights), 0.0), axis=-1)
+            self.errors[arm].append(_by_head(error, counts))
+            self.divergences[arm].append(_by_head(kl, counts))
+            if arm == "dark" and pairs is not None:
+                self._add_parts(pairs, visible, exact, log_weights, counts)
+
+    def _add_parts(
+        self,
+        pairs: MemoryPairs,
+        visible: Tensor,
+        exact: Tensor,
+        log_weights: Tensor,
+        counts: np.ndarray,
+    ) -> None:
+        """Shares of the weights by part, softmax's and ours being given as logarithms."""
+        far = ops.logical_and(visible, ops.logical_not(pairs.exact))
+        for kept, log_of in ((self.mass, log_weights), (self.exact_mass, exact)):
+            for part, where in (*pairs._asdict().items(), ("far", far)):
+                seen = ops.logical_and(visible, where)
+                mass = ops.sum(ops.where(seen, ops.exp(log_of), 0.0), axis=-1)
+                kept[part].append(_by_head(mass, counts))
+        if self.map.num_features:
+            shares = log_sum_exp(exact, far) - log_sum_exp(log_weights, far)
+            within = ops.exp(exact) * (exact - log_weights - shares[..., None])
+            far_kl = ops.sum(ops.where(far, within, 0.0), axis=-1)
+            self.far_kl.append(_by_head(far_kl, counts))
+
+    def result(self, name: str) -> Config:
+        """The layer as `ApproximationReport` has it."""
+        feature_map = self.map
+        groups = len(self.errors["dark"][0]) // feature_map.num_heads
+        total = self.moments.cov.sum(axis=0)
+        spectra = np.maximum(np.linalg.eigvalsh(total)[:, ::-1], 0.0)
+        heads = []
+        for head in range(len(self.errors["dark"][0])):
+            spectrum = spectra[head // groups]
+            square = float((spectrum**2).sum())
+            heads.append(
+                {
+                    "relative_error": _by_arm(self.errors, head, np.median),
+                    "kl": _by_arm(self.divergences, head, _divergence),
+                    "mass": _by_arm(self.mass, head, np.mean),
+                    "exact_mass": _by_arm(self.exact_mass, head, np.mean),
+                    "far_kl": float(np.mean(_joined(self.far_kl, head))) if self.far_kl else None,
+                    "spectrum": [float(x) for x in spectrum],
+                    "effective_dims": float(spectrum.sum() ** 2 / square) if square else 0.0,
+                }
+            )
+        return {
+            "name": name,
+            "num_features": feature_map.num_features,
+            "feature_map": feature_map.kind,
+            **feature_map.memory._asdict(),
+            "heads": heads,
+        }
+
+
+def _performer(feature_map: FeatureMap, seed: int) -> FoldedFeatures:
+    """A fresh draw of as many of Performer's features."""
+    projection = draw_projection(feature_map.num_features, feature_map.head_dim, seed=seed)
+    parameters = DarkParameters(None, ops.convert_to_tensor(projection))
+    return fold(parameters, feature_map.num_heads, feature_map.head_dim)
+
+
+def _by_head(x: Any, counts: np.ndarray) -> Any:
+    """`(b, n, t)` as a list of n arrays of what counts."""
+    x = ops.convert_to_numpy(x)
+    return [x[:, head][counts[:, head]] for head in range(x.shape[1])]
+
+
+def _divergence(values: np.ndarray) -> float:
+    """Their mean; infinite where weights that softmax gives are missing altogether."""
+    mean = float(np.mean(values))
+    return mean if mean < INFINITE else float("inf")
+
+
+def _by_arm(parts: ByArm, head: int, middle: Callable[[np.ndarray], Any]) -> Config | None:
+    """A figure of a head by arm, `None` where there are no values; `None` if there are none."""
+    found = {
+        arm: float(middle(_joined(values, head))) if values else None
+        for arm, values in parts.items()
+    }
+    return found if any(value is not None for value in found.values()) else None
+
+
+def _joined(parts: list[Any], head: int) -> np.ndarray:
+    return np.concatenate([part[head] for part in parts])
