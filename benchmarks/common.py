@@ -281,13 +281,24 @@ def processor():
     return platform.machine()  # Arm names no model there
 
 
-def write(name, payload, variant=""):
-    """Writes results/NAME_BACKEND.json, on a GPU results/NAME_BACKEND_gpu.json.
+def result_path(name, variant=""):
+    """results/NAME_BACKEND.json, on a GPU results/NAME_BACKEND_gpu.json.
 
     `variant`, such as "compile", keeps apart what is measured in several ways.
     """
     parts = [name, backend(), "gpu" if accelerator() else "", variant]
-    path = RESULTS / f"{'_'.join(part for part in parts if part)}.json"
+    return RESULTS / f"{'_'.join(part for part in parts if part)}.json"
+
+
+def read(name, variant=""):
+    """What `write` wrote before, or `None`."""
+    path = result_path(name, variant)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(name, payload, variant=""):
+    """Writes a result to its path."""
+    path = result_path(name, variant)
     write_json(path, payload)
     print(f"wrote {path.relative_to(BENCHMARKS.parent)}")
 

