@@ -130,7 +130,6 @@ def memory_pairs(
             [leaves[:, :, memory.window :], ops.zeros_like(nothing, dtype="int32")], axis=2
         )[:, :, :length]
         kept = ops.logical_and(age >= memory.window, index[:, None] < stays[:, :, None])
-        kept = ops.logical_and(kept, ops.logical_not(sink)[:, None, None])
         kept = ops.repeat(kept, num_heads // kv_heads, axis=1)
     return MemoryPairs(sink[:, None, None], window[:, None], kept)
 
