@@ -6,6 +6,7 @@ from rich.table import Table
 
 from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.memory import Memory
 from keras_darkformer.printed import PrintedDict
 
 
@@ -16,6 +17,7 @@ class ConversionReport(PrintedDict):
         model: class name of the model.
         num_features, attention_mode, projection, geometry_scale: as converted; `num_features` is a
             list where layers differ.
+        sliding_window, num_sinks, cache_size: of the exact memory.
         layers: list of dicts, one a layer: index, name, kind ("global" or "local"), converted,
             num_features (`None` if left) and new_parameters.
         converted, left: lists of layer indices.
@@ -40,9 +42,13 @@ class ConversionReport(PrintedDict):
                 str(layer["num_features"]) if done else "-",
                 f"{layer['new_parameters']:,}" if done else "-",
             )
-        new = self["new_parameters"]
-        lines = [
-            f"geometry starts at {self['geometry_scale']:.3g} I, {self['projection']} projection",
+        new, lines = self["new_parameters"], []
+        if any(layer["num_features"] for layer in self["layers"]):
+            start, drawn = self["geometry_scale"], self["projection"]
+            lines.append(f"geometry starts at {start:.3g} I, {drawn} projection")
+        if memory := Memory(*(self[name] for name in Memory._fields)):
+            lines.append(f"kept exactly: {memory}")
+        lines += [
             f"new parameters: {new['trainable']:,} trainable, {new['non_trainable']:,} not, "
             f"of {self['parameters']:,} in all",
         ]
@@ -99,6 +105,7 @@ def conversion_report(model: Any) -> ConversionReport:
         attention_mode=options.attention_mode,
         projection=options.projection,
         geometry_scale=options.geometry_scale,
+        **options.memory._asdict(),
         layers=layers,
         converted=list(backbone.dark_layers),
         left=[layer["index"] for layer in layers if not layer["converted"]],

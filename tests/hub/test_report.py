@@ -16,6 +16,9 @@ KEYS = {
     "attention_mode",
     "projection",
     "geometry_scale",
+    "sliding_window",
+    "num_sinks",
+    "cache_size",
     "layers",
     "converted",
     "left",
@@ -91,3 +94,16 @@ def test_it_prints_as_a_table(report):
     rows = [line for line in text.splitlines() if " dark (linear) " in line]
     assert len(rows) == 2
     assert f"{GEOMETRY + PROJECTION + CALIBRATED:,}" in rows[0]
+
+
+def test_it_says_what_is_kept_exactly():
+    options = {"sliding_window": 4, "num_sinks": 2, "layers": [0, 1]}
+    report = conversion_report(convert_to_dark(gemma2(), feature_map=["none", "dark"], **options))
+    assert (report["sliding_window"], report["num_sinks"], report["cache_size"]) == (4, 2, 0)
+    assert [layer["num_features"] for layer in report["layers"]] == [0, 256]
+    assert report["layers"][0]["new_parameters"] == 0
+    assert "kept exactly: sliding_window=4, num_sinks=2" in str(report)
+    assert "geometry starts at" in str(report)
+    without = conversion_report(convert_to_dark(gemma2(), feature_map="none", **options))
+    assert "geometry" not in str(without)
+    assert "kept exactly" not in str(conversion_report(convert_to_dark(gemma2())))
