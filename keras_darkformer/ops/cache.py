@@ -40,28 +40,32 @@ class Competition(NamedTuple):
     kept: Tokens
 
 
-def compete(kept: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
-    """Who stays among the G of the largest scores, token by token.
+def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of `(b, k, x)` by score, and the rank of each: 0 for the first that leaves.
+
+    Of equal scores the older one leaves first, so no two ranks are equal.
+    """
+    order = ops.argsort(scores, axis=-1)  # stable on every backend
+    return order, ops.argsort(order, axis=-1)
+
+
+def compete(kept: Tensor, entering: Tensor) -> Tensor:
+    """How long each stays among the G of the largest ranks, one entering at each token.
 
     Args:
-        kept: scores of those that are kept, `(b, k, G)`, oldest first.
-        entering: scores of those that enter, one at each token, `(b, k, C)`.
+        kept: ranks of those that are kept, `(b, k, G)`.
+        entering: ranks of those that enter, `(b, k, C)`.
 
     Returns:
-        `leaves`, see `Competition`, of all of them, `(b, k, G + C)`; and an order of them: the C
-        that leave, as they do, then the G that stay, oldest first. Of equal scores the older one
-        leaves.
+        `leaves`, see `Competition`, of all of them, `(b, k, G + C)`.
     """
     size, chunk = kept.shape[-1], shape_of(entering)[-1]
-    scores = ops.concatenate([kept, entering], axis=-1)
-    one, other = scores[..., :, None], scores[..., None, :]
-    index = ops.arange(size + chunk, dtype="int32")
-    beats = ops.where(index[:, None] > index[None, :], one >= other, one > other)
-    beats = ops.cast(beats, "int32")
-    rank = ops.sum(beats[:, :, :size], axis=2)[:, :, None] + ops.cumsum(beats[:, :, size:], axis=2)
-    stays = ops.sum(ops.cast(rank < size, "int32"), axis=2)
-    leaves = ops.maximum(stays, index - size)
-    return leaves, ops.argsort(leaves * (size + chunk) + index, axis=-1)
+    ranks = ops.concatenate([kept, entering], axis=-1)[..., None]
+    ahead = ops.sum(ops.cast(kept[..., None, :] > ranks, "float32"), axis=-1, keepdims=True)
+    # And of those that have entered up to each token.
+    more = ops.cumsum(ops.cast(entering[..., None, :] > ranks, "float32"), axis=-1)
+    stays = ops.sum(ops.cast(more < size - ahead, "float32"), axis=-1)
+    return ops.maximum(ops.cast(stays, "int32"), ops.arange(-size, chunk, dtype="int32"))
 
 
 def through_block(
@@ -81,37 +85,36 @@ def through_block(
     scores = ops.stop_gradient(exits.received)
     if enters is not None:
         scores = ops.where(enters[:, None], scores, OUT)
-    by_chunk = ops.transpose(reshape(scores, (batch, heads, chunks, chunk)), (0, 2, 1, 3))
-    places = ops.broadcast_to(size + ops.arange(length, dtype="int32"), (batch, heads, length))
-    places = ops.transpose(reshape(places, (batch, heads, chunks, chunk)), (0, 2, 1, 3))
+    scores = ops.concatenate([ops.stop_gradient(kept.received), scores], axis=-1)
+    order, ranks = ranked(scores)
+    first, entering = ranks[..., :size], reshape(ranks[..., size:], (batch, heads, chunks, chunk))
+    both = size + chunk
 
-    def step(carry: Any, block: Any) -> Any:
-        leaves, order = compete(carry[0], block[0])
-        score, place = (
-            ops.take_along_axis(ops.concatenate(pair, axis=-1), order, axis=-1)
-            for pair in zip(carry, block, strict=True)
-        )
-        seen = (carry[1], leaves, place[..., :chunk], score[..., :chunk] > OUT)
-        return (score[..., chunk:], place[..., chunk:]), seen
+    def step(kept: Any, entering: Any) -> Any:
+        leaves = compete(kept, entering)
+        # Those that leave, as they do, then those that stay, oldest first.
+        by_exit = ops.argsort(leaves * both + ops.arange(both, dtype="int32"), axis=-1)
+        ranks = ops.concatenate([kept, entering], axis=-1)
+        ranks = ops.take_along_axis(ranks, by_exit, axis=-1)
+        return ranks[..., chunk:], (kept, leaves, ranks[..., :chunk])
 
-    first = ops.broadcast_to(ops.arange(size, dtype="int32"), (batch, heads, size))
-    carry = (ops.stop_gradient(kept.received), first)
-    none = ops.zeros((batch, heads, size + chunk), dtype="int32")
-    output = (first, none, none[..., :chunk], none[..., :chunk] > 0)
-    (_, last), found = search(step, carry, output, (by_chunk, places))
-    places, leaves, left, competed = (ops.transpose(x, (0, 2, 1, 3)) for x in found)
+    output = first, ops.zeros((batch, heads, both), dtype="int32"), ranks[..., size : size + chunk]
+    last, found = search(step, first, output, ops.transpose(entering, (0, 2, 1, 3)))
+    before, leaves, left = (ops.transpose(x, (0, 2, 1, 3)) for x in found)
+    left = ops.take_along_axis(order, reshape(left, (batch, heads, length)), axis=-1)
     source = joined(kept, exits)
     if isinstance(chunks, int) and chunks == 1:
-        before = kept
+        kept_before = kept
     else:
-        before = tokens_at(source, reshape(places, (batch, heads, chunks * size)))
+        before = reshape(before, (batch, heads, chunks * size))
+        kept_before = tokens_at(source, ops.take_along_axis(order, before, axis=-1))
     return Competition(
-        Tokens(*(reshape(x, (batch, heads, chunks, size, *x.shape[3:])) for x in before)),
+        Tokens(*(reshape(x, (batch, heads, chunks, size, *x.shape[3:])) for x in kept_before)),
         leaves[..., :size],
         leaves[..., size:],
-        tokens_at(source, reshape(left, (batch, heads, length))),
-        reshape(competed, (batch, heads, length)),
-        tokens_at(source, last),
+        tokens_at(source, left),
+        ops.take_along_axis(scores, left, axis=-1) > OUT,
+        tokens_at(source, ops.take_along_axis(order, last, axis=-1)),
     )
 
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.backend import BASE, power, reshape
-from keras_darkformer.ops.cache import OUT, compete
+from keras_darkformer.ops.cache import OUT, compete, ranked
 from keras_darkformer.ops.exact_memory import last_written
 from keras_darkformer.ops.features import (
     TO_BASE,
@@ -124,7 +124,9 @@ def memory_pairs(
         entering = ops.concatenate([nothing, scores], axis=2)[:, :, :length]
         entering = ops.where(index < last_written(real)[:, None], entering, OUT)
         empty = ops.full((batch, kv_heads, memory.cache_size), NOTHING, dtype="float32")
-        leaves = compete(empty, entering)[0][:, :, memory.cache_size :]
+        _, ranks = ranked(ops.concatenate([empty, entering], axis=2))
+        size = memory.cache_size
+        leaves = compete(ranks[:, :, :size], ranks[:, :, size:])[:, :, size:]
         # Key s entered as number s + W.
         stays = ops.concatenate(
             [leaves[:, :, memory.window :], ops.zeros_like(nothing, dtype="int32")], axis=2
