@@ -87,7 +87,9 @@ def through_block(
         scores = ops.where(enters[:, None], scores, OUT)
     scores = ops.concatenate([ops.stop_gradient(kept.received), scores], axis=-1)
     order, ranks = ranked(scores)
-    first, entering = ranks[..., :size], reshape(ranks[..., size:], (batch, heads, chunks, chunk))
+    # TensorFlow forgets the size of a slice of what has no known size.
+    first = reshape(ranks[..., :size], (batch, heads, size))
+    entering = reshape(ranks[..., size:], (batch, heads, chunks, chunk))
     both = size + chunk
 
     def step(kept: Any, entering: Any) -> Any:
@@ -98,7 +100,8 @@ def through_block(
         ranks = ops.take_along_axis(ranks, by_exit, axis=-1)
         return ranks[..., chunk:], (kept, leaves, ranks[..., :chunk])
 
-    output = first, ops.zeros((batch, heads, both), dtype="int32"), ranks[..., size : size + chunk]
+    none = ops.zeros((batch, heads, both), dtype="int32")
+    output = first, none, none[..., :chunk]
     last, found = search(step, first, output, ops.transpose(entering, (0, 2, 1, 3)))
     before, leaves, left = (ops.transpose(x, (0, 2, 1, 3)) for x in found)
     left = ops.take_along_axis(order, reshape(left, (batch, heads, length)), axis=-1)

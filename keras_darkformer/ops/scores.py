@@ -126,7 +126,8 @@ def memory_pairs(
         empty = ops.full((batch, kv_heads, memory.cache_size), NOTHING, dtype="float32")
         _, ranks = ranked(ops.concatenate([empty, entering], axis=2))
         size = memory.cache_size
-        leaves = compete(ranks[:, :, :size], ranks[:, :, size:])[:, :, size:]
+        kept = reshape(ranks[:, :, :size], (batch, kv_heads, size))
+        leaves = compete(kept, ranks[:, :, size:])[:, :, size:]
         # Key s entered as number s + W.
         stays = ops.concatenate(
             [leaves[:, :, memory.window :], ops.zeros_like(nothing, dtype="int32")], axis=2
