@@ -47,6 +47,7 @@ def main():
     parser.add_argument("--text", help="a text file; default: Python's own help topics")
     parser.add_argument("--preset", help="a Gemma preset to start from instead of training one")
     parser.add_argument("--output", default="results/gemma_to_dark/dark", help="where to save it")
+    parser.add_argument("--num-layers", type=int, default=4, help="of the Gemma it trains")
     parser.add_argument("--num-features", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
     parser.add_argument("--train-steps", type=int, default=600, help="of the exact Gemma")
@@ -64,7 +65,9 @@ def main():
         exact.preprocessor.sequence_length = length
     else:
         print(f"training a small Gemma on {keras.config.backend()}")
-        exact = train_gemma(text["train"], args.train_steps, BATCH, length)
+        exact = train_gemma(
+            text["train"], args.train_steps, BATCH, length, num_layers=args.num_layers
+        )
 
     test = windows(text["test"], 12 * BATCH, length, seed=3)
 

@@ -54,13 +54,18 @@ def compile_for_training(model, steps: int, learning_rate: float, alpha: float =
 
 
 def train_gemma(
-    stretches: list[str], steps: int, batch_size: int, sequence_length: int, seed: int = 0
+    stretches: list[str],
+    steps: int,
+    batch_size: int,
+    sequence_length: int,
+    seed: int = 0,
+    num_layers: int = 4,
 ):
-    """A causal LM of 0.9 million parameters, trained on these stretches of text."""
+    """A causal LM, of 0.9 million parameters in four layers, trained on these stretches of text."""
     tokenizer = train_tokenizer(stretches)
     backbone = keras_hub.models.GemmaBackbone(
         vocabulary_size=tokenizer.vocabulary_size(),
-        num_layers=4,
+        num_layers=num_layers,
         num_query_heads=4,
         num_key_value_heads=2,
         hidden_dim=128,

@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--length", type=int, default=256, help="bytes per training sequence")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--prompt", default="The statement ")
+    parser.add_argument("--generate-length", type=int, default=200, help="bytes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
@@ -107,7 +108,7 @@ def main():
     model.fit(*train, batch_size=args.batch_size)
     loss = model.evaluate(*test, batch_size=args.batch_size, verbose=0)
     print(f"held-out text: {loss / np.log(2):.3f} bits per byte (uniform: 8)\n")
-    print(write(model, args.prompt, 200))
+    print(write(model, args.prompt, args.generate_length))
 
 
 if __name__ == "__main__":

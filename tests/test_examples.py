@@ -29,7 +29,8 @@ def run_example(name, *args):
 
 
 def test_a_decoder_trains_on_text_and_writes():
-    printed = run_example("train_decoder.py", "--steps", 2, "--length", 16)
+    options = ("--steps", 2, "--length", 16, "--generate-length", 16)
+    printed = run_example("train_decoder.py", *options)
     assert "bits per byte" in printed
     assert "The statement " in printed
 
@@ -40,7 +41,7 @@ def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     printed = run_example(
         *("gemma_to_dark.py", "--text", text, "--output", tmp_path / "dark"),
         *("--train-steps", 2, "--transfer-steps", 2, "--steps", 2),
-        *("--sequence-length", 16, "--num-features", 16),
+        *("--num-layers", 1, "--sequence-length", 16, "--num-features", 16),
         *("--generate-length", 16, "--prompt", "Line 5"),
     )
     for stage in ("exact", "converted", "calibrated", "transferred", "distilled", "finetuned"):
