@@ -17,9 +17,12 @@ def next_logits(call, token_ids, index):
     return np.concatenate(logits)[:, index - 1].astype("float64")
 
 
-def greedy_search(model, prompt):
-    """Every token the argmax of its logits, a row from behind its prompt."""
-    call = forward(model)
+def greedy_search(model, prompt, call=None):
+    """Every token the argmax of its logits, a row from behind its prompt.
+
+    `call` is what `forward` made of the model, where it is at hand already.
+    """
+    call = call or forward(model)
     token_ids, given = prompt["token_ids"].copy(), prompt["padding_mask"].astype(bool)
     for index in range(given.sum(1).min(), token_ids.shape[1]):
         chosen = next_logits(call, token_ids, index).argmax(-1)
