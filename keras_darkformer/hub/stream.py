@@ -17,7 +17,7 @@ class Stream:
 
     All that was read is in the model's state: a few tensors of constant size a layer, kept between
     calls and, with `save`, on disk. Layers left exact keep a key/value cache instead, for at most
-    `max_length` tokens.
+    `max_length` tokens. All streams of a model share what is compiled for them.
 
     Args:
         model: a dark causal LM.
@@ -63,8 +63,7 @@ class Stream:
         # The last token is not in the state yet: sampling starts with it.
         self._last = np.zeros((positive_integer("batch_size", batch_size), 0), "int32")
         self._state = model.get_initial_cache(batch_size, max_length or 0)
-        self._step = compiled(model.call_with_cache, model.variables)
-        self._samplers: dict[Any, Any] = {}
+        self._functions = _Functions.of(model)
 
     def read(self, token_ids: Any) -> Any:
         """Reads tokens.
@@ -119,16 +118,10 @@ class Stream:
             raise ValueError("`read` at least one token first: there is nothing to continue.")
         self._check_room(num_tokens)
         stops = None if stop_token_ids is None else tuple(int(x) for x in stop_token_ids)
-        key = (id(self.model.sampler), stops)
-        if key not in self._samplers:
-            self._samplers[key] = compiled(
-                lambda prompt, state, start: self._sample(prompt, state, start, stops),
-                self.model.variables,
-                self.model.sampler.variables,
-            )
+        sample = self._functions.sample(self.model.sampler, stops)
         prompt = np.pad(self._last, [(0, 0), (0, num_tokens)])
         start = ops.convert_to_tensor(self.position - 1, "int32")
-        found = self._samplers[key](ops.convert_to_tensor(prompt), self._state, start)
+        found = sample(ops.convert_to_tensor(prompt), self._state, start)
         written = np.asarray(ops.convert_to_numpy(found))[:, 1:].astype("int32")
         if stops is not None:
             ends = [np.flatnonzero(np.isin(row, stops)) for row in written]
@@ -137,28 +130,9 @@ class Stream:
         self.read(written)
         return written
 
-    def _sample(self, prompt: Any, state: Any, start: Any, stops: Any) -> Any:
-        model = self.model
-
-        def next_token(prompt: Any, cache: Any, index: Any) -> Any:
-            last = ops.slice(prompt, [0, index - 1], [prompt.shape[0], 1])
-            logits, hidden, cache = model.call_with_cache(last, cache, start + index - 1)
-            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
-
-        return model.sampler(
-            next=next_token,
-            prompt=prompt,
-            cache=state,
-            index=1,
-            mask=ops.broadcast_to(ops.arange(prompt.shape[1]) < 1, prompt.shape),
-            stop_token_ids=stops,
-            hidden_states=ops.zeros((*prompt.shape, model.backbone.hidden_dim)),
-            model=model,
-        )
-
     def _run(self, token_ids: np.ndarray, state: Any, start: int) -> Any:
         # As tensors, or TensorFlow would trace anew for every position.
-        return self._step(
+        return self._functions.step(
             ops.convert_to_tensor(token_ids), state, ops.convert_to_tensor(start, "int32")
         )
 
@@ -207,6 +181,58 @@ class Stream:
         stream._state = tree.pack_sequence_as(stream._state, leaves)
         stream._last, stream.position = last, position
         return stream
+
+
+class _Functions:
+    """What the streams of a model compile, once for all of them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.variables = model.variables
+        self.step = compiled(model.call_with_cache, self.variables)
+        self.sampler: Any = None
+        self.samples: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, model: Any) -> "_Functions":
+        """Those that the model has, or new ones where it was given other variables since.
+
+        Other feature maps are other variables, as LoRA's and those of few bits are.
+        """
+        found = vars(model).get("_stream_functions")
+        if found is None or [*map(id, found.variables)] != [*map(id, model.variables)]:
+            found = model._stream_functions = cls(model)
+        return found
+
+    def sample(self, sampler: Any, stops: Any) -> Any:
+        """The function that goes on with a text by the model's sampler."""
+        if self.sampler is not sampler:
+            self.sampler, self.samples = sampler, {}
+        if stops not in self.samples:
+            self.samples[stops] = compiled(
+                lambda prompt, state, start: _sample(self.model, prompt, state, start, stops),
+                self.variables,
+                sampler.variables,
+            )
+        return self.samples[stops]
+
+
+def _sample(model: Any, prompt: Any, state: Any, start: Any, stops: Any) -> Any:
+    def next_token(prompt: Any, cache: Any, index: Any) -> Any:
+        last = ops.slice(prompt, [0, index - 1], [prompt.shape[0], 1])
+        logits, hidden, cache = model.call_with_cache(last, cache, start + index - 1)
+        return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+
+    return model.sampler(
+        next=next_token,
+        prompt=prompt,
+        cache=state,
+        index=1,
+        mask=ops.broadcast_to(ops.arange(prompt.shape[1]) < 1, prompt.shape),
+        stop_token_ids=stops,
+        hidden_states=ops.zeros((*prompt.shape, model.backbone.hidden_dim)),
+        model=model,
+    )
 
 
 def _stored(leaf: Any) -> np.ndarray:

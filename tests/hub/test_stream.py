@@ -1,13 +1,13 @@
 """A stream is the model reading everything at once, whatever it was read in and wherever."""
 
-import copy
 import functools
 
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import BACKEND, to_numpy
 from keras_hub.samplers import RandomSampler
 
+from keras_darkformer import calibrate
 from keras_darkformer.hub import Stream
 
 from .models import LENGTH, dark, gemma, gemma2, inputs, outputs, real, row
@@ -30,23 +30,22 @@ def name(request):
 
 
 @functools.cache
-def compiled_stream(name):
-    """One that has read nothing, for texts that fill its cache to the end."""
+def model_of(name):
     model = BUILDERS[name]()
     model.compile(sampler="greedy")
     model.prefill_size = 4
-    return Stream(model, 3, max_length=LENGTH)
+    return model
 
 
 def stream_of(name):
-    """A stream of its own, which shares what was compiled for the others."""
-    return copy.copy(compiled_stream(name))
+    """For texts that fill its cache to the end; it shares what was compiled for the others."""
+    return Stream(model_of(name), 3, max_length=LENGTH)
 
 
 @functools.cache
 def by_argmax(name):
     """Behind the prompts."""
-    return greedy_search(compiled_stream(name).model, PROMPT)[:, 5:]
+    return greedy_search(model_of(name), PROMPT)[:, 5:]
 
 
 def last_logits(model, token_ids):
@@ -89,6 +88,28 @@ def test_a_loaded_stream_goes_on_exactly(name, tmp_path):
     assert (loaded.position, loaded.max_length) == (6, stream.max_length)
     np.testing.assert_array_equal(to_numpy(loaded.read(TOKENS[:, 6:10])), expected[0])
     np.testing.assert_array_equal(loaded.write(4), expected[1])
+
+
+def test_streams_share_what_is_compiled_until_a_feature_map_is_another(monkeypatch):
+    model, traced = dark(gemma(num_layers=1)), []
+    call = type(model).call_with_cache
+
+    def watched(*args, **kwargs):
+        traced.append(args)
+        return call(*args, **kwargs)
+
+    def logits():
+        return to_numpy(Stream(model, 3).read(TOKENS))
+
+    monkeypatch.setattr(type(model), "call_with_cache", watched)
+    first, of_first = logits(), len(traced)
+    np.testing.assert_array_equal(logits(), first)
+    assert BACKEND == "torch" or len(traced) == of_first > 0
+    calibrate(model, PROMPT, method="clusters", refine=False, verbose=False)
+    calibrated = logits()
+    expected = last_logits(model, TOKENS)
+    np.testing.assert_allclose(calibrated, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(calibrated - first).max() > 0.01
 
 
 def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):
