@@ -1,5 +1,7 @@
 """What tests need to know about the backends; everything else is `keras.ops`."""
 
+import contextlib
+
 import keras
 import pytest
 from keras import ops, tree
@@ -45,6 +47,24 @@ def graph(fn):
 
         return tf.function(fn)
     return compiled(fn)
+
+
+@contextlib.contextmanager
+def untraced():
+    """Without functions that are traced, where that is quicker for a few steps of training.
+
+    TensorFlow takes seconds to trace a step, and computes it in a tenth of that.
+    """
+    if BACKEND != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def run(fn, *arrays, jit=DEFAULT_JIT):

@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import keras
 import numpy as np
 import pytest
+from backends import untraced
 
 if keras.backend.backend() == "torch":
     import torch
@@ -47,6 +48,13 @@ def little_garbage():
 @pytest.fixture(autouse=True)
 def seeded():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def few_steps():
+    """For tests of training that would find the same however its few steps are run."""
+    with untraced():
+        yield
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ QUESTIONS = [
     for check in (*OF_ALL, *(OF_KINDS if family in MORE_KINDS else ()))
     if BY_NAME[family].causal or check not in GENERATES
 ]
+FEW_STEPS = ("LoRA", "memory")  # "fit" is run as users run it
 if BACKEND == "torch":
     QUESTIONS.insert(0, ("QwenMoe", "fit"))  # its experts ask for a mask while they are trained
 TASKS = [(name, task) for name in ENCODERS for task in ("MaskedLM", "TextClassifier")]
@@ -73,7 +74,9 @@ def case(request):
 
 
 @pytest.mark.parametrize(("case", "check"), QUESTIONS, indirect=["case"], ids=str)
-def test_a_family_does(case, check):
+def test_a_family_does(case, check, request):
+    if check in FEW_STEPS:
+        request.getfixturevalue("few_steps")
     if check == "memory" and not case.family.causal:  # whose attention has no window
         with pytest.raises(ValueError, match="need causal attention"):
             CHECKS[check](case)
@@ -112,6 +115,7 @@ def test_what_comes_of_a_check_is_told_apart(monkeypatch):
     assert family_checks.outcome(case, "fail") == ("failed", "RuntimeError: by itself")
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_encoder_tasks_are_converted_trained_and_saved_as_presets(name, task, tmp_path):
     task_class = getattr(keras_hub.models, f"{name}{task}")
@@ -142,6 +146,7 @@ def test_encoder_tasks_are_converted_trained_and_saved_as_presets(name, task, tm
     np.testing.assert_array_equal(outputs(loaded, batch), outputs(model, batch))
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_masked_lm_is_distilled_at_its_masked_positions():
     build = keras_hub.models.BertMaskedLM
     teacher = build(backbone=row("Bert", num_layers=1), preprocessor=None)

@@ -60,6 +60,7 @@ def test_fit_on_strings_moves_every_geometry_and_no_projection(preprocessor, tex
     assert not feature_map_paths(model, "projection") & moved
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Converting")
 def test_fit_moves_every_weight_of_gemma3():
@@ -69,6 +70,7 @@ def test_fit_moves_every_weight_of_gemma3():
     assert len(feature_map_paths(model, "geometry") & moved) == 2
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("train_geometry", "train_projection"), [(False, False), (False, True), (True, True)]

@@ -63,6 +63,7 @@ def gap(some, others):
     return max(np.abs(value - others[path]).max() for path, value in some.items())
 
 
+@pytest.mark.usefixtures("few_steps")
 @one_family
 def test_labels_of_no_weight_do_not_count_and_weights_scale_the_loss(build):
     x, y, weights = data(9, 4, 6)
@@ -76,6 +77,7 @@ def test_labels_of_no_weight_do_not_count_and_weights_scale_the_loss(build):
     assert gap(trained(dark(build()), [(x, y)]), plain) > 1e-3
 
 
+@pytest.mark.usefixtures("few_steps")
 @one_family
 def test_accumulated_gradients_of_two_batches_are_those_of_one(build):
     x, y, weights = data(9, 4, 6, 7)
@@ -131,6 +133,7 @@ def test_fit_in_half_precision_keeps_feature_maps_in_float32(build, dtype):
             assert moved == weight.path.endswith("geometry")
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_stock_adam_moves_nothing_in_pure_bfloat16():
     """Why the test above has another optimizer: 0.999 is 1 there."""
     model = BUILDERS["Llama"](dtype="bfloat16")

@@ -184,6 +184,7 @@ def test_a_language_model_of_no_fixed_length_trains():
     assert model.predict(np.ones((1, 70), "int32"), verbose=0).shape == (1, 70, LENGTH + 1)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 def test_a_model_in_mixed_precision_trains_with_float32_features():
     model, blocks = language_model(LENGTH, 1, dtype="mixed_bfloat16", dropout=0.1)

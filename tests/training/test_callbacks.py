@@ -85,6 +85,7 @@ def test_draws_are_those_of_the_seed_and_training_goes_on_around_them():
     assert (runs[0][0] != runs[2][0]).any()
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_model_within_the_one_that_is_fitted_is_drawn_anew():
     inner = plain()
     outer = keras.Sequential([keras.Input((14,), dtype="int32"), inner])
@@ -200,6 +201,7 @@ def test_the_logger_says_at_once_that_tensorboard_is_missing(tmp_path, monkeypat
         ApproximationLogger(tokens(), tmp_path)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 def test_the_logger_sees_the_weights_of_its_epoch():
     model, held_out = compiled(0.5), tokens(seed=8)

@@ -85,6 +85,7 @@ def test_its_config_is_complete():
     assert twin.top_k == 5
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 def test_the_distiller_of_keras_takes_it():
     student, teacher = plain(geometry_scale=0.5), plain(attention_mode="exact")
@@ -97,6 +98,7 @@ def test_the_distiller_of_keras_takes_it():
     np.testing.assert_allclose(history["distillation_loss"], [expected.mean()], rtol=1e-3)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("top_k", [None, 8, pytest.param(10 * VOCABULARY, marks=only_torch)])
 def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
     stock, model = pair
@@ -283,8 +285,10 @@ MOVED = {
         *(pytest.param(x, marks=only_torch_and_slow) for x in MOVED if x not in ("qkv", "lora")),
     ],
 )
-def test_what_is_asked_for_moves_and_all_settings_come_back(train):
+def test_what_is_asked_for_moves_and_all_settings_come_back(train, request):
     """Gemma 2: its second layer is dark, its first is not."""
+    if train != "qkv":
+        request.getfixturevalue("few_steps")
     stock, model = dark_gemma(gemma2)
     if train == "lora":
         model.backbone.enable_lora(2)
@@ -340,6 +344,7 @@ def test_the_model_comes_closer_to_its_teacher():
     assert expected_loss(stock, model, DATA[0]) < 0.8 * before
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_feature_maps_learn_faster_by_the_ratio_of_the_rates():
     stock, _ = dark_gemma(lambda: gemma(num_layers=1))
 
@@ -381,6 +386,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize(
     "name", ["adam", *(pytest.param(x, marks=only_torch) for x in OPTIMIZERS if x != "adam")]
 )
@@ -462,6 +468,7 @@ def test_callbacks_find_the_student(tmp_path):
     np.testing.assert_allclose(outputs(model, DATA[0]), trained, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_teacher_drops_nothing_out(pair):
     stock, model = pair
     teacher = gemma(num_layers=1, dropout=0.5)
@@ -491,6 +498,7 @@ class Stumbling(keras.callbacks.Callback):
         raise RuntimeError("stumbled")
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -549,6 +557,7 @@ def test_frozen_feature_maps_alone_are_nothing_to_train(pair):
         distil(model, stock, DATA, train="feature_maps", steps=1)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
     model, teacher = plain(geometry_scale=0.5), plain(attention_mode="exact")
@@ -572,6 +581,7 @@ def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
     assert all(not hasattr(x, "observer") or x.observer is None for x in model._flatten_layers())
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 def test_half_precision_is_distilled_in_half_precision(dtype):
