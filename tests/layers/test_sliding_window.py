@@ -196,15 +196,19 @@ def test_keys_and_values_are_kept_in_the_dtype_that_they_come_in():
     layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
     x = ops.cast(ops.convert_to_tensor(X), "bfloat16")
     whole = {"use_causal_mask": True, "return_state": True}
-    output, state = layer(x, x, **whole)
+    output, state = call(layer, x, x, **whole)
     zeros = layer.get_initial_state(BATCH)
     assert shapes_and_dtypes(state) == shapes_and_dtypes(zeros)
     for tokens in state[1:]:
         dtypes = [keras.backend.standardize_dtype(leaf.dtype) for leaf in tokens]
         assert dtypes == ["bfloat16", "bfloat16", "float32"]
+
+    def step(token, state):
+        return layer(token, token, initial_state=state, **whole)
+
+    step = compiled(step) if DEFAULT_JIT else step
     for t in range(LENGTH):
-        token = x[:, t : t + 1]
-        last, zeros = layer(token, token, initial_state=zeros, **whole)
+        last, zeros = step(x[:, t : t + 1], zeros)
     assert_close(ops.cast(last, "float32"), ops.cast(output[:, -1:], "float32"), 0.05)
     for of_steps, of_whole in zip(zeros[1:], state[1:], strict=True):
         np.testing.assert_array_equal(
