@@ -19,6 +19,7 @@ import warnings
 from common import backend, environment, parser, print_table, read, write
 
 SIZES = (4, 8, 16, 32, 64, 128)
+WRITTEN = 48  # tokens, where the context is long
 MEMORY = {"sliding_window": 64, "num_sinks": 4, "cache_size": 60}
 FEATURES_OFF = {"feature_map": "none"}
 AT_RANDOM = "window 64, 4 sinks, 60 random"
@@ -68,6 +69,7 @@ class Texts:
         self.rows = {"text": (text, length - 1)}
         if length > 512:
             self.rows["last 256 of text"] = (text, 256)
+        self.prompt = passage(length - WRITTEN) if length > 512 else None
         for size in sizes:
             repeats = np.stack([passage(length) for _ in range(rows)])
             for row in repeats:
@@ -83,13 +85,13 @@ class Texts:
         self.rows["digits"] = (np.stack(needles), 5)
 
 
-def judge(model, texts):
-    """Mean loss per token of each kind, and the share of digits right."""
+def judge(model, rows_by_kind):
+    """Mean loss of the last tokens of each kind of rows, and the share of digits right."""
     import numpy as np
     from keras import ops
 
     found = {}
-    for kind, (rows, count) in texts.rows.items():
+    for kind, (rows, count) in rows_by_kind.items():
         losses, right = [], []
         for row in rows:
             inputs = {"token_ids": row[None], "padding_mask": np.ones_like(row[None])}
@@ -104,6 +106,28 @@ def judge(model, texts):
         if kind == "digits":
             found["digits right"] = float(np.mean(right))
     return found
+
+
+def continued(model, prompt):
+    """The prompt and what the model writes after it, taking the likeliest token each time."""
+    import numpy as np
+
+    rows = np.pad(prompt, (0, WRITTEN))[None]
+    mask = (np.arange(rows.shape[1]) < len(prompt))[None].astype("int32")
+    model.compile(sampler="greedy")
+    found = model.generate({"token_ids": rows, "padding_mask": mask}, stop_token_ids=None)
+    return np.asarray(found["token_ids"])[0].astype("int32")
+
+
+def judge_written(rows, exact):
+    """How likely the exact model finds what was written, and how much of it is said anew."""
+    written = [row[-WRITTEN:].tolist() for row in rows]
+    triples = [[*zip(x, x[1:], x[2:], strict=False)] for x in written]
+    return [
+        judge(exact, {"loss of what it writes": (row[None], WRITTEN)})
+        | {"new triples": len(set(of_row)) / len(of_row)}
+        for row, of_row in zip(rows, triples, strict=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -197,17 +221,23 @@ def main():
         Texts(test, encode, args.length, args.sizes, seed, args.quick) for seed in range(args.seeds)
     ]
     variant = "" if args.length == 512 else str(args.length)
-    payload = {} if args.quick else read("retrieval", variant) or read("retrieval") or {}
+    payload = read("retrieval", variant) or read("retrieval") or {}
     probe = payload.get("settings", {}).get("probe") or probed(batch)
     settings = {"length": args.length, "seeds": args.seeds, "backend": backend(), "probe": probe}
-    found = payload.get("arms", {}) if payload.get("settings") == settings else {}
+    found = (
+        payload.get("arms", {}) if payload.get("settings") == settings and not args.quick else {}
+    )
     every_arm = arms(chosen_layers(probe))
     for name in args.arms or every_arm:
         if name in found:
             continue
         model, size = converted(every_arm[name], batch)
         with kept_at_random() if name == AT_RANDOM else contextlib.nullcontext():
-            losses = [judge(model, of_seed) for of_seed in texts]
+            losses = [judge(model, of_seed.rows) for of_seed in texts]
+        if args.length > 512:
+            written = [continued(model, of_seed.prompt) for of_seed in texts]
+            of_written = judge_written(written, smollm2()[0])
+            losses = [x | y for x, y in zip(losses, of_written, strict=True)]
         found[name] = {"bytes": size, "options": every_arm[name]} | {
             kind: {
                 "median": statistics.median(x[kind] for x in losses),
