@@ -27,7 +27,7 @@ class Head:
         query: `(g, t, h)` of the queries of its group, scaled by `h^(-1/2)`.
         key, value: `(t, h)`.
         mean, cov: moments of queries of other text.
-        recalled: `(t, h)`, what the features give for each key as a query of all keys before it.
+        recalled: `(t, h)`, what the features give for each key as a query of the keys up to it.
         features: `(g, t, t)`, logarithms of the weights that the features give.
         index: of the head among all.
     """
@@ -113,44 +113,61 @@ def kept(head, score):
 
 
 def judge(head, exact, first):
-    """Relative errors and divergences of queries from `first` on: with features, and without."""
+    """Error and divergence of queries from `first` on, and the error without features."""
     softmax = weights_of(head.logits, head.past)
     target = softmax @ head.value
-    found = []
-    for seen, logits in (
-        (head.past, np.where(exact, head.logits, head.features)),
-        (exact, head.logits),
-    ):
-        weights = weights_of(logits, seen)
+    weights = weights_of(np.where(exact, head.logits, head.features), head.past)
+    without = weights_of(head.logits, exact)
+
+    def error(weights):
         error = np.linalg.norm(weights @ head.value - target, axis=-1)
-        error = error / np.linalg.norm(target, axis=-1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = softmax * (np.log(softmax) - np.log(weights))
-        kl = np.where(softmax > 1e-12, terms, 0.0).sum(axis=-1)
-        found += [np.median(error[:, first:]), kl[:, first:].mean()]
-    return found
+        return np.median((error / np.linalg.norm(target, axis=-1))[:, first:])
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = softmax * (np.log(softmax) - np.log(weights))
+    kl = np.where(softmax > 1e-12, terms, 0.0).sum(axis=-1)
+    return error(weights), kl[:, first:].mean(), error(without)
 
 
-def heads_of(model, batch, moments=None):
-    """Of every layer its heads, `(rows, heads)`; without `moments` the moments of queries."""
-    from keras import ops
-
+def of_layers(model, batch, look):
+    """What `look(layer, heads)` makes of every dark layer, by the layer's id."""
     from keras_darkformer.layers.core import observed
-    from keras_darkformer.ops.scores import log_softmax
     from keras_darkformer.training.data import run
 
     found = {}
 
     def observer(layer, heads):
+        found[id(layer)] = look(layer, heads)
+        return heads.exact_output()
+
+    with observed(model.backbone.dark_layers.values(), observer):
+        run(model, batch)
+    return found
+
+
+def moments_of(model, batch):
+    """Mean and covariance of the queries of every key/value head, scaled by `h^(-1/2)`."""
+    from keras import ops
+
+    def look(layer, heads):
+        query, (kv_heads, size) = ops.convert_to_numpy(heads.query), heads.key.shape[2:]
+        by_head = (query * size**-0.5).reshape(-1, kv_heads, query.shape[2] // kv_heads, size)
+        flat = by_head.swapaxes(0, 1).reshape(kv_heads, -1, size)
+        return [(x.mean(axis=0), np.cov(x.T)) for x in flat]
+
+    return of_layers(model, batch, look)
+
+
+def heads_of(model, batch, moments):
+    """The heads of every layer, row by row."""
+    from keras import ops
+
+    from keras_darkformer.ops.scores import log_softmax
+
+    def look(layer, heads):
         query, key, value = (ops.convert_to_numpy(x) for x in (heads.query, heads.key, heads.value))
-        kv_heads, scale = key.shape[2], key.shape[3] ** -0.5
-        groups = query.shape[2] // kv_heads
-        query = query * scale
-        if moments is None:
-            by_head = query.reshape(-1, kv_heads, groups, key.shape[3]).swapaxes(0, 1)
-            flat = by_head.reshape(kv_heads, -1, key.shape[3])
-            found[id(layer)] = [(x.mean(axis=0), np.cov(x.T)) for x in flat]
-            return heads.exact_output()
+        kv_heads, groups = key.shape[2], query.shape[2] // key.shape[2]
+        query = query * key.shape[3] ** -0.5
         nowhere = ops.zeros((1, 1, 1, 1), dtype="bool")  # the features' own scale counts
         scores = layer.feature_map.log_scores(heads.query, heads.key, nowhere)
         scores = ops.convert_to_numpy(scores)
@@ -159,7 +176,7 @@ def heads_of(model, batch, moments=None):
         past = np.tri(key.shape[1], dtype=bool)
         recall = ops.exp(log_softmax(own, ops.convert_to_tensor(past)))
         recall = ops.convert_to_numpy(ops.einsum("bkts,bskv->btkv", recall, heads.value))
-        of_layer = found.setdefault(id(layer), [])
+        of_layer = []
         for row in range(len(key)):
             for k in range(kv_heads):
                 group = slice(k * groups, (k + 1) * groups)
@@ -174,11 +191,9 @@ def heads_of(model, batch, moments=None):
                         len(of_layer),
                     )
                 )
-        return heads.exact_output()
+        return of_layer
 
-    with observed(model.backbone.dark_layers.values(), observer):
-        run(model, batch)
-    return found
+    return of_layers(model, batch, look)
 
 
 def main():
@@ -209,7 +224,7 @@ def main():
     layers = range(0, 30, 10 if args.quick else 3)
     kd.convert_to_dark(model, layers=list(layers), **FEATURES)
     kd.calibrate(model, calibration, verbose=False)
-    heads = heads_of(model, test, heads_of(model, calibration))
+    heads = heads_of(model, test, moments_of(model, calibration))
 
     rows = {}
     for name, score in SCORES.items():
@@ -218,7 +233,7 @@ def main():
             exact = head.local if score is None else head.local | kept(head, score(head))
             found.append(judge(head, exact, WINDOW + SINKS + SIZE))
         columns = zip(*found, strict=True)
-        names = ("error", "kl", "error without features", "kl without features")
+        names = ("error", "kl", "error without features")
         rows[name] = {key: float(np.mean(x)) for key, x in zip(names, columns, strict=True)}
         rows[name]["median error"] = statistics.median(float(x[0]) for x in found)
     print_table(
@@ -226,8 +241,16 @@ def main():
         [[name, *(f"{x:.3f}" for x in row.values())] for name, row in rows.items()],
     )
     if not args.quick:
-        settings = {"length": args.length, "layers": list(layers), "backend": backend()}
-        settings |= {"window": WINDOW, "sinks": SINKS, "cache_size": SIZE}
+        settings = {
+            "options": FEATURES,
+            "cache_size": SIZE,
+            "layers": list(layers),
+            "rows": len(test["token_ids"]),
+            "length": args.length,
+            "test": pathlib.Path(args.test).name,
+            "calibration": pathlib.Path(args.calibration).name,
+            "backend": backend(),
+        }
         write("cache_scores", {**environment("keras-hub"), "settings": settings, "scores": rows})
 
 

@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -305,7 +306,16 @@ def write(name, payload, variant=""):
 
 def write_json(path, payload):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(payload, indent=1) + "\n")
+    path.write_text(json.dumps(finite(payload), indent=1, allow_nan=False) + "\n")
+
+
+def finite(payload):
+    """With `None` for numbers that JSON doesn't know."""
+    if isinstance(payload, dict):
+        return {key: finite(value) for key, value in payload.items()}
+    if isinstance(payload, list | tuple):
+        return [finite(value) for value in payload]
+    return None if isinstance(payload, float) and not math.isfinite(payload) else payload
 
 
 def print_table(columns, rows):

@@ -23,13 +23,19 @@ def load(name):
 # === quality.py ===
 
 # Arms by how their names begin; "features" are all others.
-GROUPS = {"window": "window", "sizes": "m =", "positions": "rope", "large-heads": "h256"}
+GROUPS = {
+    "window": "window",
+    "memory": "memory",
+    "sizes": "m =",
+    "positions": "rope",
+    "large-heads": "h256",
+}
 
 
 def quality(group):
     """All arms of a group: losses, R, error."""
     results = load("quality")
-    if group not in ("features", "window", "sizes", "large-heads"):
+    if group not in ("features", "window", "memory", "sizes", "large-heads"):
         raise ValueError(f"{group!r} is no group of arms")
     if group == "features":
         names = [n for n in results["summary"] if not n.startswith(tuple(GROUPS.values()))]

@@ -223,19 +223,28 @@ def main():
     variant = "" if args.length == 512 else str(args.length)
     payload = read("retrieval", variant) or read("retrieval") or {}
     probe = payload.get("settings", {}).get("probe") or probed(batch)
-    settings = {"length": args.length, "seeds": args.seeds, "backend": backend(), "probe": probe}
+    settings = {
+        "length": args.length,
+        "sizes": list(args.sizes),
+        "seeds": args.seeds,
+        "backend": backend(),
+        "test": pathlib.Path(args.test).name,
+        "calibration": pathlib.Path(args.calibration).name,
+        "probe": probe,
+    }
     found = (
         payload.get("arms", {}) if payload.get("settings") == settings and not args.quick else {}
     )
     every_arm = arms(chosen_layers(probe))
     for name in args.arms or every_arm:
-        if name in found:
+        if name in found and found[name]["options"] == every_arm[name]:
             continue
         model, size = converted(every_arm[name], batch)
         with kept_at_random() if name == AT_RANDOM else contextlib.nullcontext():
             losses = [judge(model, of_seed.rows) for of_seed in texts]
-        if args.length > 512:
-            written = [continued(model, of_seed.prompt) for of_seed in texts]
+            prompts = [of_seed.prompt for of_seed in texts if of_seed.prompt is not None]
+            written = [continued(model, prompt) for prompt in prompts]
+        if written:
             of_written = judge_written(written, smollm2()[0])
             losses = [x | y for x, y in zip(losses, of_written, strict=True)]
         found[name] = {"bytes": size, "options": every_arm[name]} | {

@@ -141,7 +141,8 @@ def choose_layers(
         raise ValueError(
             f"`keep_exact` must be less than the {len(layers)} layers. Received: {keep_exact}"
         )
-    calibrate(dark, [_inputs(text)], refine=False, verbose=False)
+    if any(layer.feature_map.num_features for layer in layers.values()):
+        calibrate(dark, [_inputs(text)], refine=False, verbose=False)
     parts = Parts(dark)
 
     def losses() -> dict[str, float]:

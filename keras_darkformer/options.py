@@ -226,15 +226,18 @@ class ConversionOptions(AttentionOptions):
             head_dim: int.
         """
         layers = _resolve_layers(self.layers, is_local)
+        counts = _one_a_layer("num_features", self.num_features, len(layers))
+        maps = _one_a_layer("feature_map", self.feature_map, len(layers))
         scale = self.geometry_scale
         if scale is None:
-            scale = default_geometry_scale(head_dim, min(_as_tuple(self.num_features)))
+            with_features = [m for m, kind in zip(counts, maps, strict=True) if kind != "none"]
+            scale = default_geometry_scale(head_dim, min(with_features or counts))
         return dataclasses.replace(
             self,
             layers=layers,
             geometry_scale=float(scale),
-            num_features=_one_a_layer("num_features", self.num_features, len(layers)),
-            feature_map=_one_a_layer("feature_map", self.feature_map, len(layers)),
+            num_features=counts,
+            feature_map=maps,
         )
 
     def get_config(self) -> Config:

@@ -184,3 +184,10 @@ def test_integers_of_numpy_become_ints():
     )
     assert options == AttentionOptions(num_features=8, rank=2, seed=5, chunk_size=4)
     json.dumps(options.get_config())
+
+
+def test_a_layer_without_features_does_not_set_the_scale_of_the_others():
+    options = {"sliding_window": 4, "layers": (0, 1), "feature_map": ("none", "dark")}
+    mixed = ConversionOptions(num_features=(1, 64), **options).resolve([False] * 2, 8)
+    alone = ConversionOptions(num_features=64, layers=(1,)).resolve([False] * 2, 8)
+    assert mixed.geometry_scale == alone.geometry_scale

@@ -13,6 +13,7 @@ from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import forgotten, get_preset_loader, renumber_lora_layers
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
+from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Config, Layer, Model
 
@@ -136,11 +137,13 @@ class DarkBackbone(LoraBackbone, PresetLoading):
                 why = "A bounded logit is no dark kernel."
                 found.setdefault((what, why), []).append(index)
             if linear and (window := self.family.window(layer)):
-                what = f"sliding window of {window} tokens"
-                why = "Features sum over all the past; these layers now see all of it."
-                if not layer.feature_map.num_features:
-                    why = f"These layers now see their own memory, {layer.feature_map.memory}."
-                found.setdefault((what, why), []).append(index)
+                what, memory = f"sliding window of {window} tokens", layer.feature_map.memory
+                if layer.feature_map.num_features:
+                    why = "Features sum over all the past; these layers now see all of it."
+                    found.setdefault((what, why), []).append(index)
+                elif memory != Memory(window):
+                    why = f"These layers now see a memory of their own, {memory}."
+                    found.setdefault((what, why), []).append(index)
             if linear and layer.drops_weights and block.dropout:
                 what = "dropout of single attention weights"
                 why = "Linear attention forms none; whole tokens are dropped at the same rate."

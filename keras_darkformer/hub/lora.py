@@ -41,8 +41,9 @@ class LoraBackbone(Mixin):
         """
         super().save_lora_weights(filepath)
         with h5py.File(filepath, "a") as file:
+            group = file.create_group(LORA_FEATURE_MAPS)  # also where no map has weights
             for name, weight in self._feature_map_weights().items():
-                file[f"{LORA_FEATURE_MAPS}/{name}"] = ops.convert_to_numpy(weight)
+                group[name] = ops.convert_to_numpy(weight)
 
     def load_lora_weights(self, filepath: str | Path) -> None:
         """Loads what `save_lora_weights` of a dark backbone converted alike has saved.

@@ -19,7 +19,7 @@ class ConversionReport(PrintedDict):
             list where layers differ.
         sliding_window, num_sinks, cache_size: of the exact memory.
         layers: list of dicts, one a layer: index, name, kind ("global" or "local"), converted,
-            num_features (`None` if left) and new_parameters.
+            feature_map and num_features (`None` if left; 0 for `"none"`) and new_parameters.
         converted, left: lists of layer indices.
         dropped: list of dicts of what the converted layers no longer do: what, why, layers.
         new_parameters: dict of trainable and non_trainable counts.
@@ -46,7 +46,8 @@ class ConversionReport(PrintedDict):
         if any(layer["num_features"] for layer in self["layers"]):
             start, drawn = self["geometry_scale"], self["projection"]
             lines.append(f"geometry starts at {start:.3g} I, {drawn} projection")
-        if memory := Memory(*(self[name] for name in Memory._fields)):
+        memory = Memory(*(self[name] for name in Memory._fields))
+        if memory and self["attention_mode"] == "linear":
             lines.append(f"kept exactly: {memory}")
         lines += [
             f"new parameters: {new['trainable']:,} trainable, {new['non_trainable']:,} not, "
@@ -94,14 +95,16 @@ def conversion_report(model: Any) -> ConversionReport:
                 "name": block.name,
                 "kind": "global" if window is None else "local",
                 "converted": converted,
+                "feature_map": attention.feature_map.kind if converted else None,
                 "num_features": attention.feature_map.num_features if converted else None,
                 "new_parameters": attention.feature_map.count_params() if converted else 0,
             }
         )
     maps = [layer.feature_map for layer in backbone.dark_layers.values()]
+    counts = [feature_map.num_features for feature_map in maps]
     return ConversionReport(
         model=type(model).__name__,
-        num_features=options.get_config()["num_features"],
+        num_features=counts[0] if len(set(counts)) == 1 else counts,
         attention_mode=options.attention_mode,
         projection=options.projection,
         geometry_scale=options.geometry_scale,

@@ -1,6 +1,7 @@
 """A text that goes on between calls, and between sessions."""
 
 import pathlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ class Stream:
 
     All that was read is in the model's state: a few tensors of constant size a layer, kept between
     calls and, with `save`, on disk. Layers left exact keep a key/value cache instead, for at most
-    `max_length` tokens. All streams of a model share what is compiled for them.
+    `max_length` tokens. The streams of a model share what is compiled for them.
 
     Args:
         model: a dark causal LM.
@@ -101,6 +102,8 @@ class Stream:
     def write(self, num_tokens: int, stop_token_ids: Any = None) -> np.ndarray:
         """Continues the text with the model's sampler, see `compile`, and reads what it wrote.
 
+        A sampler whose settings were changed in place may go on as it was: `compile` with another.
+
         Args:
             num_tokens: int. Tokens to write.
             stop_token_ids: ids; writing ends when every row has come to one.
@@ -169,10 +172,12 @@ class Stream:
             stored = [arrays[f"state_{i}"] for i in range(len(arrays.files) - 3)]
             position = int(arrays["position"])
         if [x.shape for x in stored] != [tuple(x.shape) for x in expected]:
+            maps = [layer.feature_map for layer in model.backbone.dark_layers.values()]
+            counts = sorted({feature_map.num_features for feature_map in maps})
             raise ValueError(
                 f"{pathlib.Path(path).name!r} holds the state of another model: its tensors have "
                 f"other shapes than those of {type(model).__name__} with "
-                f"{model.backbone.get_config()['num_features']} features."
+                f"{' and '.join(map(str, counts))} features."
             )
         leaves = [
             ops.convert_to_tensor(x, dtype=like.dtype)
@@ -184,7 +189,7 @@ class Stream:
 
 
 class _Functions:
-    """What the streams of a model compile, once for all of them."""
+    """What the streams of a model compile, once for all that there are."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -195,13 +200,14 @@ class _Functions:
 
     @classmethod
     def of(cls, model: Any) -> "_Functions":
-        """Those that the model has, or new ones where it was given other variables since.
+        """Those of another stream, or new ones where the model has other variables since.
 
         Other feature maps are other variables, as LoRA's and those of few bits are.
         """
-        found = vars(model).get("_stream_functions")
+        found = _functions[model]() if model in _functions else None
         if found is None or [*map(id, found.variables)] != [*map(id, model.variables)]:
-            found = model._stream_functions = cls(model)
+            found = cls(model)
+            _functions[model] = weakref.ref(found)
         return found
 
     def sample(self, sampler: Any, stops: Any) -> Any:
@@ -215,6 +221,10 @@ class _Functions:
                 sampler.variables,
             )
         return self.samples[stops]
+
+
+# By model, for as long as a stream holds them: they hold the model and its variables.
+_functions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _sample(model: Any, prompt: Any, state: Any, start: Any, stops: Any) -> Any:

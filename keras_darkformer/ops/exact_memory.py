@@ -18,6 +18,8 @@ unlike the query has a say in it.
 The shapes' letters are those of `ops.features`; besides, N chunks of C tokens make a block of T.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 from keras import ops
@@ -268,7 +270,8 @@ def combined(parts: list[Part], far: Far | None) -> Tensor:
         weights = power(part.logits - scale[..., None])
         weights = reshape(weights, (batch, kv_heads, chunks, rows, part.value.shape[3]))
         sums.append(weights @ part.value)
-    total = reshape(sum(sums), (batch, kv_heads, chunks * rows, columns))
+    total = functools.reduce(operator.add, sums)  # `sum` begins with a zero more
+    total = reshape(total, (batch, kv_heads, chunks * rows, columns))
     return normalize(*split_last(total))
 
 

@@ -227,14 +227,20 @@ def initial_state(
         `(b, k, m)`, the sums over the tokens seen of features times values and of features, both
         scaled by `exp(-log_scale)`, and `log_scale` `(b, k)`, the running maximum of the
         log-features. With an exact memory a `MemoryState`: such `sums` of the keys that have left
-        it, and the `Tokens` in it, x of each kind: keys `(b, k, x, h)`, values `(b, k, x, v)` and
-        what they have received `(b, k, x)`, -1 where there is no token.
+        it, `()` without features, and the `Tokens` in it, x of each kind: keys `(b, k, x, h)`,
+        values `(b, k, x, v)` and what they have received `(b, k, x)`, -1 where there is no token.
 
     Raises:
-        ValueError: if there is a memory and no `head_dim`, or a cache without a window.
+        ValueError: if there is a memory and no `head_dim`, neither a memory nor features, or a
+            cache without a window.
     """
     memory = Memory(sliding_window, num_sinks, cache_size)
     memory.check()
+    if not memory and not num_features:
+        raise ValueError(
+            "`num_features` may be 0 beside a `sliding_window` or `num_sinks` only. "
+            "Received: num_features=0, neither of them"
+        )
     if memory and head_dim is None:
         raise ValueError("An exact memory needs a `head_dim`: the state holds keys.")
     sizes = num_key_value_heads, num_features, value_dim, head_dim

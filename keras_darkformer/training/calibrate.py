@@ -45,9 +45,10 @@ def calibrate(
     model before conversion. Moments are summed up as batches go by; where a method needs queries
     and keys themselves, a sample of whole sequences is kept. Memory does not grow with the data.
 
-    Geometry, proposal, shifts and projections of every dark layer are set; they are weights, saved
-    and loaded with the model. A far part beside an exact memory gets its offset. Where clusters
-    are fitted, the layer's feature map becomes one of another class, with other weights.
+    Geometry, proposal, shifts and projections of every dark layer that has features are set; they
+    are weights, saved and loaded with the model. A far part beside an exact memory gets its offset.
+    Where clusters are fitted, the layer's feature map becomes one of another class, with other
+    weights.
 
     Args:
         model: made by `convert_to_dark`, or any Keras model with `DarkAttention` layers. If it is
@@ -89,8 +90,9 @@ def calibrate(
         The model, which is calibrated in place.
 
     Raises:
-        ValueError: if an argument is out of range, the model has no dark layers, `data` has no
-            batches, or queries or keys are not finite. No layer has then been changed.
+        ValueError: if an argument is out of range, the model has no dark layers or none with
+            features, `data` has no batches, or queries or keys are not finite. No layer has then
+            been changed.
 
     Example:
 

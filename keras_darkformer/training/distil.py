@@ -235,7 +235,7 @@ def _chosen(model: Model, layers: dict[str, Layer], train: str) -> list[Any]:
             raise ValueError('`train="lora"` needs LoRA weights: call `enable_lora` first.')
         chosen += [v for x in with_lora for v in x.trainable_variables]
     if not chosen:
-        raise ValueError("Nothing is trainable: the feature maps are frozen or none.")
+        raise ValueError("Nothing is trainable: the feature maps are frozen, or there are none.")
     return [v for v in chosen if "seed" not in v.path]
 
 

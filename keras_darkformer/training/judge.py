@@ -133,7 +133,7 @@ class Judge:
                     "kl": _by_arm(self.divergences, head, _divergence),
                     "mass": _by_arm(self.mass, head, np.mean),
                     "exact_mass": _by_arm(self.exact_mass, head, np.mean),
-                    "far_kl": float(np.mean(_joined(self.far_kl, head))) if self.far_kl else None,
+                    "far_kl": self._far_kl(head),
                     "spectrum": [float(x) for x in spectrum],
                     "effective_dims": float(spectrum.sum() ** 2 / square) if square else 0.0,
                 }
@@ -145,6 +145,12 @@ class Judge:
             **feature_map.memory._asdict(),
             "heads": heads,
         }
+
+    def _far_kl(self, head: int) -> float | None:
+        """`None` where there is no far part, or it has no weight at all, be it by its offset."""
+        if not self.far_kl or not _joined(self.mass["far"], head).any():
+            return None
+        return float(np.mean(_joined(self.far_kl, head)))
 
 
 def _performer(feature_map: FeatureMap, seed: int) -> FoldedFeatures:

@@ -25,8 +25,8 @@ class ApproximationReport(PrintedDict):
     """How far each layer's attention is from softmax: a dict for code, a table when printed.
 
     Keys:
-        layers: list of dicts, one a layer: name, num_features, feature_map, sliding_window and
-            heads.
+        layers: list of dicts, one a layer: name, num_features, feature_map, sliding_window,
+            num_sinks, cache_size and heads.
         tokens: queries looked at per head and layer.
 
     A head is a dict:

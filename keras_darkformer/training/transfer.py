@@ -78,8 +78,8 @@ def transfer_attention(
         layer's.
 
     Raises:
-        ValueError: if an argument is out of range, the model has no dark layer or none whose
-            feature map is trainable.
+        ValueError: if an argument is out of range, the model has no dark layer with features or
+            none whose feature map is trainable.
 
     Example:
 

@@ -58,6 +58,14 @@ def test_the_layers_of_the_largest_costs_are_left_exact(found):
     assert choice.indices == choice["indices"]
 
 
+def test_layers_without_features_are_chosen_too():
+    options = {"feature_map": "none", "sliding_window": 2, "num_sinks": 1}
+    choice = choose_layers(gemma(), DATA, keep_exact=1, **SIZES, **options)
+    one = convert_to_dark(gemma(), layers=[0], **options)
+    expected = loss(one, DATA["token_ids"][:2], 1) - choice["before"]["text"]
+    np.testing.assert_allclose(choice["layers"][0]["text"], expected, atol=1e-5)
+
+
 def test_it_prints_as_a_table_and_draws_a_figure(found, tmp_path):
     _, choice = found
     text = str(choice)

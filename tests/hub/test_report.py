@@ -6,7 +6,7 @@ import pytest
 
 from keras_darkformer import conversion_report, convert_to_dark
 
-from .models import gemma2, gemma3
+from .models import WINDOW, gemma2, gemma3
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 
@@ -107,3 +107,15 @@ def test_it_says_what_is_kept_exactly():
     without = conversion_report(convert_to_dark(gemma2(), feature_map="none", **options))
     assert "geometry" not in str(without)
     assert "kept exactly" not in str(conversion_report(convert_to_dark(gemma2())))
+
+
+def test_a_local_window_that_is_kept_as_it_was_is_not_dropped():
+    """The local layers of the model have a window of `WINDOW` tokens."""
+    local = {"layers": [0], "sliding_window": WINDOW}
+    for options, expected in (
+        ({"feature_map": "none"}, []),
+        ({"feature_map": "none", "num_sinks": 1}, ["These layers now see a memory of their own"]),
+        ({}, ["Features sum over all the past"]),
+    ):
+        dropped = conversion_report(convert_to_dark(gemma2(), **local, **options))["dropped"]
+        assert [drop["why"].split(",")[0].split(";")[0] for drop in dropped] == expected

@@ -1,6 +1,8 @@
 """A stream is the model reading everything at once, whatever it was read in and wherever."""
 
 import functools
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -37,8 +39,15 @@ def model_of(name):
     return model
 
 
+@functools.cache
+def first_stream(name):
+    """What it compiled is there for the others as long as it is."""
+    return Stream(model_of(name), 3, max_length=LENGTH)
+
+
 def stream_of(name):
     """For texts that fill its cache to the end; it shares what was compiled for the others."""
+    first_stream(name)
     return Stream(model_of(name), 3, max_length=LENGTH)
 
 
@@ -98,18 +107,33 @@ def test_streams_share_what_is_compiled_until_a_feature_map_is_another(monkeypat
         traced.append(args)
         return call(*args, **kwargs)
 
-    def logits():
-        return to_numpy(Stream(model, 3).read(TOKENS))
+    def logits(stream):
+        return to_numpy(stream.read(TOKENS))
 
     monkeypatch.setattr(type(model), "call_with_cache", watched)
-    first, of_first = logits(), len(traced)
-    np.testing.assert_array_equal(logits(), first)
+    streams = [Stream(model, 3) for _ in range(2)]
+    first, of_first = logits(streams[0]), len(traced)
+    np.testing.assert_array_equal(logits(streams[1]), first)
+    assert streams[0]._functions is streams[1]._functions
     assert BACKEND == "torch" or len(traced) == of_first > 0
     calibrate(model, PROMPT, method="clusters", refine=False, verbose=False)
-    calibrated = logits()
+    streams.append(Stream(model, 3))
+    assert streams[2]._functions is not streams[1]._functions
+    calibrated = logits(streams[2])
     expected = last_logits(model, TOKENS)
     np.testing.assert_allclose(calibrated, expected, rtol=1e-3, atol=1e-4)
     assert np.abs(calibrated - first).max() > 0.01
+
+
+def test_what_a_model_had_goes_with_its_streams():
+    model = dark(gemma(num_layers=1))
+    stream = Stream(model, 3)
+    stream.read(TOKENS)
+    before = [weakref.ref(x.feature_map) for x in model.backbone.dark_layers.values()]
+    calibrate(model, PROMPT, method="clusters", refine=False, verbose=False)
+    del stream
+    gc.collect()
+    assert not any(reference() for reference in before)
 
 
 def test_the_size_of_a_file_does_not_depend_on_the_text(tmp_path):

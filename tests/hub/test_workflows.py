@@ -210,6 +210,16 @@ def test_a_lora_file_takes_a_freshly_converted_model_to_the_trained_one(
     np.testing.assert_array_equal(outputs(fresh, BATCH), expected)
 
 
+@one_family
+def test_a_lora_file_of_a_model_without_features_is_loaded(build, tmp_path):
+    options = {"feature_map": "none", "sliding_window": 4}
+    model = with_lora(convert_to_dark(build(), **options))
+    model.backbone.save_lora_weights(tmp_path / "a.lora.h5")
+    fresh = convert_to_dark(build(), **options)
+    fresh.backbone.load_lora_weights(tmp_path / "a.lora.h5")
+    np.testing.assert_array_equal(outputs(fresh, BATCH), outputs(model, BATCH))
+
+
 def test_lora_enabled_before_the_conversion_is_kept_and_saved(build, tmp_path):
     stock = build()
     stock.backbone.enable_lora(2)

@@ -1,12 +1,13 @@
 """The two classes of feature maps, calibrated and as they start."""
 
+import keras
 import numpy as np
 import pytest
 from fitting.data import anisotropic
 from keras import ops
 
 from keras_darkformer import DarkAttention, DarkFeatureMap
-from keras_darkformer.layers import ExponentialFeatureMap
+from keras_darkformer.layers import ExponentialFeatureMap, NoFeatureMap
 from keras_darkformer.ops import dark_features, draw_projection
 
 from .helpers import (
@@ -273,3 +274,11 @@ def test_exact_mode_of_a_calibrated_layer_is_what_its_features_estimate():
     uniform = arrays(exact.output_dense(values.mean(axis=1, keepdims=True)))
     error = np.abs(arrays(call(linear, x, x)) - expected).max()
     assert error < 0.2 * np.abs(uniform - expected).max()
+
+
+def test_a_map_without_features_has_none_to_return():
+    layer = NoFeatureMap(2, 4, sliding_window=3)
+    for inputs in (KEY, keras.KerasTensor(KEY.shape)):
+        with pytest.raises(ValueError, match="has no features to return"):
+            layer(inputs)
+    assert not layer.weights

@@ -15,6 +15,7 @@ from keras_darkformer.ops import State, dark_attention, sequence_parallel_dark_a
 
 PART = PartitionSpec(None, "sequence")
 WHOLE = PartitionSpec()
+NO_FEATURES = {"geometry": None, "projection": None}  # unless there are some
 
 
 def split_attention(arguments, upstream, *, mesh, batch_axis=None, check_vma=True, **options):
@@ -38,7 +39,9 @@ def split_attention(arguments, upstream, *, mesh, batch_axis=None, check_vma=Tru
         check_vma=check_vma,
     )
     def attend(arguments):
-        return sequence_parallel_dark_attention(**arguments, axis_name="sequence", **options)
+        return sequence_parallel_dark_attention(
+            **NO_FEATURES | arguments, axis_name="sequence", **options
+        )
 
     return with_gradients(attend, arguments, upstream, return_state)
 
@@ -47,13 +50,13 @@ def one_device(arguments, upstream, **options):
     """The same on one."""
 
     def attend(arguments):
-        return dark_attention(**arguments, **options)
+        return dark_attention(**NO_FEATURES | arguments, **options)
 
     return with_gradients(attend, arguments, upstream, options.get("return_state", False))
 
 
 def with_gradients(attend, arguments, upstream, return_state):
-    names = ("query", "key", "value", "geometry")
+    names = [name for name in ("query", "key", "value", "geometry") if name in arguments]
 
     def scalar(inputs, others):
         result = attend(inputs | others)

@@ -112,7 +112,8 @@ def attend_with_gradients(case, size, arrays=None, *, jit=DEFAULT_JIT, **options
     """Output, state, and the gradients of `sum(output * upstream)` by all arrays, by name."""
     function = differentiated_scalar(case, size, **{"key_mask": case.key_mask} | options)
     (_, (output, state)), gradients = run(function, *(arrays or arrays_of(case)), jit=jit)
-    return output, state, dict(zip((*TOKENS, *NAMES), gradients, strict=False))
+    names = (*TOKENS, *NAMES) if arrays is None or len(arrays) > len(TOKENS) else TOKENS
+    return output, state, dict(zip(names, gradients, strict=True))
 
 
 def expected(case, size, arrays=None, **options):

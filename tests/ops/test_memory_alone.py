@@ -6,7 +6,7 @@ from backends import BACKEND, MODES, run, to_numpy
 from keras import tree
 
 from keras_darkformer.memory import Memory
-from keras_darkformer.ops import dark_attention
+from keras_darkformer.ops import dark_attention, initial_state
 
 from .cases import Case, assert_close
 from .memories import (
@@ -43,9 +43,13 @@ def test_neither_chunks_nor_blocks_change_the_output(memory, monkeypatch):
     assert_close(output, expected(case, memory, case.arrays[:3]), 1e-5)
 
 
-def test_gradients_agree_with_differences_of_the_reference(rng):
+@pytest.mark.parametrize("remat", [True, False], ids=["remat", "kept"])
+def test_gradients_agree_with_differences_of_the_reference(rng, remat, monkeypatch):
+    in_blocks_of(24, monkeypatch)
     case, memory = Case(length=60, heads=(4, 2), masked=True), MEMORIES["kept"]
-    _, _, gradients = attend_with_gradients(case, memory, case.arrays[:3], chunk_size=8)
+    _, _, gradients = attend_with_gradients(
+        case, memory, case.arrays[:3], chunk_size=8, remat=remat
+    )
     assert set(gradients) == set(TOKENS)
     assert_gradients_are_differences(gradients, case, memory, rng, step=1e-6)
 
@@ -119,3 +123,9 @@ def test_what_says_nothing_without_features_is_refused(parameters, options, mess
     parameters = {"geometry": None, "projection": None} | parameters
     with pytest.raises(ValueError, match=message):
         dark_attention(query, key, key, **parameters, **options, causal=True)
+
+
+def test_a_state_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="`num_features` may be 0 beside a `sliding_window`"):
+        initial_state(1, 2, 0, 8)
+    assert initial_state(1, 2, 0, 8, head_dim=8, num_sinks=2).sums == ()

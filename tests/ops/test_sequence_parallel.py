@@ -41,7 +41,7 @@ CASES = {
 }
 WITH_STATE = [name for name, (_, options) in CASES.items() if "return_state" in options]
 # Where float32 loses what is far off, or tokens came before.
-FURTHER = ("hostile", "hostile both ways", "hostile window", "goes on")
+FURTHER = ("hostile", "hostile both ways", "hostile window", "goes on", "no features")
 
 
 def job(case, options):
@@ -69,6 +69,15 @@ def hostile(case, norms):
     return arguments, upstream, options
 
 
+def without_features():
+    """Sinks and a window alone."""
+    arguments, upstream, options = job(
+        Case(length=64, causal=True, masked=True, window=5, num_sinks=4, **ODD), {}
+    )
+    kept = ("query", "key", "value", "key_mask")
+    return {name: arguments[name] for name in kept}, upstream, options
+
+
 def going_on():
     """With the state of 30 tokens before."""
     case = Case(length=64, causal=True, **ODD)
@@ -90,6 +99,7 @@ def results(tmp_path_factory):
     jobs["hostile both ways"] = hostile(Case(length=64, **ODD), LARGE)
     jobs["hostile window"] = hostile(dataclasses.replace(causal, window=4), LARGE)
     jobs["goes on"] = going_on()
+    jobs["no features"] = without_features()
     jobs = {
         name: (*x, name in WITH_STATE or name in FURTHER)  # then one device is asked, too
         for name, x in jobs.items()

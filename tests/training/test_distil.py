@@ -589,3 +589,14 @@ def test_half_precision_is_distilled_in_half_precision(dtype):
     history = distil(model, stock, DATA, steps=2, verbose=0).history
     assert np.isfinite(history["loss"]).all()
     assert {w.dtype for w in attentions(model)[0].feature_map.weights} == {"float32"}
+
+
+def test_a_model_without_features_is_trained_around_them():
+    teacher, model = dark_gemma(feature_map="none", sliding_window=4)
+    before = values(model)
+    distil(model, teacher, DATA, steps=1, verbose=0)
+    moved = {path for path, value in values(model).items() if (value != before[path]).any()}
+    assert moved
+    assert all("/query/" in x or "/key/" in x or "/value/" in x for x in moved)
+    with pytest.raises(ValueError, match="the feature maps are frozen, or there are none"):
+        distil(model, teacher, DATA, steps=1, train="feature_maps", verbose=0)

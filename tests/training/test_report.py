@@ -199,8 +199,15 @@ def test_each_part_of_a_memory_has_its_share():
         assert others["kept"] == 0
         assert others["far"] == pytest.approx(parts["far"] + parts["kept"])
         assert others["sinks"] == pytest.approx(parts["sinks"])
-    assert "-" in str(report)
+    of_none = [x for x in str(report).splitlines() if "layer_1" in x]
+    assert all(x.split("│")[6].strip() == x.split("│")[-2].strip() == "-" for x in of_none)
     report.plot()
+    # A far part that is left out has nothing to be judged by.
+    for layer in feature_maps(model)[:1]:
+        layer.far_offset.assign(np.full(4, -1e30))
+    head = approximation_report(model, BATCH)["layers"][0]["heads"][0]
+    assert head["far_kl"] is None
+    assert head["mass"]["far"] == 0
 
 
 @pytest.mark.slow

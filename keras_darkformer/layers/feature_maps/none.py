@@ -15,9 +15,8 @@ from keras_darkformer.types import Shape, Tensor
 class NoFeatureMap(FeatureMap):
     """No features: a query sees the sinks, the window and the kept keys, and nothing else.
 
-    It has no weights and nothing to fit. What the features of another map would cost can go into a
-    larger memory: with sinks and a window this is StreamingLLM's attention, and what a claim for
-    features has to stand beside.
+    It has no weights and nothing to fit. The bytes of the features can go into a larger memory
+    instead. With sinks and a window this is StreamingLLM's attention: compare features with it.
 
     Args:
         num_heads: int. Heads k of keys and values.
@@ -64,6 +63,14 @@ class NoFeatureMap(FeatureMap):
     def fold(self, *, factored: bool = False) -> None:
         """What stands for no features in `ops`."""
         return
+
+    def call(self, inputs: Tensor, keys: bool = False) -> Tensor:
+        """Refused: there are no features to return."""
+        raise ValueError(f"`{self.name}` has no features to return; `attend` needs none.")
+
+    def compute_output_spec(self, inputs: Tensor, keys: bool = False) -> Tensor:
+        """As `call`."""
+        return self.call(inputs, keys)
 
     def check_calibration(self, options: CalibrationOptions) -> None:
         """Refused: there is nothing to fit."""
