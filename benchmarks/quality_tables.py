@@ -118,6 +118,9 @@ SHORT = {
     "60 kept, 4 layers exact, evenly spaced": "the same, 4 of 30 layers exact, evenly spaced",
     "60 kept, 4 layers exact, chosen": "the same, 4 of 30 layers exact, chosen",
     "60 kept, 8 layers exact, chosen": "the same, 8 of 30 layers exact, chosen",
+    "window 252, 4 sinks": "window of 252, 4 sinks",
+    "window 64, 4 sinks, 188 kept": "window of 64, 4 sinks, 188 kept keys",
+    "188 kept, 4 layers exact, chosen": "the same, 4 of 30 layers exact, chosen",
 }
 
 

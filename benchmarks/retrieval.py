@@ -25,6 +25,11 @@ FEATURES_OFF = {"feature_map": "none"}
 AT_RANDOM = "window 64, 4 sinks, 60 random"
 
 
+def but(exact):
+    """Converts the other layers."""
+    return {"layers": [i for i in range(30) if i not in exact]}
+
+
 def arms(choose):
     """By name: options of the conversion."""
     chosen, even = choose
@@ -36,17 +41,18 @@ def arms(choose):
         "window 124, 4 sinks": FEATURES_OFF | {"sliding_window": 124, "num_sinks": 4},
         AT_RANDOM: hybrid,
         "window 64, 4 sinks, 60 kept": hybrid,
+        "window 32, 4 sinks, 92 kept": hybrid | {"sliding_window": 32, "cache_size": 92},
         "window 252, 4 sinks": FEATURES_OFF | {"sliding_window": 252, "num_sinks": 4},
         "window 128, 4 sinks, 124 kept": hybrid | {"sliding_window": 128, "cache_size": 124},
         "window 64, 4 sinks, 188 kept": hybrid | {"cache_size": 188},
         "window 64, 4 sinks, m = 128": fitted | {"cache_size": 0},
         "window 64, 4 sinks, 60 kept, m = 128": fitted,
         **{
-            f"60 kept, {count} layers exact, {how}": hybrid
-            | {"layers": [i for i in range(30) if i not in exact]}
+            f"60 kept, {count} layers exact, {how}": hybrid | but(exact)
             for how, by_count in (("chosen", chosen), ("evenly spaced", even))
             for count, exact in by_count.items()
         },
+        "188 kept, 4 layers exact, chosen": hybrid | {"cache_size": 188} | but(chosen[4]),
     }
 
 
