@@ -89,7 +89,8 @@ def retrieval(backend):
             if kind == "digits right":
                 cells.append(f"{median:.0%}")
             else:
-                cells.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
+                spread = f" ({low:.2f} to {high:.2f})" if low != high else ""
+                cells.append(f"{median:.2f}{spread}")
         lines.append([name, size, *cells])
     return table(["arm", "KiB a layer", *kinds], lines)
 
