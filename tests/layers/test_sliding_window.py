@@ -27,6 +27,7 @@ from .helpers import (
 )
 
 X = normal(BATCH, LENGTH, WIDTH)
+LEFT_OUT = -1e30  # a `far_offset` at which nothing is left of the far part
 alone_or_not = pytest.mark.parametrize("alone", [False, True], ids=["features", "window_alone"])
 
 
@@ -35,6 +36,13 @@ def windowed(size=3, *, alone=False, **options):
         return attention(sliding_window=size, feature_map="none", **options)
     layer = attention(sliding_window=size, **options)
     layer.feature_map.far_offset.assign(0.5 * normal(4, seed=8))
+    return layer
+
+
+def with_dense_of(layer, other):
+    """The layer with the projections of another."""
+    for name in ("query_dense", "key_dense", "value_dense", "output_dense"):
+        getattr(layer, name).set_weights(getattr(other, name).get_weights())
     return layer
 
 
@@ -67,9 +75,7 @@ def test_output_agrees_with_the_reference(calibrated):
 @pytest.mark.parametrize("size", [LENGTH, LENGTH + 5])
 def test_window_as_long_as_the_sequence_is_softmax(size):
     layer = windowed(size, rope_max_wavelength=100.0)
-    exact = attention(attention_mode="exact", rope_max_wavelength=100.0)
-    for name in ("query_dense", "key_dense", "value_dense", "output_dense"):
-        getattr(exact, name).set_weights(getattr(layer, name).get_weights())
+    exact = with_dense_of(attention(attention_mode="exact", rope_max_wavelength=100.0), layer)
     exact.feature_map.geometry.assign(np.stack([np.eye(4)] * 2))
     expected = call(exact, X, X, use_causal_mask=True)
     assert_close(call(layer, X, X, use_causal_mask=True), expected)
@@ -109,12 +115,26 @@ def test_steps_give_the_outputs_of_the_whole(alone, memory):
     assert shapes_and_dtypes(spec) == shapes_and_dtypes((output, state))
 
 
+def test_the_far_part_can_be_left_out_at_any_time():
+    layer = windowed()
+    offset = arrays(layer.feature_map.far_offset)
+    both = arrays(call(layer, X, X, use_causal_mask=True))
+    layer.feature_map.far_offset.assign(np.full(4, LEFT_OUT))
+    found = arrays(call(layer, X, X, use_causal_mask=True))
+    assert differ(found, both)
+    alone = with_dense_of(windowed(alone=True), layer)
+    assert_close(found, call(alone, X, X, use_causal_mask=True))
+    gradients = weight_gradients(layer, X, X, use_causal_mask=True)
+    still = {"feature_map/geometry", "feature_map/far_offset", "key/bias"}
+    assert {name for name, x in gradients.items() if np.abs(x).max() < 1e-5} == still
+    layer.feature_map.far_offset.assign(offset)
+    assert_close(call(layer, X, X, use_causal_mask=True), both)
+
+
 def test_a_window_alone_is_softmax_over_it():
     layer = windowed(alone=True)
-    exact = attention(attention_mode="exact")
+    exact = with_dense_of(attention(attention_mode="exact"), layer)
     exact.feature_map.geometry.assign(np.stack([np.eye(4)] * 2))
-    for name in ("query_dense", "key_dense", "value_dense", "output_dense"):
-        getattr(exact, name).set_weights(getattr(layer, name).get_weights())
     age = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     expected = call(exact, X, X, attention_mask=((age >= 0) & (age < 3))[None])
     assert_close(call(layer, X, X, use_causal_mask=True), expected)
@@ -166,9 +186,7 @@ def test_calls_that_are_not_causal_are_refused(x):
 
 def test_exact_mode_has_no_need_of_a_window():
     layer = windowed(attention_mode="exact")
-    plain = attention(attention_mode="exact")
-    for dense in ("query_dense", "key_dense", "value_dense", "output_dense"):
-        getattr(plain, dense).set_weights(getattr(layer, dense).get_weights())
+    plain = with_dense_of(attention(attention_mode="exact"), layer)
     plain.feature_map.geometry.assign(layer.feature_map.geometry)
     assert_close(layer(X, X), plain(X, X))
 

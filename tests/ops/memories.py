@@ -13,6 +13,7 @@ from keras_darkformer.ops.reference import memory_attention_reference
 from keras_darkformer.ops.state import StateShapes
 
 from .cases import Case, assert_close
+from .states import in_pieces
 
 ODD = {"heads": (4, 2), "value_dim": 6}
 NAMES = (*FoldedFeatures._fields[:-1], *QueryScale._fields)
@@ -122,6 +123,18 @@ def expected(case, size, arrays=None, **options):
     return memory_attention_reference(
         query, key, value, folded(weights), memory_of(size), **options
     )
+
+
+def attend_in_pieces(case, size, arrays, sizes, key_mask):
+    """Output and state of pieces of these lengths, each with the state of those before."""
+    features = [ops.convert_to_tensor(x) for x in arrays[3:]]
+
+    def step(query, key, value, mask, state):
+        function = windowed(size, key_mask=mask, initial_state=state)
+        return function(query, key, value, *features)
+
+    empty = shapes_of(case, size, num_features=None if features else 0).zeros(case.batch)
+    return in_pieces(step, empty, arrays[:3], key_mask, sizes)
 
 
 def in_blocks_of(length, monkeypatch):

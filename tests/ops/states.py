@@ -23,6 +23,11 @@ def tensors_of(state):
     return tree.map_structure(ops.convert_to_tensor, state)
 
 
+def row_of(state, row):
+    """The state of one row, in a batch of its own."""
+    return tree.map_structure(lambda x: x[row : row + 1], state)
+
+
 def unscaled(state, log_scale=0.0):
     """The sums themselves times `exp(-log_scale)`, then the memory's tokens, in float64."""
     sums, *parts = state if isinstance(state, MemoryState) else (state,)

@@ -18,13 +18,13 @@ from .memories import (
     arrays_of,
     assert_gradients_are_differences,
     attend,
+    attend_in_pieces,
     attend_with_gradients,
     expected,
     in_blocks_of,
-    shapes_of,
     windowed,
 )
-from .states import assert_equal_states, assert_same_state, in_pieces, mask_for_pieces
+from .states import assert_equal_states, assert_same_state, mask_for_pieces, row_of
 
 SINKS, SINKS_ALONE, KEPT = Memory(16, 4), Memory(None, 4), Memory(12, 3, 8)
 MEMORIES = {"sinks": SINKS, "sinks alone": SINKS_ALONE, "kept": KEPT, "no sinks": Memory(5, 0, 20)}
@@ -93,16 +93,7 @@ PIECES = {"pieces": [1, 30, 1, 5, 5, 30], "tokens": [1] * 40}
 def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(memory, sizes, masked):
     case = Case(length=sum(sizes), batch=2, **ODD)
     key_mask = mask_for_pieces(case.batch, sizes) if masked else None
-    arrays = arrays_of(case)
-    tensors = [ops.convert_to_tensor(x) for x in arrays[3:]]
-
-    def step(query, key, value, mask, state):
-        function = windowed(memory, key_mask=mask, initial_state=state)
-        return function(query, key, value, *tensors)
-
-    output, state = in_pieces(
-        step, shapes_of(case, memory).zeros(case.batch), arrays[:3], key_mask, sizes
-    )
+    output, state = attend_in_pieces(case, memory, arrays_of(case), sizes, key_mask)
     if not masked or sizes != PIECES["tokens"]:  # alone, a masked token takes no place
         assert_close(output, expected(case, memory, key_mask=key_mask), 1e-5)
         assert_same_state(state, attend(case, memory, key_mask=key_mask)[1])
@@ -122,16 +113,9 @@ def test_rows_of_different_lengths_go_on_like_each_by_itself(memory, name, monke
         arrays = [x[row : row + 1, :count] for x in arrays_of(case)[:3]]
         alone, after = attend(case, memory, (*arrays, *arrays_of(case)[3:]))
         assert_close(output[row, :count], alone[0], 1e-5)
-        of_row = tree_row(state, row)
-        assert_same_state(of_row, after)
+        assert_same_state(row_of(state, row), after)
         if name == "write_mask":
             assert_close(output[row], whole[row], 1e-5)
-
-
-def tree_row(state, row):
-    from keras import tree
-
-    return tree.map_structure(lambda x: x[row : row + 1], state)
 
 
 def test_padding_before_a_row_changes_nothing():

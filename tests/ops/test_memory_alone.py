@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from backends import BACKEND, MODES, run, to_numpy
-from keras import tree
 
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops import dark_attention, initial_state
@@ -14,13 +13,13 @@ from .memories import (
     TOKENS,
     assert_gradients_are_differences,
     attend,
+    attend_in_pieces,
     attend_with_gradients,
     expected,
     in_blocks_of,
-    shapes_of,
     windowed,
 )
-from .states import assert_same_state, in_pieces, mask_for_pieces
+from .states import assert_same_state, mask_for_pieces, row_of
 
 MEMORIES = {"window": Memory(12), "sinks alone": Memory(None, 4), "kept": Memory(12, 3, 8)}
 memories = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
@@ -60,12 +59,7 @@ def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(memory,
     case = Case(length=sum(sizes), batch=2, **ODD)
     alone = len(set(sizes)) == 1  # a masked token by itself takes no place
     key_mask = None if alone else mask_for_pieces(case.batch, sizes)
-
-    def step(query, key, value, mask, state):
-        return windowed(memory, key_mask=mask, initial_state=state)(query, key, value)
-
-    empty = shapes_of(case, memory, num_features=0).zeros(case.batch)
-    output, state = in_pieces(step, empty, case.arrays[:3], key_mask, sizes)
+    output, state = attend_in_pieces(case, memory, case.arrays[:3], sizes, key_mask)
     assert_close(output, expected(case, memory, case.arrays[:3], key_mask=key_mask), 1e-5)
     assert_same_state(state, attend(case, memory, case.arrays[:3], key_mask=key_mask)[1])
 
@@ -77,8 +71,7 @@ def test_rows_of_different_lengths_go_on_like_each_by_itself(memory):
     _, state = attend(case, memory, case.arrays[:3], write_mask=mask)
     for row, count in enumerate(counts):
         arrays = tuple(x[row : row + 1, :count] for x in case.arrays[:3])
-        of_row = tree.map_structure(lambda x, row=row: x[row : row + 1], state)
-        assert_same_state(of_row, attend(case, memory, arrays)[1])
+        assert_same_state(row_of(state, row), attend(case, memory, arrays)[1])
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="others know every size when they trace")

@@ -29,18 +29,17 @@ from .memories import (
     arrays_of,
     assert_gradients_are_differences,
     attend,
+    attend_in_pieces,
     attend_with_gradients,
     expected,
     folded,
     in_blocks_of,
-    shapes_of,
     weights,
     windowed,
 )
 from .states import (
     assert_equal_states,
     assert_same_state,
-    in_pieces,
     mask_for_pieces,
     unscaled,
     window_reference,
@@ -305,14 +304,7 @@ def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(size, s
     case = Case(length=sum(sizes), batch=2, **ODD)
     key_mask = mask_for_pieces(case.batch, sizes) if masked else None
     arrays = arrays_of(case) if bias is None else arrays_of(case, bias=bias)
-    tensors = [ops.convert_to_tensor(x) for x in arrays[3:]]
-
-    def step(query, key, value, mask, state):
-        function = windowed(size, key_mask=mask, initial_state=state)
-        return function(query, key, value, *tensors)
-
-    empty = shapes_of(case, size).zeros(case.batch)
-    output, state = in_pieces(step, empty, arrays[:3], key_mask, sizes)
+    output, state = attend_in_pieces(case, size, arrays, sizes, key_mask)
     assert_close(output, expected(case, size, arrays, key_mask=key_mask), 1e-5)
     written = key_mask if masked else np.ones((case.batch, case.length), bool)
     assert_state_is_of(state, *case.arrays[1:3], written, case)
