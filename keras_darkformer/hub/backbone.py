@@ -138,11 +138,11 @@ class DarkBackbone(LoraBackbone, PresetLoading):
                 found.setdefault((what, why), []).append(index)
             if linear and (window := self.family.window(layer)):
                 what, memory = f"sliding window of {window} tokens", layer.feature_map.memory
-                if layer.feature_map.num_features:
+                why = f"These layers now see a memory of their own, {memory}."
+                has_features = layer.feature_map.num_features > 0
+                if has_features:
                     why = "Features sum over all the past; these layers now see all of it."
-                    found.setdefault((what, why), []).append(index)
-                elif memory != Memory(window):
-                    why = f"These layers now see a memory of their own, {memory}."
+                if has_features or memory != Memory(window):
                     found.setdefault((what, why), []).append(index)
             if linear and layer.drops_weights and block.dropout:
                 what = "dropout of single attention weights"

@@ -106,14 +106,15 @@ class Judge:
     ) -> None:
         """Shares of the weights by part, softmax's and ours being given as logarithms."""
         far = ops.logical_and(visible, ops.logical_not(pairs.exact))
-        for kept, log_of in ((self.mass, log_weights), (self.exact_mass, exact)):
+        weights = ops.where(visible, ops.exp(exact), 0.0)
+        own = ops.where(visible, ops.exp(log_weights), 0.0)
+        for kept, of in ((self.mass, own), (self.exact_mass, weights)):
             for part, where in (*pairs._asdict().items(), ("far", far)):
-                seen = ops.logical_and(visible, where)
-                mass = ops.sum(ops.where(seen, ops.exp(log_of), 0.0), axis=-1)
+                mass = ops.sum(ops.where(where, of, 0.0), axis=-1)
                 kept[part].append(_by_head(mass, counts))
         if self.map.num_features:
             shares = log_sum_exp(exact, far) - log_sum_exp(log_weights, far)
-            within = ops.exp(exact) * (exact - log_weights - shares[..., None])
+            within = weights * (exact - log_weights - shares[..., None])
             far_kl = ops.sum(ops.where(far, within, 0.0), axis=-1)
             self.far_kl.append(_by_head(far_kl, counts))
 
