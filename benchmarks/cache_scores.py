@@ -11,10 +11,11 @@ softmax's, at positions that nothing was fitted to. Writes results/cache_scores_
 
 import pathlib
 import statistics
-import warnings
 
 import numpy as np
 from common import backend, environment, parser, print_table, write
+
+from keras_darkformer.fitting.sequences import softmax
 
 WINDOW, SINKS, SIZE = 64, 4, 60
 FEATURES = {"num_features": 128, "sliding_window": WINDOW, "num_sinks": SINKS}
@@ -42,23 +43,17 @@ class Head:
         self.local = self.recent | (self.past & (np.arange(len(key)) < SINKS))
 
 
-def weights_of(logits, seen):
-    logits = np.where(seen, logits, -np.inf)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
 # === Scores: one number a key, from what is known when it leaves the window ===
 
 
 def attention_received(head):
     """Softmax over sinks and window, summed over the queries while the key is in the window."""
-    return (weights_of(head.logits, head.local) * head.recent).sum(axis=(0, 1))
+    return (softmax(head.logits, head.local) * head.recent).sum(axis=(0, 1))
 
 
 def largest_attention(head):
     """The largest weight that it received in the window."""
-    return (weights_of(head.logits, head.local) * head.recent).max(axis=(0, 1))
+    return (softmax(head.logits, head.local) * head.recent).max(axis=(0, 1))
 
 
 def expected_attention(head):
@@ -114,18 +109,18 @@ def kept(head, score):
 
 def judge(head, exact, first):
     """Error and divergence of queries from `first` on, and the error without features."""
-    softmax = weights_of(head.logits, head.past)
-    target = softmax @ head.value
-    weights = weights_of(np.where(exact, head.logits, head.features), head.past)
-    without = weights_of(head.logits, exact)
+    wanted = softmax(head.logits, head.past)
+    target = wanted @ head.value
+    weights = softmax(np.where(exact, head.logits, head.features), head.past)
+    without = softmax(head.logits, exact)
 
     def error(weights):
         error = np.linalg.norm(weights @ head.value - target, axis=-1)
         return np.median((error / np.linalg.norm(target, axis=-1))[:, first:])
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = softmax * (np.log(softmax) - np.log(weights))
-    kl = np.where(softmax > 1e-12, terms, 0.0).sum(axis=-1)
+        terms = wanted * (np.log(wanted) - np.log(weights))
+    kl = np.where(wanted > 1e-12, terms, 0.0).sum(axis=-1)
     return error(weights), kl[:, first:].mean(), error(without)
 
 
@@ -203,24 +198,14 @@ def main():
     made.add_argument("--length", type=int, default=512)
     args = made.parse_args()
 
-    from pretrained import smollm2
+    from pretrained import batch_of, encoded, smollm2, untrained
 
     import keras_darkformer as kd
 
-    if backend() == "torch":
-        import torch
-
-        torch.set_grad_enabled(False)
-    warnings.simplefilter("ignore")
+    untrained()
     model, tokenizer = smollm2()
-
-    def batch_of(path, rows, length):
-        text = pathlib.Path(path).read_text()[20_000:320_000]
-        ids = np.array(tokenizer.encode(text).ids[: rows * length], "int32").reshape(rows, length)
-        return {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-
-    calibration = batch_of(args.calibration, 4, 512)
-    test = batch_of(args.test, 1 if args.quick else 2, args.length)
+    calibration = batch_of(encoded(tokenizer, args.calibration), 4)
+    test = batch_of(encoded(tokenizer, args.test), 1 if args.quick else 2, args.length)
     layers = range(0, 30, 10 if args.quick else 3)
     kd.convert_to_dark(model, layers=list(layers), **FEATURES)
     kd.calibrate(model, calibration, verbose=False)

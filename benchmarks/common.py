@@ -282,6 +282,16 @@ def processor():
     return platform.machine()  # Arm names no model there
 
 
+def bytes_of(shapes_and_dtypes):
+    """What tensors of these shapes and float dtypes take."""
+    import keras
+
+    return sum(
+        math.prod(shape) * (4 if keras.backend.standardize_dtype(dtype) == "float32" else 2)
+        for shape, dtype in shapes_and_dtypes
+    )
+
+
 def result_path(name, variant=""):
     """results/NAME_BACKEND.json, on a GPU results/NAME_BACKEND_gpu.json.
 

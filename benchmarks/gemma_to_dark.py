@@ -197,15 +197,12 @@ def cache_bytes(model, length):
     """What generation carries for one sequence: states, or keys and values."""
     if hasattr(model, "get_initial_cache"):
         leaves = keras.tree.flatten(model.get_initial_cache(1, length))
-        sizes = [(math.prod(leaf.shape), leaf.dtype) for leaf in leaves]
+        sizes = [(leaf.shape, leaf.dtype) for leaf in leaves]
     else:
         backbone = model.backbone
         per_token = backbone.num_layers * 2 * backbone.num_key_value_heads * backbone.head_dim
-        sizes = [(per_token * length, model.compute_dtype)]
-    return sum(
-        count * (4 if keras.backend.standardize_dtype(dtype) == "float32" else 2)
-        for count, dtype in sizes
-    )
+        sizes = [((per_token * length,), model.compute_dtype)]
+    return common.bytes_of(sizes)
 
 
 def main():

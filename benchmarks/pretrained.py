@@ -5,8 +5,10 @@ The package ships it as a GGUF file, four bits a weight (Apache-2.0). It is the 
 """
 
 import importlib.util
+import warnings
 from pathlib import Path
 
+import keras
 import keras_hub
 import numpy as np
 from gguf import GGUFReader, dequantize
@@ -51,6 +53,26 @@ def smollm2():
             value = value.T.reshape(weight.shape)
         weight.assign(value)
     return keras_hub.models.LlamaCausalLM(backbone), tokenizer(reader)
+
+
+def encoded(tokenizer, path):
+    """Token ids of a stretch of a text file, behind what a book begins with."""
+    return np.array(tokenizer.encode(Path(path).read_text()[20_000:320_000]).ids, "int32")
+
+
+def batch_of(token_ids, rows, length=512):
+    """The first tokens as rows of so many, as the model takes them."""
+    rows = token_ids[: rows * length].reshape(rows, length)
+    return {"token_ids": rows, "padding_mask": np.ones_like(rows)}
+
+
+def untrained():
+    """Nothing here is trained: no gradients on torch, and no warnings of what is dropped."""
+    warnings.simplefilter("ignore")
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_grad_enabled(False)
 
 
 def file():

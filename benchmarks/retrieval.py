@@ -14,9 +14,8 @@ import contextlib
 import json
 import pathlib
 import statistics
-import warnings
 
-from common import backend, environment, parser, print_table, read, write
+from common import backend, bytes_of, environment, parser, print_table, read, write
 
 SIZES = (4, 8, 16, 32, 64, 128)
 WRITTEN = 48  # tokens, where the context is long
@@ -59,7 +58,7 @@ def arms(choose):
 class Texts:
     """What the arms are judged on, drawn from one seed."""
 
-    def __init__(self, tokens, encode, length, sizes, seed, quick):
+    def __init__(self, tokens, tokenizer, length, sizes, seed, quick):
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -85,7 +84,10 @@ class Texts:
         needles = []
         for _ in range(2 * rows):
             digits = "".join(rng.choice(list("0123456789"), 5))
-            told, asked = (encode(f" The secret number is {digits}{x}") for x in (".", ""))
+            told, asked = (
+                np.array(tokenizer.encode(f" The secret number is {digits}{x}").ids, "int32")
+                for x in (".", "")
+            )
             between = passage(length - 40 - len(told) - len(asked))
             needles.append(np.concatenate([passage(40), told, between, asked]))
         self.rows["digits"] = (np.stack(needles), 5)
@@ -167,7 +169,7 @@ def converted(options, calibration):
     layer = next(iter(model.backbone.dark_layers.values()))
     # Of a model in bfloat16.
     state = keras.tree.flatten(layer.feature_map.get_initial_state(1, dtype="bfloat16"))
-    return model, sum(leaf.nbytes for leaf in state)
+    return model, bytes_of((leaf.shape, leaf.dtype) for leaf in state)
 
 
 def probed(batch):
@@ -204,27 +206,14 @@ def main():
     if args.quick:
         args.seeds, args.sizes = 1, args.sizes[:2]
 
-    import numpy as np
-    from pretrained import smollm2
+    from pretrained import batch_of, encoded, smollm2, untrained
 
-    if backend() == "torch":
-        import torch
-
-        torch.set_grad_enabled(False)
-    warnings.simplefilter("ignore")
+    untrained()
     tokenizer = smollm2()[1]
-
-    def encode(text):
-        return np.array(tokenizer.encode(text).ids, "int32")
-
-    test, other = (
-        encode(pathlib.Path(path).read_text()[20_000:320_000])
-        for path in (args.test, args.calibration)
-    )
-    batch = {"token_ids": other[:2048].reshape(4, 512)}
-    batch["padding_mask"] = np.ones_like(batch["token_ids"])
+    test, batch = encoded(tokenizer, args.test), batch_of(encoded(tokenizer, args.calibration), 4)
     texts = [
-        Texts(test, encode, args.length, args.sizes, seed, args.quick) for seed in range(args.seeds)
+        Texts(test, tokenizer, args.length, args.sizes, seed, args.quick)
+        for seed in range(args.seeds)
     ]
     variant = "" if args.length == 512 else str(args.length)
     payload = read("retrieval", variant) or read("retrieval") or {}
