@@ -11,7 +11,7 @@ from keras_darkformer.checks import one_of, positive_integer
 from keras_darkformer.training.data import Kept, KnownBatches, batches, dark_layers
 from keras_darkformer.training.distillation import Distillation, Teacher
 from keras_darkformer.training.distillation_loss import DistillationLoss
-from keras_darkformer.training.two_rates import Optimizer, two_rates
+from keras_darkformer.training.optimizers import Optimizer, two_rates, warm_cosine
 from keras_darkformer.types import Data, Layer, Model
 
 TRAINABLE = ("qkv", "lora", "all", "feature_maps")
@@ -66,7 +66,7 @@ def distil(
     *,
     steps: int = 300,
     train: str = "qkv",
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     feature_map_learning_rate: float | None = None,
     optimizer: Optimizer | None = None,
     top_k: int | None = None,
@@ -94,7 +94,8 @@ def distil(
         train: what is trained beside the feature maps: `"qkv"`, the projections to queries, keys
             and values of the converted layers; `"lora"`, LoRA weights (call `enable_lora` first);
             `"all"`, every dense layer of the blocks; `"feature_maps"`, nothing else.
-        learning_rate: float. Peak of a cosine schedule.
+        learning_rate: float. Peak of a schedule that warms up in the first tenth of the steps and
+            then falls by a cosine.
         feature_map_learning_rate: float. The feature maps' own, by the same schedule; `None` for
             three times `learning_rate`.
         optimizer: a `keras.optimizers.Optimizer` instead of AdamW with that schedule and gradients
@@ -140,7 +141,7 @@ def distil(
             raise ValueError("`validation_data` needs a model as `teacher`, not its targets.")
     layers = dark_layers(model)
     if optimizer is None:
-        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+        schedule = warm_cosine(learning_rate, steps)
         optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.0, clipnorm=1.0)
     if feature_map_learning_rate is None:
         feature_map_learning_rate = 3.0 * learning_rate

@@ -24,6 +24,7 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
+from keras_darkformer.training.optimizers import warm_cosine
 from keras_darkformer.types import Config, Data, Model, Tensor
 
 
@@ -59,7 +60,8 @@ def transfer_attention(
             `compile` settings stay.
         data: as for `calibrate`; gone through again where it ends before `steps` do.
         steps: int. Batches.
-        learning_rate: float. Peak of a cosine schedule.
+        learning_rate: float. Peak of a schedule that warms up in the first tenth of the steps and
+            then falls by a cosine.
         optimizer: a `keras.optimizers.Optimizer` instead of Adam with that schedule and gradients
             clipped to norm 1.
         redraw: bool. Draw the projections anew after every step.
@@ -96,7 +98,7 @@ def transfer_attention(
     transfer = AttentionTransfer(model)
     check_position_offset(position_offset, transfer.dark_layers.values())
     if optimizer is None:
-        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+        schedule = warm_cosine(learning_rate, steps)
         optimizer = keras.optimizers.Adam(schedule, clipnorm=1.0)
     transfer.compile(optimizer=optimizer)
     callbacks = [*(callbacks or ()), _StopAfter(steps)]

@@ -1,14 +1,30 @@
-"""An optimizer with a second learning rate for some of the variables."""
+"""Learning rates: a schedule for fits of few steps, and a second rate for some of the variables."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import keras
+from keras.optimizers.schedules import CosineDecay
 
 from keras_darkformer.types import Config, Tensor
 
 # Keras ships no type information.
 Optimizer = Any
+
+
+def warm_cosine(learning_rate: float, steps: int) -> CosineDecay:
+    """Rises to `learning_rate` in the first tenth of the steps and falls to zero by a cosine.
+
+    Adam's first steps are as long as its last ones however small the gradients are: on a pretrained
+    model they undo more than they teach unless they are kept short.
+    """
+    warmup = steps // 10
+    return CosineDecay(
+        learning_rate / (warmup + 1),
+        steps - warmup,
+        warmup_target=learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
 
 
 def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> Optimizer:
