@@ -261,7 +261,7 @@ def test_arguments_out_of_range_are_refused(wrong, transferred):
         transfer_attention(transferred.model, DATA, **wrong)
 
 
-def test_layers_without_features_learn_nothing_and_stop_nobody():
+def test_layers_without_features_learn_nothing_and_stop_nobody(few_steps):
     _, model = dark_gemma(sliding_window=4, feature_map=["dark", "none"])
     other = dark_gemma(sliding_window=4)[1]
     losses = []
