@@ -2,15 +2,17 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_darkformer.checks import one_of, positive_integer
-from keras_darkformer.training.data import Kept, KnownBatches, batches, dark_layers
+from keras_darkformer.training.data import Kept, batches, dark_layers
 from keras_darkformer.training.distillation import Distillation, Teacher
 from keras_darkformer.training.distillation_loss import DistillationLoss
+from keras_darkformer.training.loop import fit_steps
 from keras_darkformer.training.optimizers import Optimizer, two_rates, warm_cosine
 from keras_darkformer.types import Data, Layer, Model
 
@@ -72,6 +74,9 @@ def distil(
     top_k: int | None = None,
     batch_size: int = 8,
     validation_data: Data | None = None,
+    validate_every: int = 20,
+    patience: int = 3,
+    backup: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] | None = None,
     verbose: str | int = "auto",
 ) -> keras.callbacks.History:
@@ -103,18 +108,27 @@ def distil(
             of the two rates. It is not changed: an optimizer with its settings is made anew.
         top_k: int. Distil from the teacher's likeliest tokens instead of the whole vocabulary.
         batch_size: int. For data without batches.
-        validation_data: held-out data, as `data`, needs a model as teacher.
+        validation_data: held-out data, as `data`, needs a model as teacher. The weights with the
+            lowest loss on it are kept, and training stops after `patience` validations without a
+            lower one.
+        validate_every: int. Steps between validations.
+        patience: int. Validations.
+        backup: a file in which what is trained and its optimizer are noted down every
+            `validate_every` steps. Called again after it was interrupted, with the same file, data
+            and settings, from the same model as before, the fit goes on from there, to the same
+            result.
         callbacks: Keras callbacks. Their `model` is the `Distillation`, and the model that is
             trained its `student`. `RedrawProjections` and `ApproximationLogger` look at the
             student, and `ModelCheckpoint` writes the student.
         verbose: as for `keras.Model.fit`.
 
     Returns:
-        The `History` of the fit. The model stays compiled, or not, as it was.
+        The `History` of the fit, per epoch of `validate_every` steps. The model stays compiled, or
+        not, as it was.
 
     Raises:
-        ValueError: if an argument is out of range, nothing is trainable, or data and the teacher's
-            targets do not fit.
+        ValueError: if an argument is out of range, nothing is trainable, data and the teacher's
+            targets do not fit, or `backup` is damaged or of another fit.
 
     Example:
 
@@ -150,7 +164,7 @@ def distil(
     examples = _examples(model, noted, data, batch_size, repeat=True)
     held_out = None
     if validation_data is not None:
-        held_out = KnownBatches(list(_examples(model, None, validation_data, batch_size)))
+        held_out = list(_examples(model, None, validation_data, batch_size))
     with contextlib.ExitStack() as frozen:
         exact = None
         if noted is None:
@@ -159,11 +173,15 @@ def distil(
         frozen.enter_context(_only_trainable(model, _chosen(model, layers, train)))
         distillation = Distillation(model, exact, loss)
         distillation.compile(optimizer=optimizer)
-        history = distillation.fit(
+        history = fit_steps(
+            distillation,
+            list(layers.values()),
             examples,
-            shuffle=False,
-            steps_per_epoch=steps,
-            validation_data=held_out,
+            held_out,
+            steps=steps,
+            validate_every=validate_every,
+            patience=patience,
+            backup=backup,
             callbacks=callbacks,
             verbose=verbose,
         )

@@ -93,6 +93,16 @@ class Distillation(keras.Model):
         terms = over_positions(divergence, hidden, known, remat=True)
         return self.mean(hidden, terms, inputs["weights"])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the last step; called on PyTorch.
+
+        Keras tells PyTorch of variables by their paths, which the teacher's share with the
+        student's: of two with one path PyTorch would reset one, and the gradients of the other
+        would add up from step to step.
+        """
+        for variable in self.trainable_variables:
+            variable.value.grad = None
+
     def compute_loss(
         self,
         x: Any = None,

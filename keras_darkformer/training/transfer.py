@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,7 +17,6 @@ from keras_darkformer.ops.scores import exact_logits, log_softmax
 from keras_darkformer.training.callbacks import RedrawProjections
 from keras_darkformer.training.data import (
     Kept,
-    KnownBatches,
     batches,
     check_position_offset,
     dark_layers,
@@ -24,8 +24,9 @@ from keras_darkformer.training.data import (
     position_offsets,
     run,
 )
+from keras_darkformer.training.loop import fit_steps
 from keras_darkformer.training.optimizers import warm_cosine
-from keras_darkformer.types import Config, Data, Model, Tensor
+from keras_darkformer.types import Data, Model, Tensor
 
 
 def transfer_attention(
@@ -41,6 +42,7 @@ def transfer_attention(
     validate_every: int = 20,
     patience: int = 3,
     batch_size: int = 8,
+    backup: str | Path | None = None,
     callbacks: Any = None,
     seed: int = 0,
     verbose: Any = "auto",
@@ -71,6 +73,9 @@ def transfer_attention(
         validate_every: int. Steps between validations.
         patience: int. Validations.
         batch_size: int. For data without batches.
+        backup: a file in which feature maps and optimizer are noted down every `validate_every`
+            steps. Called again after it was interrupted, with the same file, data and settings,
+            the fit goes on from there, to the same result.
         callbacks: Keras callbacks of the fit.
         seed: int. Of position offsets and redraws.
         verbose: as for `keras.Model.fit`.
@@ -81,7 +86,7 @@ def transfer_attention(
 
     Raises:
         ValueError: if an argument is out of range, the model has no dark layer with features or
-            none whose feature map is trainable.
+            none whose feature map is trainable, or `backup` is damaged or of another fit.
 
     Example:
 
@@ -92,30 +97,27 @@ def transfer_attention(
         - [LoLCATs](https://arxiv.org/abs/2410.10254), attention transfer
         - [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347)
     """
-    steps = positive_integer("steps", steps)
-    validate_every = min(positive_integer("validate_every", validate_every), steps)
-    positive_integer("patience", patience)
     transfer = AttentionTransfer(model)
     check_position_offset(position_offset, transfer.dark_layers.values())
     if optimizer is None:
-        schedule = warm_cosine(learning_rate, steps)
+        schedule = warm_cosine(learning_rate, positive_integer("steps", steps))
         optimizer = keras.optimizers.Adam(schedule, clipnorm=1.0)
     transfer.compile(optimizer=optimizer)
-    callbacks = [*(callbacks or ()), _StopAfter(steps)]
+    callbacks = list(callbacks or ())
     if redraw:
         callbacks.append(RedrawProjections(every=1, seed=seed, model=model))
     held_out = None
     if validation_data is not None:
         held_out = list(_with_offsets(model, validation_data, batch_size, position_offset, seed))
-        callbacks.append(_KeepBest(patience))
-    epochs = -(-steps // validate_every)
-    examples = _with_offsets(model, data, batch_size, position_offset, seed, repeat=True)
-    return transfer.fit(
-        examples,
-        shuffle=False,
-        epochs=epochs,
-        steps_per_epoch=validate_every,
-        validation_data=None if held_out is None else KnownBatches(held_out),
+    return fit_steps(
+        transfer,
+        list(transfer.dark_layers.values()),
+        _with_offsets(model, data, batch_size, position_offset, seed, repeat=True),
+        held_out,
+        steps=steps,
+        validate_every=validate_every,
+        patience=patience,
+        backup=backup,
         callbacks=callbacks,
         verbose=verbose,
     )
@@ -240,45 +242,3 @@ def transfer_loss(feature_map: FeatureMap, heads: Heads) -> Tensor:
     counts = ops.cast(ops.broadcast_to(counts, ops.shape(logits)[:3]), "float32")
     terms = ops.sum(ops.where(visible, ops.exp(exact) * (exact - ours), 0.0), axis=-1)
     return ops.sum(terms * counts) / ops.maximum(ops.sum(counts), 1.0)
-
-
-class _StopAfter(keras.callbacks.Callback):
-    """Ends training after a number of steps, which need not fill the last epoch."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
-        self.left -= 1
-        if not self.left:
-            self.model.stop_training = True
-
-
-class _KeepBest(keras.callbacks.Callback):
-    """Stops when the held-out loss falls no more, and leaves the best feature maps behind.
-
-    Unlike `keras.callbacks.EarlyStopping` it copies the trained weights only.
-    """
-
-    def __init__(self, patience: int) -> None:
-        super().__init__()
-        self.patience = patience
-        self.best, self.since_best = float("inf"), 0
-        self.kept: list[np.ndarray] = []
-
-    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
-        assert logs is not None
-        loss = float(logs["val_loss"])
-        self.since_best += 1
-        if loss < self.best:
-            self.best, self.since_best = loss, 0
-            self.kept = [ops.convert_to_numpy(v.value) for v in self.model.trainable_variables]
-        if self.since_best >= self.patience:
-            self.model.stop_training = True
-
-    def on_train_end(self, logs: Config | None = None) -> None:
-        for variable, value in zip(
-            self.model.trainable_variables, self.kept, strict=bool(self.kept)
-        ):
-            variable.assign(value)

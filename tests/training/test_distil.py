@@ -581,6 +581,23 @@ def test_a_plain_model_is_distilled_and_stays_as_uncompiled_as_it_was():
     assert all(not hasattr(x, "observer") or x.observer is None for x in model._flatten_layers())
 
 
+def test_gradients_are_of_one_step_alone(few_steps):
+    """The teacher's variables have the paths of the student's."""
+    changes = []
+    for steps in (1, 2):
+        stock, model = dark_gemma(lambda: gemma(num_layers=1))
+        before = values(model)
+        # So little that the second gradient is the first.
+        optimizer = keras.optimizers.SGD(1e-4)
+        distil(model, stock, DATA[:1], steps=steps, optimizer=optimizer, verbose=0)
+        after = values(model)
+        changes.append({path: after[path] - value for path, value in before.items()})
+    kernel = next(path for path in changes[0] if path.endswith("value/kernel"))
+    once, twice = (change[kernel] for change in changes)
+    assert np.abs(once).max() > 1e-6
+    assert np.linalg.norm(twice) == pytest.approx(2 * np.linalg.norm(once), rel=0.02)
+
+
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])

@@ -1,0 +1,53 @@
+"""Arrays in a file that is whole or not there."""
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from keras_darkformer.types import Config
+
+FACTS = "facts"
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Config) -> None:
+    """Writes arrays and what JSON can hold of them, in place of what was there.
+
+    The file appears under its name once all of it is on the disk: whoever is killed meanwhile, or
+    finds the disk full, leaves the one before as it was.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    text = np.frombuffer(json.dumps(facts).encode(), "uint8")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **{FACTS: text, **arrays})  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Config]:
+    """What `save_arrays` wrote: arrays and facts.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with np.load(path) as file:  # compares checksums
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(arrays.pop(FACTS).tobytes())
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged and nothing of it is used: {error}. Delete it to go on from "
+            "what came before."
+        ) from error
