@@ -11,6 +11,7 @@ from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import forgotten, get_preset_loader, renumber_lora_layers
+from keras_darkformer.hub.record import Recorded, as_json
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.memory import Memory
@@ -65,7 +66,7 @@ class PresetLoading(Mixin):
         return super().from_preset(preset, load_weights, **others)
 
 
-class DarkBackbone(LoraBackbone, PresetLoading):
+class DarkBackbone(LoraBackbone, PresetLoading, Recorded):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:
@@ -77,12 +78,13 @@ class DarkBackbone(LoraBackbone, PresetLoading):
     family: Family
     options: ConversionOptions
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, linearization: Config | None = None, **kwargs: Any) -> None:
         names = option_names(self.stock_cls)
         dark = {names[name]: kwargs.pop(name) for name in list(kwargs) if name in names}
         options = ConversionOptions(**dark)
         super().__init__(*args, **kwargs)
         self._darken(self._resolve(self, options))
+        self.linearization = linearization
 
     @classmethod
     def take_over(cls, backbone: Model, options: ConversionOptions) -> Model:
@@ -151,12 +153,14 @@ class DarkBackbone(LoraBackbone, PresetLoading):
         return [{"what": what, "why": why, "layers": where} for (what, why), where in found.items()]
 
     def get_config(self) -> Config:
-        """The stock backbone's config and the options of the conversion."""
+        """The stock backbone's config, the options of the conversion, and how it was fitted."""
         options = self.options.get_config()
         # Calibration may have put other feature maps into the layers.
         kinds = [layer.feature_map.kind for layer in self.dark_layers.values()]
         options["feature_map"] = kinds if len(set(kinds)) > 1 else kinds[0]
         dark = {name: options[option] for name, option in option_names(self.stock_cls).items()}
+        if self.linearization is not None:
+            dark["linearization"] = as_json(self.linearization)
         config = super().get_config()
         return config | forgotten(self.stock_cls, self, config) | dark
 

@@ -12,11 +12,12 @@ from keras_darkformer.hub.attention import Code, head_sizes
 from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
 from keras_darkformer.hub.become import become
 from keras_darkformer.hub.private import any_stop
+from keras_darkformer.hub.record import Recorded
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Layer, Model, Tensor
 
 
-class DarkTask(PresetLoading):
+class DarkTask(PresetLoading, Recorded):
     """Turns a KerasHub task, its base class in Python, dark.
 
     Attributes:

@@ -7,6 +7,7 @@ import keras
 from keras_darkformer.hub.backbone import DarkBackbone
 from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkTask
 from keras_darkformer.hub.family import Family
+from keras_darkformer.hub.presets import Carded
 from keras_darkformer.hub.sharding import ShardedBackbone
 
 BACKBONE_DOC = """`keras_hub.models.{stock}` whose layers attend in linear time.
@@ -55,5 +56,5 @@ def dark_classes(family: Family) -> dict[type, Any]:
 def _dark_class(name: str, base: type, stock: type, doc: str, **attributes: Any) -> type:
     attributes |= {"stock_cls": stock, "__module__": "keras_darkformer.hub"}
     attributes["__doc__"] = doc.format(stock=stock.__name__, name=name, **attributes)
-    dark_class = type(name, (base, stock), attributes)
+    dark_class = type(name, (base, Carded, stock), attributes)
     return keras.saving.register_keras_serializable(package="keras_darkformer")(dark_class)

@@ -1,0 +1,49 @@
+"""How a dark model was fitted, as a record that goes where the model goes."""
+
+import json
+from typing import Any
+
+from keras_darkformer.hub.become import Mixin
+from keras_darkformer.types import Config
+
+NAME = "linearization"
+
+
+class Recorded(Mixin):
+    """A dark model that knows how it was fitted, if anyone told it."""
+
+    @property
+    def linearization(self) -> Config | None:
+        """How the model was fitted: a dict that JSON can hold, or `None` if that isn't known.
+
+        Set it on a task or on its backbone, it is seen from both. It is part of the backbone's
+        config, so it is saved and loaded with the model, whichever way.
+
+        Raises:
+            ValueError: when it is set to what JSON can't hold.
+        """
+        return vars(getattr(self, "backbone", self)).get(f"_{NAME}")
+
+    @linearization.setter
+    def linearization(self, record: Config | None) -> None:
+        if record is not None:
+            as_json(record)
+        vars(getattr(self, "backbone", self))[f"_{NAME}"] = record
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == NAME:
+            # Past Keras, which on TensorFlow and JAX would wrap the dict and track what is in it.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def as_json(record: Config) -> Config:
+    """A record as JSON gives it back: tuples are lists, NumPy's numbers are Python's."""
+    try:
+        found = json.loads(json.dumps(record, default=lambda x: x.tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"`{NAME}` must be a dict that JSON can hold: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`{NAME}` must be a dict or `None`. Received: {record!r}")
+    return found
