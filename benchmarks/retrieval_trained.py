@@ -95,9 +95,12 @@ def train(options, steps, repeats, tokens, note):
         note(model, f"transferred, {TRANSFER} steps")
 
     class Looks(keras.callbacks.Callback):
+        done = 0
+
         def on_train_batch_end(self, batch, logs=None):
-            if batch + 1 in (50, 100, 200):
-                note(model, f"distilled, {batch + 1} steps", DRAWS if batch + 1 == steps else 1)
+            self.done += 1
+            if self.done in (50, 100, 200):
+                note(model, f"distilled, {self.done} steps", DRAWS if self.done == steps else 1)
 
     rows = rows_of(tokens, steps, repeats, seed=2)
     kd.distil(model, exact, rows, steps=steps, batch_size=1, callbacks=[Looks()], verbose=0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from keras_darkformer import hub
     from keras_darkformer.choosing import LayerChoice, choose_layers
     from keras_darkformer.hub import conversion_report, convert_to_dark
+    from keras_darkformer.linearizing import LinearizationReport, Linearized, linearize
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ __all__ = [
     "DarkTransformerBlock",
     "FeatureOptions",
     "LayerChoice",
+    "LinearizationReport",
+    "Linearized",
     "LossSpikeCounter",
     "RedrawProjections",
     "approximation_report",
@@ -48,6 +51,7 @@ __all__ = [
     "distil",
     "hub",
     "layers",
+    "linearize",
     "ops",
     "teacher_targets",
     "training",
@@ -61,6 +65,9 @@ _LATE = {
     "choose_layers": "keras_darkformer.choosing",
     "conversion_report": "keras_darkformer.hub",
     "convert_to_dark": "keras_darkformer.hub",
+    "LinearizationReport": "keras_darkformer.linearizing",
+    "Linearized": "keras_darkformer.linearizing",
+    "linearize": "keras_darkformer.linearizing",
 }
 
 

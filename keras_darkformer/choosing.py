@@ -1,23 +1,21 @@
 """Which layers of a model are worth leaving exact: a probe of what converting each one costs."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 from rich.table import Table
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.hub.conversion import convert_to_dark
-from keras_darkformer.layers.core import FeatureAttention, observed
+from keras_darkformer.layers.core import exactly
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.printed import PrintedDict
 from keras_darkformer.training.calibrate import calibrate
-from keras_darkformer.training.data import batches, dark_layers
-from keras_darkformer.training.positions import Parts, over_positions
-from keras_darkformer.types import Data, Model, Tensor
+from keras_darkformer.training.data import dark_layers
+from keras_darkformer.training.held_out import full_rows, inputs_of, token_loss, with_repeats
+from keras_darkformer.training.positions import Parts
+from keras_darkformer.types import Data, Model
 
 
 class LayerChoice(PrintedDict):
@@ -133,8 +131,8 @@ def choose_layers(
             f"the segment again. Received: length={length}, repeat={repeat}"
         )
     rows = max(1, max_tokens // (2 * length))
-    text = _rows(model, data, batch_size, length, rows)
-    lookups = _with_repeats(text, repeat, np.random.default_rng(probe_seed))
+    text = full_rows(model, data, batch_size, length, rows)
+    lookups = with_repeats(text, repeat, np.random.default_rng(probe_seed))
     dark = convert_to_dark(model, copy=True, layers="all", **kwargs)
     layers = dark_layers(dark)
     if not keep_exact < len(layers):
@@ -142,21 +140,21 @@ def choose_layers(
             f"`keep_exact` must be less than the {len(layers)} layers. Received: {keep_exact}"
         )
     if any(layer.feature_map.num_features for layer in layers.values()):
-        calibrate(dark, [_inputs(text)], refine=False, verbose=False)
+        calibrate(dark, [inputs_of(text)], refine=False, verbose=False)
     parts = Parts(dark)
 
     def losses() -> dict[str, float]:
         return {
-            "text": _loss(parts, text, 1),
-            "lookups": _loss(parts, lookups, length - repeat + 1),
+            "text": token_loss(parts, text, 1),
+            "lookups": token_loss(parts, lookups, length - repeat + 1),
         }
 
     progress = keras.utils.Progbar(len(layers), verbose=int(verbose), unit_name="layer")
-    with _exact(layers.values()):
+    with exactly(layers.values()):
         before = losses()
     found = []
     for index, layer in enumerate(layers.values()):
-        with _exact(other for other in layers.values() if other is not layer):
+        with exactly(other for other in layers.values() if other is not layer):
             after = losses()
         found.append({"index": index} | {kind: after[kind] - before[kind] for kind in before})
         progress.update(index + 1)
@@ -164,54 +162,3 @@ def choose_layers(
     exact = sorted(layer["index"] for layer in by_cost[:keep_exact])
     indices = [layer["index"] for layer in found if layer["index"] not in exact]
     return LayerChoice(indices=indices, exact=exact, before=before, layers=found)
-
-
-@contextlib.contextmanager
-def _exact(layers: Any) -> Iterator[None]:
-    """Has layers compute softmax attention in the block."""
-    kept: list[FeatureAttention] = list(layers)
-    with observed(kept, lambda layer, heads: heads.exact_output()):
-        yield
-
-
-def _inputs(token_ids: np.ndarray) -> dict[str, np.ndarray]:
-    return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-
-
-def _rows(model: Model, data: Data, batch_size: int, length: int, count: int) -> np.ndarray:
-    """Rows of `length` real tokens from the data, `(rows, length)`."""
-    rows: list[np.ndarray] = []
-    for inputs in batches(model, data, batch_size):
-        token_ids = np.asarray(inputs["token_ids"], "int32")
-        mask = np.asarray(inputs.get("padding_mask", np.ones_like(token_ids))) != 0
-        for row, real in zip(token_ids, mask, strict=True):
-            tokens = row[real]
-            rows += [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
-        if len(rows) >= count:
-            break
-    if not rows:
-        raise ValueError(
-            f"`data` must have rows of at least `length={length}` tokens. Received: shorter ones"
-        )
-    return np.stack(rows[:count])
-
-
-def _with_repeats(text: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows at whose end a segment from their first third comes again."""
-    rows = text.copy()
-    for row in rows:
-        start = rng.integers(0, max(1, len(row) // 3 - size // 2))
-        row[-size:] = row[start : start + size]
-    return rows
-
-
-def _loss(parts: Parts, token_ids: np.ndarray, first: int) -> float:
-    """Mean loss of the tokens from number `first` on."""
-
-    def losses(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = ops.cast(parts.logits(hidden), "float32")
-        return keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
-
-    hidden = parts.hidden(_inputs(token_ids), training=False)[:, first - 1 : -1]
-    targets = ops.convert_to_tensor(token_ids[:, first:])
-    return float(ops.convert_to_numpy(ops.mean(over_positions(losses, hidden, targets))))

@@ -147,6 +147,13 @@ def observed(
             layer.observer = layer.position_offset = None
 
 
+@contextlib.contextmanager
+def exactly(layers: Iterable[FeatureAttention]) -> Iterator[None]:
+    """Has the layers compute softmax attention in the block."""
+    with observed(layers, lambda layer, heads: heads.exact_output()):
+        yield
+
+
 def build_at(layer: Layer, path: str) -> None:
     """Builds a layer under the names of a path, the last of which is its own."""
     with contextlib.ExitStack() as stack:

@@ -64,8 +64,8 @@ def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:
     """
     count = 0
     for batch in _raw_batches(data, batch_size):
-        inputs = batch[0] if isinstance(batch, tuple | list) and not _is_text(batch) else batch
-        if _is_text(inputs):
+        inputs = batch[0] if isinstance(batch, tuple | list) and not is_text(batch) else batch
+        if is_text(inputs):
             inputs = _preprocess(model, inputs)
         count += 1
         yield keras.tree.map_structure(_array, inputs)
@@ -107,16 +107,16 @@ def _raw_batches(data: Data, batch_size: int) -> Iterator[Any]:
     if isinstance(data, keras.utils.PyDataset):
         yield from (data[index] for index in range(len(data)))
         return
-    if isinstance(data, tuple) and not _is_text(data):
+    if isinstance(data, tuple) and not is_text(data):
         data = data[0]
-    if _is_text(data) or isinstance(data, Mapping) or hasattr(data, "shape"):
-        rows = {len(leaf) for leaf in keras.tree.flatten(data)} if not _is_text(data) else {0}
+    if is_text(data) or isinstance(data, Mapping) or hasattr(data, "shape"):
+        rows = {len(leaf) for leaf in keras.tree.flatten(data)} if not is_text(data) else {0}
         if len(rows) != 1:
             raise ValueError(f"Arrays in `data` must have the same number of rows: {sorted(rows)}")
-        total = len(data) if _is_text(data) else rows.pop()
+        total = len(data) if is_text(data) else rows.pop()
         for start in range(0, total, batch_size):
             part = slice(start, start + batch_size)
-            if _is_text(data):
+            if is_text(data):
                 yield data[part]
             else:
                 yield keras.tree.map_structure(lambda x, part=part: x[part], data)
@@ -129,7 +129,8 @@ def _raw_batches(data: Data, batch_size: int) -> Iterator[Any]:
     yield from data
 
 
-def _is_text(data: Data) -> bool:
+def is_text(data: Data) -> bool:
+    """Whether data are strings, not what was made of them."""
     if isinstance(data, Sequence) and not isinstance(data, str):
         return len(data) > 0 and all(isinstance(x, str) for x in data)
     kind = getattr(data, "dtype", None)

@@ -108,9 +108,9 @@ def distil(
             of the two rates. It is not changed: an optimizer with its settings is made anew.
         top_k: int. Distil from the teacher's likeliest tokens instead of the whole vocabulary.
         batch_size: int. For data without batches.
-        validation_data: held-out data, as `data`, needs a model as teacher. The weights with the
-            lowest loss on it are kept, and training stops after `patience` validations without a
-            lower one.
+        validation_data: held-out data, as `data`; where the teacher's targets are given, a pair of
+            data and the targets for it. The weights with the lowest loss on it are kept, and
+            training stops after `patience` validations without a lower one.
         validate_every: int. Steps between validations.
         patience: int. Validations.
         backup: a file in which what is trained and its optimizer are noted down every
@@ -151,8 +151,6 @@ def distil(
     noted = None if isinstance(teacher, keras.Model) else list(teacher)
     if noted is not None:
         loss = DistillationLoss(_noted_top_k(noted))
-        if validation_data is not None:
-            raise ValueError("`validation_data` needs a model as `teacher`, not its targets.")
     layers = dark_layers(model)
     if optimizer is None:
         schedule = warm_cosine(learning_rate, steps)
@@ -164,7 +162,10 @@ def distil(
     examples = _examples(model, noted, data, batch_size, repeat=True)
     held_out = None
     if validation_data is not None:
-        held_out = list(_examples(model, None, validation_data, batch_size))
+        of_held_out = None
+        if noted is not None:
+            validation_data, of_held_out = _data_and_targets(validation_data)
+        held_out = list(_examples(model, of_held_out, validation_data, batch_size))
     with contextlib.ExitStack() as frozen:
         exact = None
         if noted is None:
@@ -187,6 +188,22 @@ def distil(
         )
     history.set_model(model)  # so that whoever keeps it does not keep the teacher
     return history
+
+
+def trained_variables(model: Model, train: str) -> list[Any]:
+    """The variables that `distil(train=...)` trains."""
+    return _chosen(model, dark_layers(model), one_of("train", train, TRAINABLE))
+
+
+def _data_and_targets(pair: Any) -> tuple[Data, list[TeacherTargets]]:
+    if not isinstance(pair, tuple) or len(pair) != 2 or isinstance(pair[1], np.ndarray):
+        raise ValueError(
+            "`validation_data` must be a pair of data and what `teacher_targets` gave for it, "
+            f"since `teacher` is such targets. Received: {type(pair).__name__}"
+        )
+    targets = list(pair[1])
+    _noted_top_k(targets)
+    return pair[0], targets
 
 
 def _noted_top_k(targets: list[TeacherTargets]) -> int | None:

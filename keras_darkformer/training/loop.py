@@ -120,7 +120,7 @@ class KeepBest(keras.callbacks.Callback):
         self.since_best += 1
         if loss < self.best:
             self.best, self.since_best = loss, 0
-            self.kept = [_value(v) for v in self.model.trainable_variables]
+            self.kept = [value_of(v) for v in self.model.trainable_variables]
         if self.is_over:
             self.model.stop_training = True
 
@@ -194,7 +194,7 @@ class Backup(keras.callbacks.Callback):
         """Writes."""
         for name, value in (logs or {}).items():
             self.logs.setdefault(name, []).append(float(value))
-        arrays = {f"variable_{i}": _value(v) for i, v in enumerate(self.variables)}
+        arrays = {f"variable_{i}": value_of(v) for i, v in enumerate(self.variables)}
         arrays |= {f"best_{i}": value for i, value in enumerate(self.best.kept)}
         facts = {
             "plan": self.plan,
@@ -207,7 +207,7 @@ class Backup(keras.callbacks.Callback):
         save_arrays(self.path, arrays, facts)
 
 
-def _value(variable: Any) -> np.ndarray:
+def value_of(variable: Any) -> np.ndarray:
     """A variable's value, in a dtype that NumPy knows by itself."""
     value = variable.value
     if "bfloat16" in str(variable.dtype):

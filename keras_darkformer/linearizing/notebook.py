@@ -1,0 +1,121 @@
+"""What a pipeline has done so far, in a folder or in memory."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_darkformer.training.distil import TeacherTargets
+from keras_darkformer.training.loop import value_of
+from keras_darkformer.training.saved_arrays import load_arrays, save_arrays
+from keras_darkformer.types import Config
+
+RUN = "run.json"
+
+
+class Notebook:
+    """Facts and weights of the stages that are done.
+
+    Args:
+        folder: where they are written, or `None` to keep facts in memory only.
+        plan: what has to be the same for a run to be the same one.
+
+    Attributes:
+        facts: a dict, of what was found; `write` it after each change.
+
+    Raises:
+        ValueError: if the folder holds another run, or a damaged one.
+    """
+
+    def __init__(self, folder: str | Path | None, plan: Config) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.facts: Config = {"plan": plan, "stages": []}
+        if self.folder is None or not (self.folder / RUN).exists():
+            return
+        try:
+            self.facts = json.loads((self.folder / RUN).read_text())
+            before = self.facts["plan"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(self.folder / RUN)!r} is damaged: {error}") from error
+        plan = json.loads(json.dumps(plan))
+        if before != plan:
+            names = [name for name in plan if before.get(name) != plan[name]]
+            told = "; ".join(f"{x}: {before.get(x)!r} there, {plan[x]!r} here" for x in names)
+            raise ValueError(f"`work_dir` {str(self.folder)!r} holds another run. {told}")
+
+    def write(self) -> None:
+        """Notes the facts down."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f"{RUN}.unfinished"
+        try:
+            with open(unfinished, "w") as file:
+                json.dump(self.facts, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.folder / RUN)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def path(self, name: str) -> Path | None:
+        """A file in the folder, if there is one."""
+        return None if self.folder is None else self.folder / name
+
+    def save(self, name: str, variables: list[Any]) -> None:
+        """Notes variables' values down."""
+        if (path := self.path(f"{name}.npz")) is not None:
+            save_arrays(path, {str(i): x for i, x in enumerate(values_of(variables))}, {})
+
+    def load(self, name: str, variables: list[Any]) -> None:
+        """Puts them back.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        path = self.path(f"{name}.npz")
+        assert path is not None
+        arrays, _ = load_arrays(path)
+        for index, variable in enumerate(variables):
+            variable.assign(arrays[str(index)])
+
+    def targets(self, name: str, note: Callable[[], list[TeacherTargets]]) -> list[TeacherTargets]:
+        """A teacher's targets, from the file if there is one, else noted, and noted down.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        path = self.path(f"{name}.npz")
+        if path is not None and path.exists():
+            arrays, facts = load_arrays(path)
+            return [
+                TeacherTargets(arrays[f"token_ids_{i}"], arrays[f"log_probs_{i}"])
+                for i in range(facts["batches"])
+            ]
+        found = note()
+        if path is not None:
+            named = {f"{k}_{i}": x for i, y in enumerate(found) for k, x in y._asdict().items()}
+            save_arrays(path, named, {"batches": len(found)})
+        return found
+
+    def drop(self, pattern: str) -> None:
+        """Deletes files that have done their work, by a pattern of their names."""
+        for path in self.folder.glob(pattern) if self.folder is not None else ():
+            path.unlink()
+
+
+def values_of(variables: list[Any]) -> list[np.ndarray]:
+    """Copies, in dtypes that NumPy knows by itself."""
+    return [value_of(v) for v in variables]
+
+
+def fingerprint(arrays: dict[str, np.ndarray]) -> str:
+    """Short for what is in arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""Texts as a pipeline works with them, and what a model of each kind is judged by."""
+
+import abc
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_darkformer.hub.conversion import BY_STOCK_CLASS
+from keras_darkformer.training.data import batches, is_text
+from keras_darkformer.training.distil import teacher_targets
+from keras_darkformer.training.held_out import full_rows, inputs_of, token_losses, with_repeats
+from keras_darkformer.training.positions import Parts
+from keras_darkformer.types import Data, Model
+
+Rows = dict[str, np.ndarray]
+Figures = dict[str, float]
+
+PIECE = 20_000  # characters that are tokenized at a time
+JUDGED = 8  # rows
+TOP_K = 64
+
+
+def kind_of(model: Model, length: int) -> "Kind":
+    """How a stock model is dealt with.
+
+    Raises:
+        ValueError: if it is of no class that can be converted.
+    """
+    dark = BY_STOCK_CLASS.get(type(model))
+    backbone = getattr(dark, "backbone_cls", dark)
+    if backbone is None or not backbone.family.causal:
+        return Encoder(length)  # `convert_to_dark` says what is wrong
+    return Decoder(length)
+
+
+class Kind(abc.ABC):
+    """One kind of model: its rows, its figures, and what of the pipeline it goes through.
+
+    Args:
+        length: tokens a row.
+    """
+
+    distils = False
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    @abc.abstractmethod
+    def rows(self, model: Model, data: Data) -> Rows:
+        """All of the data as arrays of one row each."""
+
+    @abc.abstractmethod
+    def look(self, model: Model, held_out: Rows) -> None:
+        """Looks at the model before it is converted."""
+
+    @abc.abstractmethod
+    def judge(self, model: Model, held_out: Rows) -> Figures:
+        """What a model makes of held-out rows."""
+
+    @abc.abstractmethod
+    def cost(self, figures: Figures) -> float:
+        """What is to fall."""
+
+
+class Decoder(Kind):
+    """A causal LM: its losses per token, in nats, of text and of a segment that comes again, and
+    how far its predictions are from the source's."""
+
+    distils = True
+
+    def rows(self, model: Model, data: Data) -> Rows:
+        """Texts are put together and cut into rows of `length` tokens; other data likewise."""
+        if not is_text(data):
+            return inputs_of(full_rows(model, data, 8, self.length))
+        preprocessor = getattr(model, "preprocessor", None)
+        if preprocessor is None:
+            raise ValueError(
+                "`data` holds text, which needs a model with a preprocessor. Received: "
+                f"{type(model).__name__} without one"
+            )
+        tokenizer = preprocessor.tokenizer
+        start = getattr(tokenizer, "start_token_id", None)
+        first = [start] if getattr(preprocessor, "add_start_token", False) else []
+        first = [token for token in first if token is not None]
+        tokens = np.concatenate([_token_ids(tokenizer, text) for text in data])
+        size = self.length - len(first)
+        count = len(tokens) // size
+        if not count:
+            raise ValueError(
+                f"`data` must have at least `length={self.length}` tokens. Received: {len(tokens)}"
+            )
+        rows = tokens[: count * size].reshape(count, size)
+        starts = np.tile(np.array(first, "int32"), (count, 1)).reshape(count, len(first))
+        return inputs_of(np.concatenate([starts, rows], axis=1))
+
+    def look(self, model: Model, held_out: Rows) -> None:
+        """Keeps what the model predicts."""
+        text = held_out["token_ids"][:JUDGED]
+        repeat = max(2, self.length // 8)
+        # Rows, and the first token of them whose loss counts.
+        lookups = with_repeats(text, repeat, np.random.default_rng(0))
+        self.judged = {"text": (text, 1), "lookups": (lookups, self.length - repeat + 1)}
+        self.exact = {
+            name: [*teacher_targets(model, inputs_of(rows), top_k=TOP_K, batch_size=1)]
+            for name, (rows, _) in self.judged.items()
+        }
+
+    def judge(self, model: Model, held_out: Rows) -> Figures:
+        """The losses of `text` and of `lookups`, and the `divergence` from the source in both."""
+        parts, found, divergences = Parts(model), {}, []
+        for name, (rows, first) in self.judged.items():
+            losses = []
+            for row, targets in zip(rows, self.exact[name], strict=True):
+                loss, divergence = token_losses(parts, row[None], first, targets)
+                losses.append(loss)
+                divergences.append(divergence / len(rows) / len(self.judged))
+            found[name] = float(np.mean(losses))
+        return found | {"divergence": float(np.sum(divergences))}
+
+    def cost(self, figures: Figures) -> float:
+        """The divergence: a model may lose less than its source and have forgotten more."""
+        return figures["divergence"]
+
+
+class Encoder(Kind):
+    """A model without a causal mask: how like its outputs are to what they were."""
+
+    def rows(self, model: Model, data: Data) -> Rows:
+        """What the preprocessor makes of each text, or the rows of arrays."""
+        found = list(batches(model, data, 8))
+        names = set.intersection(*({*inputs} for inputs in found))
+        return {name: np.concatenate([inputs[name] for inputs in found]) for name in names}
+
+    def look(self, model: Model, held_out: Rows) -> None:
+        """Keeps the outputs to compare with."""
+        self.exact = _pooled(model, held_out)
+
+    def judge(self, model: Model, held_out: Rows) -> Figures:
+        """The mean cosine of embeddings, means over the tokens of a row, to the exact model's."""
+        found = _pooled(model, held_out)
+        return {"cosine": float(np.mean(np.sum(found * self.exact, axis=-1)))}
+
+    def cost(self, figures: Figures) -> float:
+        """The distance."""
+        return 1.0 - figures["cosine"]
+
+
+def _token_ids(tokenizer: Any, text: str | bytes) -> np.ndarray:
+    text = text.decode() if isinstance(text, bytes) else str(text)
+    pieces: Iterable[str] = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+    found = [np.asarray(ops.convert_to_numpy(tokenizer(piece)), "int32") for piece in pieces]
+    return np.concatenate(found) if found else np.zeros(0, "int32")
+
+
+def _pooled(model: Model, rows: Rows) -> np.ndarray:
+    backbone: Model = getattr(model, "backbone", model)
+    found = []
+    for start in range(0, min(JUDGED * 4, len(rows["token_ids"])), JUDGED):
+        inputs = {name: rows[name][start : start + JUDGED] for name in backbone.input}
+        outputs = backbone(inputs, training=False)
+        if isinstance(outputs, dict):
+            outputs = outputs["sequence_output"]
+        outputs = np.asarray(ops.convert_to_numpy(ops.cast(outputs, "float32")), "float64")
+        mask = inputs.get("padding_mask", np.ones(outputs.shape[:2]))[..., None]
+        pooled = (outputs * mask).sum(axis=1)
+        found.append(pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12))
+    return np.concatenate(found)
