@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import DarkHubAttention, head_sizes
+from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
@@ -106,13 +106,13 @@ class DarkBackbone(LoraBackbone, PresetLoading):
                 f"{family.name} goes in both directions. Received: {options.memory}"
             )
         placement = placement_of(options)
-        if placement.needs_rotation and family.rotary is None:
+        if placement.needs_rotation and (family.rotary is None or not family.rotates_all):
             raise ValueError(
-                f"`rope_geometry={placement.name!r}` needs rotary positions, which "
+                f"`rope_geometry={placement.name!r}` needs rotary positions in every layer, which "
                 f"{family.name} does not have."
             )
         layers = [family.attention_of(block) for block in backbone.transformer_layers]
-        head_dim = head_sizes(layers[0])[2]
+        head_dim = family.head_sizes(layers[0])[2]
         options = options.resolve([family.window(x) is not None for x in layers], head_dim)
         for of_layer in options.by_layer().values():
             BY_KIND[of_layer.feature_map].check(of_layer, head_dim)
@@ -144,7 +144,7 @@ class DarkBackbone(LoraBackbone, PresetLoading):
                     why = "Features sum over all the past; these layers now see all of it."
                 if has_features or memory != Memory(window):
                     found.setdefault((what, why), []).append(index)
-            if linear and layer.drops_weights and block.dropout:
+            if linear and layer.drops == "weights" and block.dropout:
                 what = "dropout of single attention weights"
                 why = "Linear attention forms none; whole tokens are dropped at the same rate."
                 found.setdefault((what, why), []).append(index)
