@@ -11,6 +11,7 @@ from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import forgotten, get_preset_loader, renumber_lora_layers
+from keras_darkformer.hub.transformers import TransformersExport, warn_of_misread
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.memory import Memory
@@ -32,8 +33,8 @@ class PresetLoading(Mixin):
         """Loads a dark preset as it is, or loads a stock preset and converts it.
 
         Args:
-            preset: as for the stock class, such as `"gemma_2b_en"`, or a directory `save_to_preset`
-                wrote.
+            preset: as for the stock class, such as `"gemma_2b_en"` or `"hf://user/name"`, or a
+                directory `save_to_preset` wrote, or one in the layout of Hugging Face.
             load_weights: bool.
             **kwargs: for a stock preset, the arguments of `convert_to_dark`; others go to
                 `keras_hub`, such as `dtype`.
@@ -43,7 +44,11 @@ class PresetLoading(Mixin):
 
         Raises:
             ValueError: if arguments of the conversion are given for a dark preset, which has its
-                own, or the model can't be converted.
+                own, the preset is of another class, or the model can't be converted.
+
+        Warns:
+            UserWarning: as `convert_to_dark` does; and for what KerasHub leaves out of a checkpoint
+                in the layout of Hugging Face.
 
         Example:
 
@@ -51,9 +56,19 @@ class PresetLoading(Mixin):
                 "gemma_2b_en", num_features=256)
         """
         dark, others = ConversionOptions.split(kwargs)
-        if not issubclass(get_preset_loader(preset).check_backbone_class(), DarkBackbone):
+        loader = get_preset_loader(preset)
+        found = loader.check_backbone_class()
+        if not issubclass(found, DarkBackbone):
+            expected = getattr(cls, "backbone_cls", cls).stock_cls
+            if found is not expected:
+                raise ValueError(
+                    f"Preset {preset!r} has a {found.__name__}, and {cls.__name__} is made of a "
+                    f"{expected.__name__}. Call `from_preset` of the dark class of its own family, "
+                    "or load it with keras_hub and pass it to `convert_to_dark`."
+                )
             options = ConversionOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
+            warn_of_misread(preset, loader.config, getattr(stock, "backbone", stock))
             model = cls.take_over(stock, options)
             warn_of_dropped(model)
             return model
@@ -65,7 +80,7 @@ class PresetLoading(Mixin):
         return super().from_preset(preset, load_weights, **others)
 
 
-class DarkBackbone(LoraBackbone, PresetLoading):
+class DarkBackbone(LoraBackbone, PresetLoading, TransformersExport):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:

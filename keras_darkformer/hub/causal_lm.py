@@ -12,6 +12,7 @@ from keras_darkformer.hub.attention import Code
 from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
 from keras_darkformer.hub.become import become
 from keras_darkformer.hub.private import any_stop
+from keras_darkformer.hub.transformers import TransformersExport
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Layer, Model, Tensor
 
@@ -35,7 +36,7 @@ class DarkTask(PresetLoading):
         return model
 
 
-class DarkCausalLM(DarkTask):
+class DarkCausalLM(DarkTask, TransformersExport):
     """Turns a KerasHub causal LM dark.
 
     Generation carries a tuple with one entry a layer: a recurrent state for linear layers, whose

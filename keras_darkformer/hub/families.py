@@ -56,6 +56,16 @@ def _refuse_gemma3(backbone: Model) -> str | None:
     return None
 
 
+def _refuse_export_of_gemma(backbone: Model) -> str | None:
+    like_2b = backbone.num_key_value_heads == 1 and not backbone.use_post_attention_norm
+    if like_2b and backbone.num_query_heads * backbone.head_dim == backbone.hidden_dim:
+        return None
+    return (
+        "KerasHub's export is right for models built like Gemma 1 2B only: of others it mixes up "
+        "heads, keeps the first of the key/value heads, and leaves out what Gemma 2 has more."
+    )
+
+
 _GEMMA: dict[str, Any] = private.GEMMA_BLOCK | {
     "window": _window_by_switch,
     "embed": _scaled_embedding,
@@ -100,6 +110,7 @@ FAMILIES = (
         _GEMMA,
         dark_attention=dark.DarkHubAttention,
         rotate=private.rotate_gemma,
+        refuse_export=_refuse_export_of_gemma,
     ),
     _causal_lm(
         "Gemma3",

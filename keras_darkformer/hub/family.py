@@ -65,6 +65,7 @@ class Family:
             one tensor `(b, 2, s, k, h)`.
         kernel_heads_axis: the axis of the key projection's kernel that heads are along.
         refuse: says why a backbone can't be converted, or `None` if it can.
+        refuse_export: says why KerasHub's export of a backbone would be wrong, or `None`.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Family:
     paired_cache: bool = False
     kernel_heads_axis: int = 1
     refuse: Callable[[Model], str | None] = _nothing
+    refuse_export: Callable[[Model], str | None] = _nothing
 
     def attention_of(self, block: Layer) -> Layer:
         """A block's attention layer."""
