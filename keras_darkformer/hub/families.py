@@ -56,7 +56,15 @@ def _refuse_gemma3(backbone: Model) -> str | None:
     return None
 
 
+def _refuse_export_with_lora(backbone: Model) -> str | None:
+    if any(getattr(layer, "lora_enabled", False) for layer in backbone._flatten_layers()):
+        return "KerasHub's export of this family leaves LoRA out."
+    return None
+
+
 def _refuse_export_of_gemma(backbone: Model) -> str | None:
+    if (reason := _refuse_export_with_lora(backbone)) is not None:
+        return reason
     like_2b = backbone.num_key_value_heads == 1 and not backbone.use_post_attention_norm
     if like_2b and backbone.num_query_heads * backbone.head_dim == backbone.hidden_dim:
         return None
@@ -120,6 +128,7 @@ FAMILIES = (
         norms=private.GEMMA3_NORMS,
         paired_cache=True,
         refuse=_refuse_gemma3,
+        refuse_export=_refuse_export_with_lora,
     ),
     _causal_lm("Llama", private.LlamaAttention, _LLAMA),
     _causal_lm("Llama3", private.LlamaAttention, _LLAMA),

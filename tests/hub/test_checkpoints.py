@@ -374,6 +374,18 @@ def test_what_kerashub_exports_wrongly_is_refused(kind, changes, tmp_path):
 
 
 @torch_only
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("gemma", {"num_key_value_heads": 1, "head_dim": 8}), ("gemma3_text", {})]
+)
+def test_an_export_that_would_lose_lora_is_refused(kind, changes, tmp_path):
+    write(tmp_path / "hf", kind, **changes)
+    model = load(dark_class(kind), tmp_path / "hf", kind, num_features=16, layers="all")
+    model.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match="leaves LoRA out"):
+        model.export_to_transformers(str(tmp_path / "export"), as_softmax=True)
+
+
+@torch_only
 @pytest.mark.parametrize("kind", ["qwen3", "smollm3", "bert"])
 def test_families_that_kerashub_does_not_export_say_so_and_stay_dark(kind, tmp_path):
     write(tmp_path / "hf", kind)
