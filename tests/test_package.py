@@ -32,11 +32,12 @@ MAY_IMPORT = {
     "training": BASE | {"ops", "fitting", "layers", "compiling", "printed"},
     "hub": BASE | {"ops", "fitting", "layers", "compiling", "printed"},
     "choosing": BASE | {"ops", "layers", "training", "hub", "printed"},
+    "linearizing": BASE | {"layers", "training", "hub", "choosing", "printed"},
 }
 # Names that belong to a design that is gone.
 GONE = r"""
     \bforms?\s*[!=]=|\.form\b|feature_forms?|set_form|rope_geometry\s*[!=]=
-    |window_only|\bbudget\s*=|_lazy_hub
+    |window_only|\bbudget\s*=\s*"|_lazy_hub
 """
 
 

@@ -33,12 +33,6 @@ class Code(enum.IntEnum):
     WRITE = 2
 
 
-def head_sizes(attention: Layer) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size of a built stock attention layer."""
-    num_query_heads, head_dim = part(attention, "query_dense").partial_output_shape[-2:]
-    return num_query_heads, part(attention, "key_dense").partial_output_shape[-2], head_dim
-
-
 class DarkHubAttention(FeatureAttention, Mixin):
     """Turns a KerasHub attention layer, its base class in Python, dark.
 
@@ -51,14 +45,14 @@ class DarkHubAttention(FeatureAttention, Mixin):
     """
 
     family: Family
-    # What the stock layer drops: single attention weights, or parts of the output.
-    drops_weights = True
+    # What the stock layer drops in training: single "weights", parts of the "output", or nothing.
+    drops: str | None = "weights"
 
     @classmethod
     def take_over(cls, attention: Layer, family: Family, options: AttentionOptions) -> None:
         """Makes a built stock layer dark, in place: no weight is copied or moved."""
         path = attention.path
-        num_query_heads, num_heads, head_dim = head_sizes(attention)
+        num_query_heads, num_heads, head_dim = family.head_sizes(attention)
         dark_cls = dark_subclass(family.dark_attention_cls, type(attention))
         feature_map = cls.make_feature_map(num_heads, head_dim, num_query_heads, options)
         become(
@@ -124,7 +118,6 @@ class DarkHubAttention(FeatureAttention, Mixin):
             training: bool.
         """
         heads = self._heads(x, attention_mask, cache_update_index)
-        dropout, output_dense = part(self, "dropout_layer"), part(self, "output_dense")
         write_mask = None
         if cache is not None:
             if len(tree.flatten(cache)) < 3:
@@ -135,19 +128,23 @@ class DarkHubAttention(FeatureAttention, Mixin):
                 )
             if attention_mask is not None:
                 write_mask = ops.equal(ops.cast(attention_mask, "int32"), Code.WRITE.value)
-        if self.drops_weights:
-            value = drop_tokens(dropout, heads.value, training)
+        if self.drops == "weights":
+            value = drop_tokens(part(self, "dropout_layer"), heads.value, training)
             heads = dataclasses.replace(heads, value=value)
         output, state = self.attend(
             heads, write_mask=write_mask, initial_state=cache, return_state=cache is not None
         )
-        if not self.drops_weights:
-            output = dropout(output, training=training)
-        output = output_dense(output)
+        if self.drops == "output":
+            output = part(self, "dropout_layer")(output, training=training)
+        output = part(self, "output_dense")(output)
         return output if cache is None else (output, state)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of `x`, `(b, t, heads, h)`."""
+        return tuple(dense(x) for dense in self.dense_layers())
+
     def _heads(self, x: Tensor, code: Tensor, start_index: Tensor) -> Heads:
-        query, key, value = (dense(x) for dense in self.dense_layers())
+        query, key, value = self.project(x)
         if self.family.norms and hasattr(self, self.family.norms[0]):
             query_norm, key_norm = (getattr(self, name) for name in self.family.norms)
             query, key = query_norm(query), key_norm(key)
@@ -181,7 +178,7 @@ class DarkHubAttention(FeatureAttention, Mixin):
 class LlamaAttention(DarkHubAttention):
     """As the blocks of Llama call it, and of those built after it."""
 
-    drops_weights = False
+    drops = "output"
 
     def call_linear(
         self, hidden_states: Tensor, attention_mask: Tensor = None, **kwargs: Any
@@ -190,6 +187,45 @@ class LlamaAttention(DarkHubAttention):
         if attention_mask is not None and len(attention_mask.shape) == 3:
             attention_mask = ops.squeeze(attention_mask, axis=2)
         return self.attend_cached(hidden_states, attention_mask, **kwargs)
+
+
+class SmolLM3Attention(DarkHubAttention):
+    """As the blocks of SmolLM 3 call it; some of its layers have no positions."""
+
+    drops = None
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether this layer is one of those with rotary positions."""
+        return self.use_rope
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of `x`: their projections are flat."""
+        num_query_heads, num_heads, head_dim = self.family.head_sizes(self)
+        return tuple(
+            ops.reshape(y, (*ops.shape(y)[:2], heads, head_dim))
+            for y, heads in zip(
+                super().project(x), (num_query_heads, num_heads, num_heads), strict=True
+            )
+        )
+
+    def call_linear(
+        self,
+        hidden_states: Tensor,
+        training: bool | None = None,
+        attention_mask: Tensor = None,
+        self_attention_cache: AttentionState | None = None,
+        self_attention_cache_update_index: Tensor = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Their backbone also hands its own keyword arguments on, down to here."""
+        return self.attend_cached(
+            hidden_states,
+            attention_mask,
+            self_attention_cache,
+            self_attention_cache_update_index,
+            training=training,
+        )
 
 
 class MultiHeadAttention(DarkHubAttention):

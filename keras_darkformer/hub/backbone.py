@@ -6,12 +6,13 @@ import warnings
 from typing import Any
 
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import DarkHubAttention, head_sizes
+from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import forgotten, get_preset_loader, renumber_lora_layers
 from keras_darkformer.hub.record import Recorded, as_json
+from keras_darkformer.hub.transformers import TransformersExport, warn_of_misread
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.memory import Memory
@@ -33,8 +34,8 @@ class PresetLoading(Mixin):
         """Loads a dark preset as it is, or loads a stock preset and converts it.
 
         Args:
-            preset: as for the stock class, such as `"gemma_2b_en"`, or a directory `save_to_preset`
-                wrote.
+            preset: as for the stock class, such as `"gemma_2b_en"` or `"hf://user/name"`, or a
+                directory `save_to_preset` wrote, or one in the layout of Hugging Face.
             load_weights: bool.
             **kwargs: for a stock preset, the arguments of `convert_to_dark`; others go to
                 `keras_hub`, such as `dtype`.
@@ -44,7 +45,11 @@ class PresetLoading(Mixin):
 
         Raises:
             ValueError: if arguments of the conversion are given for a dark preset, which has its
-                own, or the model can't be converted.
+                own, the preset is of another class, or the model can't be converted.
+
+        Warns:
+            UserWarning: as `convert_to_dark` does; and for what KerasHub leaves out of a checkpoint
+                in the layout of Hugging Face.
 
         Example:
 
@@ -52,9 +57,19 @@ class PresetLoading(Mixin):
                 "gemma_2b_en", num_features=256)
         """
         dark, others = ConversionOptions.split(kwargs)
-        if not issubclass(get_preset_loader(preset).check_backbone_class(), DarkBackbone):
+        loader = get_preset_loader(preset)
+        found = loader.check_backbone_class()
+        if not issubclass(found, DarkBackbone):
+            expected = getattr(cls, "backbone_cls", cls).stock_cls
+            if found is not expected:
+                raise ValueError(
+                    f"Preset {preset!r} has a {found.__name__}, and {cls.__name__} is made of a "
+                    f"{expected.__name__}. Call `from_preset` of the dark class of its own family, "
+                    "or load it with keras_hub and pass it to `convert_to_dark`."
+                )
             options = ConversionOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
+            warn_of_misread(preset, loader.config, getattr(stock, "backbone", stock))
             model = cls.take_over(stock, options)
             warn_of_dropped(model)
             return model
@@ -66,7 +81,7 @@ class PresetLoading(Mixin):
         return super().from_preset(preset, load_weights, **others)
 
 
-class DarkBackbone(LoraBackbone, PresetLoading, Recorded):
+class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:
@@ -108,13 +123,13 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded):
                 f"{family.name} goes in both directions. Received: {options.memory}"
             )
         placement = placement_of(options)
-        if placement.needs_rotation and family.rotary is None:
+        if placement.needs_rotation and (family.rotary is None or not family.rotates_all):
             raise ValueError(
-                f"`rope_geometry={placement.name!r}` needs rotary positions, which "
+                f"`rope_geometry={placement.name!r}` needs rotary positions in every layer, which "
                 f"{family.name} does not have."
             )
         layers = [family.attention_of(block) for block in backbone.transformer_layers]
-        head_dim = head_sizes(layers[0])[2]
+        head_dim = family.head_sizes(layers[0])[2]
         options = options.resolve([family.window(x) is not None for x in layers], head_dim)
         for of_layer in options.by_layer().values():
             BY_KIND[of_layer.feature_map].check(of_layer, head_dim)
@@ -146,7 +161,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded):
                     why = "Features sum over all the past; these layers now see all of it."
                 if has_features or memory != Memory(window):
                     found.setdefault((what, why), []).append(index)
-            if linear and layer.drops_weights and block.dropout:
+            if linear and layer.drops == "weights" and block.dropout:
                 what = "dropout of single attention weights"
                 why = "Linear attention forms none; whole tokens are dropped at the same rate."
                 found.setdefault((what, why), []).append(index)

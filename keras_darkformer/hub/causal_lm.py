@@ -8,11 +8,12 @@ from keras_hub.samplers import SpeculativeSampler
 from keras_hub.samplers import get as get_sampler
 
 from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.attention import Code, head_sizes
+from keras_darkformer.hub.attention import Code
 from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
 from keras_darkformer.hub.become import become
 from keras_darkformer.hub.private import any_stop
 from keras_darkformer.hub.record import Recorded
+from keras_darkformer.hub.transformers import TransformersExport
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Layer, Model, Tensor
 
@@ -36,7 +37,7 @@ class DarkTask(PresetLoading, Recorded):
         return model
 
 
-class DarkCausalLM(DarkTask):
+class DarkCausalLM(DarkTask, TransformersExport):
     """Turns a KerasHub causal LM dark.
 
     Generation carries a tuple with one entry a layer: a recurrent state for linear layers, whose
@@ -111,6 +112,8 @@ class DarkCausalLM(DarkTask):
         self, token_ids: Tensor, cache: Tensor, cache_update_index: Tensor, padding_mask: Tensor
     ) -> Tensor:
         backbone, family = self.backbone, self.backbone.family
+        # The blocks of SmolLM 3 take it beside the cache, where Keras wants tensors only.
+        cache_update_index = ops.convert_to_tensor(cache_update_index, dtype="int32")
         x = family.embed(backbone, token_ids, cache_update_index)
         entries = []
         for block, attention, entry in zip(
@@ -125,7 +128,7 @@ class DarkCausalLM(DarkTask):
             }
             x, entry = block(x, **arguments)
             entries.append(entry)
-        return backbone.layer_norm(x), tuple(entries)
+        return getattr(backbone, family.output_norm)(x), tuple(entries)
 
     def get_initial_cache(self, batch_size: Tensor, max_length: Tensor) -> Tensor:
         """What generation carries before the first token.
@@ -147,7 +150,7 @@ class DarkCausalLM(DarkTask):
     def _empty_key_value_cache(
         self, attention: Layer, batch_size: Tensor, max_length: Tensor
     ) -> Tensor:
-        _, num_heads, head_dim = head_sizes(attention)
+        _, num_heads, head_dim = self.backbone.family.head_sizes(attention)
         if self.backbone.family.paired_cache:
             pair = (batch_size, max_length, num_heads, head_dim)
             return tuple(ops.zeros(pair, dtype=self.compute_dtype) for _ in range(2))

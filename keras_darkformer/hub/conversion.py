@@ -32,9 +32,9 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
 
     Args:
         model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
-            Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, GPT2 or OPT;
-            or a backbone, masked LM or text classifier of Bert, Roberta or DistilBert, whose
-            attention goes in both directions.
+            Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, SmolLM3,
+            GPT2 or OPT; or a backbone, masked LM or text classifier of Bert, Roberta or DistilBert,
+            whose attention goes in both directions.
         copy: bool. Convert a copy; needs memory for two models.
         **kwargs: the options of `ConversionOptions`: `num_features`, `layers`, `attention_mode`,
             `geometry_scale`, `sliding_window` and others.

@@ -56,6 +56,24 @@ def _refuse_gemma3(backbone: Model) -> str | None:
     return None
 
 
+def _refuse_export_with_lora(backbone: Model) -> str | None:
+    if any(getattr(layer, "lora_enabled", False) for layer in backbone._flatten_layers()):
+        return "KerasHub's export of this family leaves LoRA out."
+    return None
+
+
+def _refuse_export_of_gemma(backbone: Model) -> str | None:
+    if (reason := _refuse_export_with_lora(backbone)) is not None:
+        return reason
+    like_2b = backbone.num_key_value_heads == 1 and not backbone.use_post_attention_norm
+    if like_2b and backbone.num_query_heads * backbone.head_dim == backbone.hidden_dim:
+        return None
+    return (
+        "KerasHub's export is right for models built like Gemma 1 2B only: of others it mixes up "
+        "heads, keeps the first of the key/value heads, and leaves out what Gemma 2 has more."
+    )
+
+
 _GEMMA: dict[str, Any] = private.GEMMA_BLOCK | {
     "window": _window_by_switch,
     "embed": _scaled_embedding,
@@ -100,6 +118,7 @@ FAMILIES = (
         _GEMMA,
         dark_attention=dark.DarkHubAttention,
         rotate=private.rotate_gemma,
+        refuse_export=_refuse_export_of_gemma,
     ),
     _causal_lm(
         "Gemma3",
@@ -109,6 +128,7 @@ FAMILIES = (
         norms=private.GEMMA3_NORMS,
         paired_cache=True,
         refuse=_refuse_gemma3,
+        refuse_export=_refuse_export_with_lora,
     ),
     _causal_lm("Llama", private.LlamaAttention, _LLAMA),
     _causal_lm("Llama3", private.LlamaAttention, _LLAMA),
@@ -123,6 +143,16 @@ FAMILIES = (
         private.Phi3Attention,
         private.PHI3_BLOCK,
         dark_attention=dark.LlamaAttention,
+    ),
+    _causal_lm(
+        "SmolLM3",
+        private.SmolLM3Attention,
+        private.SMOLLM3_BLOCK,
+        dark_attention=dark.SmolLM3Attention,
+        rotates_all=False,
+        rotate=private.rotate_smollm3,
+        head_sizes=private.sizes_of_smollm3,
+        output_norm="norm",
     ),
     _causal_lm("GPT2", CachedMultiHeadAttention, _DECODER, embed=_gpt2_embedding),
     _causal_lm("OPT", CachedMultiHeadAttention, _DECODER, embed=_opt_embedding),

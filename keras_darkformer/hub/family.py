@@ -7,6 +7,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_darkformer.hub.private import part
 from keras_darkformer.types import Layer, Model, Tensor
 
 
@@ -16,6 +17,11 @@ def _token_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) ->
 
 def _rotate(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
     return getattr(attention, attention.family.rotary)(x, start_index=start_index)
+
+
+def _head_sizes(attention: Layer) -> tuple[int, int, int]:
+    num_query_heads, head_dim = part(attention, "query_dense").partial_output_shape[-2:]
+    return num_query_heads, part(attention, "key_dense").partial_output_shape[-2], head_dim
 
 
 def _nothing(x: Any) -> None:
@@ -39,8 +45,11 @@ class Family:
         slot: a block's attribute that holds the attention layer.
         rotary: the attention layer's attribute that holds the rotary embedding, or `None` without
             one.
+        rotates_all: whether the rotary embedding of every layer is called with the queries and keys
+            it rotates; if not, a geometry can't sit before the rotation.
         rotate: `rotate(attention, x, start_index)`, queries or keys `(b, t, n, h)` rotated by their
             positions.
+        head_sizes: query heads, key/value heads and head size of a built stock attention layer.
         norms: its attributes that norm queries and keys.
         window: the sliding window of an attention layer, or `None`.
         padding_argument: a block's call argument for the padding mask.
@@ -51,10 +60,12 @@ class Family:
         mask_axis: where the block wants an axis of size 1 in a padding mask handed on instead, or
             `None`.
         embed: `embed(backbone, token_ids, start_index)`, what enters the first block.
+        output_norm: the backbone's attribute that norms what leaves the last block.
         paired_cache: whether an exact layer's cache is a pair of keys and values `(b, s, k, h)`, or
             one tensor `(b, 2, s, k, h)`.
         kernel_heads_axis: the axis of the key projection's kernel that heads are along.
         refuse: says why a backbone can't be converted, or `None` if it can.
+        refuse_export: says why KerasHub's export of a backbone would be wrong, or `None`.
     """
 
     name: str
@@ -68,14 +79,18 @@ class Family:
     mask_method: str | None
     tasks: Mapping[str, type]
     causal: bool = True
+    rotates_all: bool = True
     rotate: Callable[[Layer, Tensor, Tensor], Tensor] = _rotate
+    head_sizes: Callable[[Layer], tuple[int, int, int]] = _head_sizes
     norms: tuple[str, str] | None = None
     window: Callable[[Layer], int | None] = _nothing
     mask_axis: int | None = None
     embed: Callable[[Model, Tensor, Tensor], Tensor] = _token_embedding
+    output_norm: str = "layer_norm"
     paired_cache: bool = False
     kernel_heads_axis: int = 1
     refuse: Callable[[Model], str | None] = _nothing
+    refuse_export: Callable[[Model], str | None] = _nothing
 
     def attention_of(self, block: Layer) -> Layer:
         """A block's attention layer."""

@@ -37,6 +37,8 @@ try:
     from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3MoeTransformerDecoder
     from keras_hub.src.models.qwen_moe.qwen_moe_attention import QwenMoeAttention
     from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeTransformerDecoder
+    from keras_hub.src.models.smollm3.smollm3_layers import SmolLM3Attention, SmolLM3DecoderLayer
+    from keras_hub.src.models.smollm3.smollm3_utils import apply_rotary_pos_single
     from keras_hub.src.utils.preset_utils import get_preset_loader
     from keras_hub.src.utils.tensor_utils import any_equal
     from keras_hub.src.vllm.context import get_vllm_context
@@ -57,6 +59,7 @@ __all__ = [
     "Qwen3MoeAttention",
     "QwenAttention",
     "QwenMoeAttention",
+    "SmolLM3Attention",
     "any_equal",
     "get_preset_loader",
 ]
@@ -78,20 +81,36 @@ LLAMA_BLOCK: dict[str, Any] = {
     "mask_method": "_compute_self_attention_mask",
 }
 PHI3_BLOCK = LLAMA_BLOCK | {"slot": "attention", "cache_argument": "attention_cache"}
+SMOLLM3_BLOCK = LLAMA_BLOCK | {"slot": "self_attn", "rotary": "rotary_embedding"}
 DECODER_BLOCK = LLAMA_BLOCK | {"rotary": None}
 ENCODER_BLOCK = DECODER_BLOCK | {"padding_argument": "padding_mask", "mask_method": None}
 GEMMA3_NORMS = ("query_norm", "key_norm")
 QWEN3_NORMS = ("_query_dense_layer_norm", "_key_dense_layer_norm")
+# What SmolLM 3 calls the projections.
+_SHORT = {"query_dense": "q_proj", "key_dense": "k_proj", "value_dense": "v_proj"}
+_SHORT |= {"output_dense": "o_proj"}
 
 
 def part(layer: Layer, name: str) -> Any:
-    """A layer's attribute, under its public name or KerasHub's private one."""
-    return getattr(layer, name) if hasattr(layer, name) else getattr(layer, f"_{name}")
+    """A layer's attribute, under its public name or one of KerasHub's private ones."""
+    names = (name, f"_{name}", _SHORT.get(name, name))
+    return getattr(layer, next((x for x in names if hasattr(layer, x)), name))
 
 
 def rotate_gemma(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
     """The rotary embedding of Gemma 1 and 2, which also reorders coordinates."""
     return attention._apply_rope(x, start_index)
+
+
+def rotate_smollm3(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
+    """The rotary embedding of SmolLM 3, whose layer gives the angles only."""
+    cos, sin = attention.rotary_embedding(x, start_index=start_index)
+    return apply_rotary_pos_single(x, cos, sin, expansion_axis=2)
+
+
+def sizes_of_smollm3(attention: Layer) -> tuple[int, int, int]:
+    """Its projections are flat: their shapes don't tell heads apart."""
+    return attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
 
 
 def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +165,7 @@ def _check() -> None:
         (Qwen3Attention, Qwen3TransformerDecoder),
         (Qwen3MoeAttention, Qwen3MoeTransformerDecoder),
         (Phi3Attention, Phi3Decoder),
+        (SmolLM3Attention, SmolLM3DecoderLayer),
         (keras_hub.layers.CachedMultiHeadAttention, TransformerDecoder),
     )
     gemma_like = (

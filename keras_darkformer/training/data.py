@@ -175,7 +175,7 @@ def position_offsets(
 def check_position_offset(position_offset: Any, layers: Iterable[FeatureAttention]) -> None:
     """Raises a ValueError unless it is `None`, an int or a pair of ints, from 0 up.
 
-    And unless all of the dark attention layers have rotary positions, which it shifts.
+    And unless some of the dark attention layers have rotary positions, which it shifts.
     """
     bounds = (0, position_offset) if isinstance(position_offset, int) else position_offset
     if bounds is None:
@@ -190,7 +190,7 @@ def check_position_offset(position_offset: Any, layers: Iterable[FeatureAttentio
             "`position_offset` must be `None`, the largest offset or a (smallest, largest) pair "
             f"of integers, 0 or more. Received: {position_offset!r}"
         )
-    if not all(layer.is_rotary for layer in layers):
+    if not any(layer.is_rotary for layer in layers):
         raise ValueError(
             "`position_offset` shifts rotary positions, which this model's attention does not "
             f"have. Received: {position_offset!r}"

@@ -20,6 +20,7 @@ import keras
 import numpy as np
 from backends import BACKEND, DEFAULT_JIT, compiled, to_numpy
 from keras import ops
+from keras_hub.src.models.smollm3.smollm3_utils import apply_rotary_pos_emb
 
 import keras_darkformer as kd
 from keras_darkformer.hub.families import FAMILIES
@@ -125,7 +126,8 @@ def exact(case):
 
 
 def named(layer, name):
-    return getattr(layer, name, None) or getattr(layer, f"_{name}")
+    names = (name, f"_{name}", f"{name[0]}_proj")
+    return next(getattr(layer, x) for x in names if hasattr(layer, x))
 
 
 def projected(family, attention, x):
@@ -136,6 +138,14 @@ def projected(family, attention, x):
             getattr(attention, name)(of)
             for name, of in zip(family.norms, (query, key), strict=True)
         )
+    if hasattr(attention, "q_proj"):  # of SmolLM 3
+        query, key, value = (
+            ops.reshape(y, (*y.shape[:2], -1, attention.head_dim)) for y in (query, key, value)
+        )
+        if attention.use_rope:
+            cos, sin = attention.rotary_embedding(query)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin, expansion_axis=2)
+        return query, key, value
     if hasattr(attention, "_apply_rope"):
         return attention._apply_rope(query, 0), attention._apply_rope(key, 0), value
     if family.rotary is not None:

@@ -67,6 +67,12 @@ ROWS = {
     "Qwen3": _GROUPED | _OWN_HEADS,
     "Qwen3Moe": _GROUPED | _OWN_HEADS | _EXPERTS | {"moe_intermediate_dim": 8},
     "Phi3": _GROUPED,
+    # Of its layers the second has no positions.
+    "SmolLM3": {name: _GROUPED[name] for name in _GROUPED if name != "num_query_heads"}
+    | {"num_attention_heads": 4, "attention_bias": True, "mlp_bias": False}
+    | {"attention_dropout": 0.0, "layer_norm_epsilon": 1e-6, "max_position_embeddings": 64}
+    | {"rope_layer_enabled_list": [True, False, True], "layer_types": ["full_attention"] * 3}
+    | {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
     "GPT2": _ONE_TO_ONE,
     "OPT": _ONE_TO_ONE,
     "Bert": _ONE_TO_ONE,
@@ -105,9 +111,13 @@ def _randomized(model, seed=1):
     for weight in model.weights:
         *_, layer, name = weight.path.split("/")
         value = rng.standard_normal(weight.shape)
+        if name == "inv_freq":  # of the rotary embedding, a constant
+            continue
         if name == "kernel":
-            fan_in = np.prod(weight.shape[:-1]) if layer == "attention_output" else weight.shape[-2]
-            value *= (2.0 if layer in ("query", "key") else 3.0) / np.sqrt(fan_in)
+            onto_heads = layer in ("attention_output", "o_proj")
+            fan_in = np.prod(weight.shape[:-1]) if onto_heads else weight.shape[-2]
+            sharp = layer in ("query", "key", "q_proj", "k_proj")
+            value *= (2.0 if sharp else 3.0) / np.sqrt(fan_in)
         elif name.startswith("expert_"):
             value *= 3.0 / np.sqrt(weight.shape[-2])
         elif name in ("scale", "gamma", "beta", "bias"):
@@ -149,7 +159,7 @@ def blocks(model):
 
 
 def attentions(model):
-    slots = ("attention", "_self_attention_layer")
+    slots = ("attention", "_self_attention_layer", "self_attn")
     return [next(getattr(block, x) for x in slots if hasattr(block, x)) for block in blocks(model)]
 
 

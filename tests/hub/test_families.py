@@ -53,6 +53,7 @@ OF_ALL = (
 )
 # What is asked of one of each kind, of more kinds where nothing has to be compiled.
 OF_KINDS = ("recurrent = parallel", "fit", "LoRA", "memory")
+OF_SMOLLM3 = ("recurrent = parallel", "fit", "memory")  # LoRA doesn't find its projections
 MORE_KINDS = ("Llama", "Mixtral", "Qwen3", "Phi3", "GPT2", "Bert") if BACKEND == "torch" else KINDS
 QUESTIONS = [
     (family, check)
@@ -62,6 +63,7 @@ QUESTIONS = [
 ]
 FEW_STEPS = ("LoRA", "memory")  # "fit" is run as users run it
 if BACKEND == "torch":
+    QUESTIONS += [("SmolLM3", check) for check in OF_SMOLLM3]
     QUESTIONS.insert(0, ("QwenMoe", "fit"))  # its experts ask for a mask while they are trained
 TASKS = [(name, task) for name in ENCODERS for task in ("MaskedLM", "TextClassifier")]
 if BACKEND != "torch":
@@ -187,7 +189,8 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
     ("name", "options", "message"),
     [
         ("Bert", {"sliding_window": 4}, "need causal attention; that of Bert"),
-        ("GPT2", {"rope_geometry": "before"}, "needs rotary positions, which GPT2 does not have"),
+        ("GPT2", {"rope_geometry": "before"}, "positions in every layer, which GPT2 does not"),
+        ("SmolLM3", {"rope_geometry": "before"}, "in every layer, which SmolLM3 does not have"),
         ("Llama", {"layers": []}, "`layers` is empty"),
     ],
 )
@@ -241,6 +244,34 @@ def test_exact_mode_has_a_geometry_before_the_rotation_too(name):
         scale = np.linspace(0.5, 1.5, feature_map.geometry.shape[-1])
         feature_map.geometry.assign(to_numpy(feature_map.geometry.value) * scale)
     assert np.abs(outputs(before, batch) - outputs(after, batch)).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["linear", "exact"])
+def test_layers_of_smollm3_without_positions_stay_without(mode, rng):
+    """What a layer says of the last token hangs on the order of those before by positions only."""
+    model = dark(row("SmolLM3", num_layers=2), attention_mode=mode)
+    x = rng.standard_normal((1, LENGTH, model.backbone.hidden_dim)).astype("float32")
+    shuffled = x[:, [*rng.permutation(LENGTH - 1), LENGTH - 1]]
+    mask = None if mode == "linear" else np.tri(LENGTH, dtype="bool")[None]
+    for attention, has_positions in zip(attentions(model), (True, False), strict=True):
+        last, other = (to_numpy(attention(y, attention_mask=mask))[:, -1] for y in (x, shuffled))
+        assert attention.is_rotary == has_positions
+        assert (np.abs(last - other).max() > 1e-2 * np.abs(last).max()) == has_positions
+
+
+def test_positions_of_smollm3_are_shifted_where_it_has_them():
+    model = convert_to_dark(row("SmolLM3", num_layers=2), num_features=16)
+    calibrate(model, inputs(LENGTH, 5, 9), position_offset=10, refine=False, verbose=False)
+    model = convert_to_dark(row("SmolLM3", num_layers=2), num_features=16, layers=[1])
+    with pytest.raises(ValueError, match="`position_offset` shifts rotary positions"):
+        calibrate(model, inputs(LENGTH, 5, 9), position_offset=10, verbose=False)
+
+
+def test_lora_of_smollm3_is_told_its_projections():
+    backbone = dark(row("SmolLM3", num_layers=1, attention_bias=False).backbone)
+    backbone.enable_lora(2, ["q_proj", "v_proj"])
+    names = {weight.path.rsplit("/", 1)[1] for weight in backbone.trainable_weights}
+    assert names == {"geometry", "lora_kernel_a", "lora_kernel_b"}
 
 
 def test_keras_nlp_is_another_name_for_it():

@@ -1,0 +1,91 @@
+"""Checkpoints in the layout of Hugging Face's `transformers`: what is read of them, and export."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from keras_darkformer.hub.become import Mixin
+from keras_darkformer.types import Config, Model
+
+
+def warn_of_misread(preset: str, config: Config, backbone: Model) -> None:
+    """Warns of what KerasHub's loader left out of a checkpoint, where that tells in the config.
+
+    Args:
+        preset: where the checkpoint is.
+        config: what its `config.json` says; of a preset of KerasHub's own, nothing that is asked.
+        backbone: what was loaded.
+    """
+    for left_out in _misread(config, backbone):
+        warnings.warn(f"KerasHub reads {preset!r} without {left_out}", stacklevel=3)
+
+
+def _misread(config: Config, backbone: Any) -> Iterator[str]:
+    epsilon, read = config.get("rms_norm_eps"), getattr(backbone, "layer_norm_epsilon", None)
+    if None not in (epsilon, read) and epsilon != read:
+        yield (
+            f"its `rms_norm_eps={epsilon}`: the norms of this model add {read}. Load the backbone "
+            f"by itself with `layer_norm_epsilon={epsilon}`, hand it to the stock task's "
+            "`from_preset` as `backbone`, and convert that."
+        )
+    if biases := [name for name in ("attention_bias", "mlp_bias") if config.get(name)]:
+        yield f"its biases ({', '.join(biases)}): this model computes something else."
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    factors = ("rope_frequency_adjustment_factor", "global_rope_scaling_factor")
+    if kind != "default" and all(getattr(backbone, x, None) in (None, 1.0) for x in factors):
+        yield (
+            f"its rotary positions of type {kind!r}: this model's are not rescaled, and go wrong "
+            "in long texts."
+        )
+
+
+class TransformersExport(Mixin):
+    """Export of a dark backbone or causal LM, which only a softmax model can read.
+
+    Attributes:
+        stock_cls: the KerasHub class the dark one is made of.
+    """
+
+    stock_cls: Any
+
+    def export_to_transformers(self, path: str, *, as_softmax: bool = False) -> None:
+        """Exports the stock weights, without feature maps, in the layout of Hugging Face.
+
+        What loads the folder, `transformers` or KerasHub, computes softmax with these weights: the
+        layout knows no dark attention. Weights that were trained with dark attention are worse
+        there. A dark model that is to stay one is saved with `save_to_preset`.
+
+        Args:
+            path: folder to write into, as for the stock model.
+            as_softmax: bool. Must be `True`, for just this.
+
+        Raises:
+            ValueError: unless `as_softmax` is `True`; if KerasHub's export would be wrong; or, by
+                KerasHub, if it exports no models of this family.
+        """
+        if as_softmax is not True:
+            raise ValueError(
+                f"{type(self).__name__} can't be exported as what it is: the layout of Hugging "
+                "Face has no place for feature maps, and whatever loads it computes softmax. Save "
+                "the dark model with `save_to_preset`, or pass `as_softmax=True` to export its "
+                f"stock weights alone. Received: as_softmax={as_softmax!r}"
+            )
+        backbone: Any = getattr(self, "backbone", self)
+        stock_cls = self.stock_cls
+        if (reason := backbone.family.refuse_export(backbone)) is not None:
+            raise ValueError(f"{type(self).__name__} can't be exported. {reason}")
+        with _stock_class(backbone):
+            stock_cls.export_to_transformers(self, path)
+
+
+@contextlib.contextmanager
+def _stock_class(backbone: Any) -> Iterator[None]:
+    """Has a dark backbone called by its stock class, which KerasHub's exporter goes by."""
+    dark_cls = type(backbone)
+    backbone.__class__ = dark_cls.stock_cls
+    try:
+        yield
+    finally:
+        backbone.__class__ = dark_cls
