@@ -29,7 +29,7 @@ def arms(chosen):
     window = FEATURES_OFF | {"sliding_window": 252, "num_sinks": 4}
     return {
         "exact": (None, 0, False),
-        "60 kept, m = 128, 4 layers exact, chosen; repeats": (FITTED | four, 200, True),
+        "60 kept, m = 128, 4 layers exact, chosen; repeats": (FITTED | four, 100, True),
         "60 kept, m = 128; repeats": (FITTED, 100, True),
         "60 kept, m = 128; no repeats": (FITTED, 100, False),
         "window 252, 4 sinks, 4 layers exact, chosen; repeats": (window | four, 100, True),
@@ -99,7 +99,7 @@ def train(options, steps, repeats, tokens, note):
 
         def on_train_batch_end(self, batch, logs=None):
             self.done += 1
-            if self.done in (50, 100, 200):
+            if self.done in (25, 50, 100):
                 note(model, f"distilled, {self.done} steps", DRAWS if self.done == steps else 1)
 
     rows = rows_of(tokens, steps, repeats, seed=2)
