@@ -1,6 +1,6 @@
 """The way from a stock model to a dark one that has kept what it could do, in one call."""
 
-from keras_darkformer.linearizing.run import Linearized, linearize
 from keras_darkformer.linearizing.report import LinearizationReport
+from keras_darkformer.linearizing.run import Linearized, linearize
 
 __all__ = ["LinearizationReport", "Linearized", "linearize"]
