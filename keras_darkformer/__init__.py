@@ -6,21 +6,36 @@ KerasHub model, `import keras_darkformer.hub`: it tells Keras what the model's c
 """
 
 import importlib
+import itertools
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_darkformer import layers, ops, training
-from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
-from keras_darkformer.options import AttentionOptions, ConversionOptions, FeatureOptions
-from keras_darkformer.training import (
-    ApproximationLogger,
-    LossSpikeCounter,
-    RedrawProjections,
-    approximation_report,
-    calibrate,
-    distil,
-    teacher_targets,
-    transfer_attention,
-)
+
+def _is_command() -> bool:
+    """Whether this is `keras-darkformer` or `python -m keras_darkformer`.
+
+    Its help has no time to wait for Keras; what a subcommand works with, it imports itself.
+    """
+    if sys.argv[:1] == ["-m"]:  # the module is not found yet
+        return ("-m", "keras_darkformer") in itertools.pairwise(sys.orig_argv)
+    return Path(*sys.argv[:1]).stem == "keras-darkformer"
+
+
+if TYPE_CHECKING or not _is_command():
+    from keras_darkformer import layers, ops, training
+    from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
+    from keras_darkformer.options import AttentionOptions, ConversionOptions, FeatureOptions
+    from keras_darkformer.training import (  # type: ignore[no-redef]
+        ApproximationLogger,
+        LossSpikeCounter,
+        RedrawProjections,
+        approximation_report,
+        calibrate,
+        distil,
+        teacher_targets,
+        transfer_attention,
+    )
 
 if TYPE_CHECKING:
     from keras_darkformer import hub
