@@ -21,6 +21,8 @@ ATTENTION_MODES = ("linear", "exact")
 FEATURE_MAPS = ("dark", "exponential", "none")
 PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
 ROPE_GEOMETRIES = ("after", "before")
+# What `linearize` gives a causal LM for which none is named.
+LINEARIZED = {"num_features": 128, "sliding_window": 64, "num_sinks": 4, "cache_size": 60}
 # What every Keras layer takes beside its own arguments.
 KERAS_ARGUMENTS = ("name", "dtype", "trainable", "activity_regularizer")
 

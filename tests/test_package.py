@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "training": BASE | {"ops", "fitting", "layers", "compiling", "printed"},
     "hub": BASE | {"ops", "fitting", "layers", "compiling", "printed"},
     "choosing": BASE | {"ops", "layers", "training", "hub", "printed"},
-    "linearizing": BASE | {"layers", "training", "hub", "choosing", "printed"},
+    "linearizing": BASE | {"layers", "training", "hub", "printed", "choosing"},
+    "cli": BASE | {"training", "hub", "printed", "linearizing"},
+    "__main__": {"cli"},
 }
 # Names that belong to a design that is gone.
 GONE = r"""

@@ -1,9 +1,12 @@
 """Tasks around dark backbones; causal language models generate with a state of constant size."""
 
+import math
+import re
 from typing import Any
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
+from keras.backend import standardize_dtype
 from keras_hub.samplers import SpeculativeSampler
 from keras_hub.samplers import get as get_sampler
 
@@ -147,6 +150,20 @@ class DarkCausalLM(DarkTask, TransformersExport):
             for attention in self.backbone.attention_layers
         )
 
+    def cache_bytes(self, max_length: int, exact: bool = False) -> int:
+        """Bytes that generation carries for one text.
+
+        Args:
+            max_length: int, the longest it may get.
+            exact: bool. As if all layers had been left exact.
+        """
+        if exact:
+            layers = self.backbone.attention_layers
+            entries = tuple(self._empty_key_value_cache(x, 1, max_length) for x in layers)
+        else:
+            entries = self.get_initial_cache(1, max_length)
+        return sum(_bytes(leaf) for leaf in tree.flatten(entries))
+
     def _empty_key_value_cache(
         self, attention: Layer, batch_size: Tensor, max_length: Tensor
     ) -> Tensor:
@@ -256,3 +273,8 @@ def _refuse_empty(padding_mask: Tensor) -> None:
             "Every prompt needs at least one token to go on from, such as the start token. "
             f"Received prompts of lengths {lengths.tolist()}."
         )
+
+
+def _bytes(x: Tensor) -> int:
+    bits = re.sub(r"\D", "", standardize_dtype(x.dtype)) or 8  # "bool" names none
+    return math.prod(x.shape) * int(bits) // 8

@@ -80,13 +80,22 @@ def _dark_class(model: Model) -> Any:
             f"`model` is dark already: {type(model).__name__}. A second conversion would lose "
             "what the feature maps have learned."
         )
-    if type(model) not in BY_STOCK_CLASS:
+    return dark_class(type(model))
+
+
+def dark_class(stock: type) -> Any:
+    """The class that a stock class becomes.
+
+    Raises:
+        ValueError: if there is none, with the reason.
+    """
+    if stock not in BY_STOCK_CLASS:
         raise ValueError(
-            f"`model` can't be converted: {type(model).__module__}.{type(model).__name__}. "
-            f"{_reason(type(model))} Convertible are, from keras_hub.models: "
+            f"`model` can't be converted: {stock.__module__}.{stock.__name__}. "
+            f"{_reason(stock)} Convertible are, from keras_hub.models: "
             f"{', '.join(cls.__name__ for cls in BY_STOCK_CLASS)}."
         )
-    return BY_STOCK_CLASS[type(model)]
+    return BY_STOCK_CLASS[stock]
 
 
 def _reason(cls: type) -> str:

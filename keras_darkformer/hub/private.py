@@ -39,7 +39,13 @@ try:
     from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeTransformerDecoder
     from keras_hub.src.models.smollm3.smollm3_layers import SmolLM3Attention, SmolLM3DecoderLayer
     from keras_hub.src.models.smollm3.smollm3_utils import apply_rotary_pos_single
-    from keras_hub.src.utils.preset_utils import get_preset_loader
+    from keras_hub.src.utils.preset_utils import (
+        TASK_CONFIG_FILE,
+        check_config_class,
+        check_file_exists,
+        get_preset_loader,
+        load_json,
+    )
     from keras_hub.src.utils.tensor_utils import any_equal
     from keras_hub.src.vllm.context import get_vllm_context
 except ImportError as error:
@@ -63,6 +69,14 @@ __all__ = [
     "any_equal",
     "get_preset_loader",
 ]
+
+
+def task_class(preset: str) -> Any:
+    """The class of the task that a preset holds; `None` where it holds a backbone alone."""
+    if not check_file_exists(preset, TASK_CONFIG_FILE):
+        return None
+    return check_config_class(load_json(preset, TASK_CONFIG_FILE))
+
 
 # How blocks of each kind hold and call their attention: fields of `Family`.
 GEMMA_BLOCK: dict[str, Any] = {

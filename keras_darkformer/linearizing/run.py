@@ -11,8 +11,9 @@ from keras_darkformer.linearizing.notebook import Notebook, fingerprint
 from keras_darkformer.linearizing.pipeline import HELD_OUT_ROWS, Pipeline, first
 from keras_darkformer.linearizing.report import LinearizationReport
 from keras_darkformer.linearizing.texts import Kind, Rows, kind_of
-from keras_darkformer.options import ConversionOptions, shows_options
+from keras_darkformer.options import LINEARIZED, ConversionOptions, shows_options
 from keras_darkformer.training.distil import trained_variables
+from keras_darkformer.training.loop import value_of
 from keras_darkformer.types import Data, Model
 
 
@@ -98,13 +99,14 @@ def linearize(
         raise ValueError(f"`keep_exact` must be an integer, 0 or more. Received: {keep_exact!r}")
     if keep_exact and "layers" in kwargs:
         raise ValueError("`keep_exact` chooses the layers; it does not go with `layers`.")
-    budget = Budget(tokens, minutes)
+    allowed = Budget(tokens, minutes)
     kind = kind_of(model, length)
     if kind.distils and not kwargs:
-        kwargs = {"num_features": 128, "sliding_window": 64, "num_sinks": 4, "cache_size": 60}
+        kwargs = {**LINEARIZED}
     training, held_out = _split(model, kind, data, validation_data)
     plan = {
         "model": type(model).__name__,
+        "weights": fingerprint({v.path: value_of(v).ravel()[:16].copy() for v in model.weights}),
         "options": {**kwargs},
         "keep_exact": keep_exact,
         "tokens": tokens,
@@ -117,7 +119,7 @@ def linearize(
         "backend": keras.backend.backend(),
     }
     notebook = Notebook(work_dir, plan)
-    pipeline = Pipeline(model, kind, training, held_out, budget, notebook, batch_size, verbose)
+    pipeline = Pipeline(model, kind, training, held_out, allowed, notebook, batch_size, verbose)
     pipeline.look()
     if keep_exact:
         kwargs["layers"] = pipeline.choose(keep_exact, kwargs)

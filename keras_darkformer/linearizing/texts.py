@@ -23,14 +23,10 @@ TOP_K = 64
 
 
 def kind_of(model: Model, length: int) -> "Kind":
-    """How a stock model is dealt with.
-
-    Raises:
-        ValueError: if it is of no class that can be converted.
-    """
-    dark = BY_STOCK_CLASS.get(type(model))
-    backbone = getattr(dark, "backbone_cls", dark)
-    if backbone is None or not backbone.family.causal:
+    """How a model, stock or dark, is dealt with."""
+    dark = BY_STOCK_CLASS.get(type(model), type(model))
+    family = getattr(getattr(dark, "backbone_cls", dark), "family", None)
+    if family is None or not family.causal:
         return Encoder(length)  # `convert_to_dark` says what is wrong
     return Decoder(length)
 
