@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.hub.conversion import BY_STOCK_CLASS
-from keras_darkformer.training.data import batches, is_text
+from keras_darkformer.training.data import batches, is_text, look
 from keras_darkformer.training.distil import teacher_targets
 from keras_darkformer.training.held_out import full_rows, inputs_of, token_losses, with_repeats
 from keras_darkformer.training.positions import Parts
@@ -155,7 +155,7 @@ def _pooled(model: Model, rows: Rows) -> np.ndarray:
     found = []
     for start in range(0, min(JUDGED * 4, len(rows["token_ids"])), JUDGED):
         inputs = {name: rows[name][start : start + JUDGED] for name in backbone.input}
-        outputs = backbone(inputs, training=False)
+        outputs = look(backbone, inputs)
         if isinstance(outputs, dict):
             outputs = outputs["sequence_output"]
         outputs = np.asarray(ops.convert_to_numpy(ops.cast(outputs, "float32")), "float64")

@@ -1,5 +1,6 @@
 """The one place where the backends differ."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -113,6 +114,19 @@ def compiled(
         return result
 
     return run
+
+
+def no_gradients() -> contextlib.AbstractContextManager[Any]:
+    """A block in which nothing is noted down for gradients.
+
+    PyTorch does so for every call of a model that is not told otherwise, and keeps each tensor on
+    the way: gigabytes for a text of a real model.
+    """
+    if _BACKEND == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()
 
 
 def split_at(x: Any, index: int, axis: int) -> Any:

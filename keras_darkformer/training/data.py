@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_darkformer.layers.core import FeatureAttention
+from keras_darkformer.ops.backend import no_gradients
 from keras_darkformer.types import Data, Model, Tensor
 
 
@@ -50,6 +51,12 @@ def run(model: Model, inputs: Data) -> Any:
     if backbone is not model:  # a head may have inputs of its own, as a masked LM's positions
         inputs = {name: inputs[name] for name in backbone.input}
     return backbone(inputs, training=False)
+
+
+def look(model: Model, inputs: Data) -> Any:
+    """As `run`, where nothing is to be learned."""
+    with no_gradients():
+        return run(model, inputs)
 
 
 def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:

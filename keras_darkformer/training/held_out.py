@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_darkformer.ops.backend import no_gradients
 from keras_darkformer.training.data import batches
 from keras_darkformer.training.distil import TeacherTargets
 from keras_darkformer.training.distillation_loss import DistillationLoss
@@ -76,7 +77,8 @@ def token_losses(
             return ops.stack([loss, ops.zeros_like(loss)], axis=-1)
         return ops.stack([loss, distance.divergence(known, logits)], axis=-1)
 
-    hidden: Any = parts.hidden(inputs_of(token_ids), training=False)[:, first - 1 : -1]
-    means = ops.mean(over_positions(losses, hidden, known), axis=(0, 1))
+    with no_gradients():
+        hidden: Any = parts.hidden(inputs_of(token_ids), training=False)[:, first - 1 : -1]
+        means = ops.mean(over_positions(losses, hidden, known), axis=(0, 1))
     loss, divergence = ops.convert_to_numpy(means)
     return float(loss), float(divergence)

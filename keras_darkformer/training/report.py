@@ -14,8 +14,8 @@ from keras_darkformer.training.data import (
     batches,
     check_position_offset,
     dark_layers,
+    look,
     position_offsets,
-    run,
 )
 from keras_darkformer.training.judge import ARMS, PARTS, Judge
 from keras_darkformer.types import Config, Data, Model, Tensor
@@ -188,7 +188,7 @@ def approximation_report(
         if count == max_batches:
             break
         with observed(layers.values(), observer, next(offsets)):
-            run(model, inputs)
+            look(model, inputs)
     found = [judges[id(layer)].result(name) for name, layer in layers.items()]
     return ApproximationReport(layers=found, tokens=next(iter(judges.values())).tokens)
 
