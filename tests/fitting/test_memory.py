@@ -5,6 +5,7 @@ import pytest
 from backends import numpy_only
 
 from keras_darkformer.fitting import remembered
+from keras_darkformer.fitting import sequences as module
 from keras_darkformer.fitting.sequences import HeadSample, exact_weights, feature_weights, sequences
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.reference import exact_keys
@@ -59,6 +60,19 @@ def test_the_keys_of_the_memory_are_those_of_the_reference(memory, masked, rng):
 def test_without_a_real_key_nothing_is_remembered():
     nothing = np.zeros(8, bool)
     assert not remembered.exact_keys(np.zeros((1, 8, 8)), nothing, MEMORY).any()
+
+
+def test_what_is_in_the_memory_is_found_once_a_sequence_and_head(monkeypatch):
+    calls = []
+
+    def counted(near, real, memory):
+        calls.append(memory)
+        return remembered.exact_keys(near, real, memory)
+
+    monkeypatch.setattr(module, "exact_keys", counted)
+    query, key = data(length=40)
+    fitted(query, key, how={"causal": True, "memory": MEMORY})
+    assert calls == [MEMORY] * HEADS * len(query)
 
 
 def far_divergence(query, key, fit):
