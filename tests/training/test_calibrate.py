@@ -319,6 +319,16 @@ def test_a_compiled_model_is_compiled_again_when_feature_maps_change(capsys):
     assert [x.kind for x in feature_maps(model)] == ["dark"]
 
 
+def test_how_many_layers_are_fitted_at_a_time_changes_nothing(monkeypatch):
+    model, found = dark_gemma(layers="all")[1], []
+    for processors in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda processors=processors: processors)
+        quietly(model, BATCHES)
+        found.append(feature_weights(feature_maps(model)))
+    for path, value in found[0].items():
+        np.testing.assert_array_equal(found[1][path], value, err_msg=path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [gemma, lambda: gemma3(num_layers=2)], ids=["gemma", "gemma3"])
 def test_a_geometry_before_the_rotation_improves_and_knows_no_position(build):
