@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 import numpy as np
 from keras import ops
+from threadpoolctl import threadpool_limits
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.compiling import compile_anew
@@ -229,7 +230,8 @@ def _fit(
             raise ValueError(f"{name} can't be calibrated. {error}") from error
 
     fits: list[Fit] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # A BLAS with threads of its own would have every small product wait for all processors.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(fit, range(len(layers)), layers, layers.values()):
             fits.append(found)
             progress.update(len(fits))

@@ -19,6 +19,7 @@ from hub.models import (
 )
 from hub.searches import greedy_search
 from keras import ops
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from keras_darkformer import (
     DarkFeatureMap,
@@ -317,6 +318,24 @@ def test_a_compiled_model_is_compiled_again_when_feature_maps_change(capsys):
     quietly(model, BATCHES)  # and back again
     assert model.optimizer is not second
     assert [x.kind for x in feature_maps(model)] == ["dark"]
+
+
+def test_blas_has_one_thread_while_layers_are_fitted(monkeypatch):
+    def threads():
+        return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+
+    inside, fit = [], DarkFeatureMap.fit
+
+    def spied(self, *arguments):
+        inside.append(threads())
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(DarkFeatureMap, "fit", spied)
+    with threadpool_limits(2, user_api="blas"):
+        quietly(dark_gemma()[1], BATCHES, refine=False)
+        assert threads() == {2}
+    assert inside
+    assert all(x == {1} for x in inside)
 
 
 def test_how_many_layers_are_fitted_at_a_time_changes_nothing(monkeypatch):
