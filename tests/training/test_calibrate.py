@@ -394,13 +394,16 @@ def test_queries_and_keys_with_geometries_of_their_own_start_from_the_same():
     )
 
 
-def far_masses(stock, model, batches, window):
-    """Per layer and head: mean mass behind the window, of the features and of softmax."""
+def far_masses(stock, model, batches, window, every=1):
+    """Per layer and head: mean mass behind the window, of the features and of softmax.
+
+    Of one query in so many.
+    """
     layers = seen_by_layer(stock, batches)
     far = behind(window, LENGTH)
     for feature_map, heads in zip(feature_maps(model), layers, strict=True):
         visible = visible_pairs(heads.mask, LENGTH)
-        counts = (visible & far).any(-1) & heads.mask[:, None]
+        counts = (visible & far).any(-1) & heads.mask[:, None] & (np.arange(LENGTH) % every == 0)
         ours = softmax(feature_scores(feature_map, heads.query, heads.key), visible)
         exact = softmax(softmax_scores(heads.query, heads.key), visible)
         yield [
@@ -409,17 +412,20 @@ def far_masses(stock, model, batches, window):
         ]
 
 
-def test_the_mass_behind_a_window_is_softmax_s():
+@pytest.mark.parametrize(("queries", "every"), [(1024, 1), (LENGTH, 3)])
+def test_the_mass_behind_a_window_is_softmax_s(queries, every, monkeypatch):
+    monkeypatch.setattr("keras_darkformer.layers.feature_maps.far_offset.QUERIES", queries)
     stock, model = dark_gemma(sliding_window=4)
     maps = feature_maps(model)
     quietly(model, BATCHES)
-    for feature_map, (ours, exact) in zip(maps, far_masses(stock, model, BATCHES, 4), strict=True):
+    masses = far_masses(stock, model, BATCHES, 4, every)
+    for feature_map, (ours, exact) in zip(maps, masses, strict=True):
         offset = to_numpy(feature_map.far_offset.value)
         assert offset.shape == (4,)
         assert len(set(offset)) == 4
         np.testing.assert_allclose(ours, exact, rtol=2e-3)
         feature_map.far_offset.assign(np.zeros(4))
-    without = far_masses(stock, model, BATCHES, 4)
+    without = far_masses(stock, model, BATCHES, 4, every)
     assert all(np.abs(np.log(np.divide(*both))).max() > 0.05 for both in without)
 
 
