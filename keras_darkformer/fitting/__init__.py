@@ -1,4 +1,5 @@
-"""Fits features to queries and keys: NumPy arrays in, weights out, in float64, head by head.
+"""Fits features to queries and keys: NumPy arrays in, weights out, in float64, head by head;
+descents go over their sample in float32.
 
 It knows no layer and no tensor. `LayerStatistics` collects what a layer sees, `fit_features` turns
 it into a `Fit`, and a `HeadFitter` says where the geometry sits relative to the rotary rotation.

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from keras_darkformer.fitting.descent import best_draw, refine_dark
+from keras_darkformer.fitting.descent import batches, best_draw, examples, refine_dark
 from keras_darkformer.fitting.fit import Fit
 from keras_darkformer.fitting.options import CalibrationOptions
 from keras_darkformer.fitting.projections import DarkParameters
@@ -58,7 +58,8 @@ class AfterRotation(HeadFitter):
         draws = partial(draw, geometry, scale, shifts, features, rng)
         if seen.sample is None or not calibration.refine or calibration.method != "spectral":
             return draws()
-        return refine_dark(best_draw(draws, seen.sample), seen.sample, seed=calibration.seed)
+        known = examples(seen.sample, seed=calibration.seed)
+        return refine_dark(best_draw(draws, batches(known)[0]), known)
 
 
 def fit_dark(

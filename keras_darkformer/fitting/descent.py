@@ -1,76 +1,129 @@
 """Descent on the divergence of attention maps, from what closed forms found."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from keras_darkformer.fitting.projections import DarkParameters, Projections, fold_dark
-from keras_darkformer.fitting.sequences import (
-    Attended,
-    HeadSample,
-    exact_weights,
-    feature_weights,
-    sequences,
-)
+from keras_darkformer.fitting.projections import DarkParameters, Projections
+from keras_darkformer.fitting.sequences import HeadSample, exact_weights, sequences
 
+DTYPE = "float32"  # of all that grows with the sample; parameters and sums over it are float64
+BATCH = 512  # queries a step of the descent, or a few less
+BLOCK = 64  # queries at a time: what they meet stays in the processor's cache
 MAX_RATIO = 1e4  # bound on p / p_features in the descent, where features miss a key entirely
-TINY = 1e-300
+TINY = 1e-30
 
 Arrays = Mapping[str, np.ndarray]
 # From gradients by log phi_q and log phi_k to those by parameters.
 Pullback = Callable[[np.ndarray, np.ndarray], Arrays]
-# From parameters and the queries and keys of a sequence to log phi_q, log phi_k and their pullback.
-LogFeatures = Callable[[Arrays, Attended], tuple[np.ndarray, np.ndarray, Pullback]]
+
+
+class Example(NamedTuple):
+    """Queries `(i, h)` of one sequence, its keys `(s, h)`, which see which, and softmax's weights.
+
+    The last two are `(i, s)`.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    visible: np.ndarray
+    target: np.ndarray
+
+
+# From parameters and an example to log phi_q, log phi_k and their pullback.
+LogFeatures = Callable[[Arrays, Example], tuple[np.ndarray, np.ndarray, Pullback]]
 Gradient = Callable[[Arrays], tuple[float, Arrays]]
 
 
-def attention_divergence(
+def examples(sample: HeadSample, *, max_queries: int = 4096, seed: int = 0) -> list[Example]:
+    """What features of a head are to do, sequence by sequence; for arguments see `sequences`."""
+    return [
+        Example(
+            part.query.astype(DTYPE),
+            part.key.astype(DTYPE),
+            part.visible,
+            exact_weights(part).astype(DTYPE),
+        )
+        for part in sequences(sample, max_queries, seed)
+    ]
+
+
+def batches(seen: Sequence[Example]) -> list[list[Example]]:
+    """The examples in parts for one step each: some of the sequences, or some queries of each.
+
+    Sequences are cut where they are fewer than parts.
+    """
+    count = -(-sum(len(example.query) for example in seen) // BATCH)
+    if count <= len(seen):
+        return [list(seen[first::count]) for first in range(count)]
+    return [[_every(count, first, example) for example in seen] for first in range(count)]
+
+
+def _every(count: int, first: int, example: Example) -> Example:
+    """One query of so many, from the first on."""
+    query, key, visible, target = example
+    return Example(query[first::count], key, visible[first::count], target[first::count])
+
+
+def cross_entropy(
     log_query: np.ndarray, log_key: np.ndarray, target: np.ndarray, visible: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """KL from exact attention maps to those of features, summed over queries, and its gradient.
+    """From exact attention maps to those of features, summed over queries, and its gradient.
+
+    It is the divergence and a constant, the entropy of the exact maps.
 
     Args:
         log_query: `log phi_q`, of shape `(i, m)`.
         log_key: `log phi_k`, of shape `(s, m)`.
         target: exact weights, of shape `(i, s)`.
-        visible: of shape `(i, s)`.
+        visible: of shape `(i, s)`; every query sees a key.
 
     Returns:
-        `(divergence, gradient (i, m), gradient (s, m))` by the log-features.
+        `(cross entropy, gradient (i, m), gradient (s, m))` by the log-features.
     """
     peak = log_key.max(axis=0)
     key = np.exp(log_key - peak)
     log_query = log_query + peak
     query = np.exp(log_query - log_query.max(axis=1, keepdims=True))
-    weights = np.where(visible, query @ key.T, 0)
-    total = np.maximum(weights.sum(axis=1, keepdims=True), TINY)
-    query, weights = query / total, np.maximum(weights / total, TINY)
-    excess = np.where(visible, 1 - np.minimum(target / weights, MAX_RATIO), 0)
-    divergence = np.sum(target * np.log(np.maximum(target, TINY) / weights))
-    return float(divergence), query * (excess @ key), key * (excess.T @ query)
+    loss, by_query, by_key = 0.0, np.empty_like(query), np.zeros_like(key)
+    for first in range(0, len(query), BLOCK):
+        rows = slice(first, first + BLOCK)
+        met = np.flatnonzero(visible[rows].any(axis=0))
+        columns = slice(met[0], met[-1] + 1)
+        seen, wanted = visible[rows, columns], target[rows, columns]
+        weights = np.maximum(query[rows] @ key[columns].T, TINY)
+        ratio, log_weights = wanted / weights, np.log(weights)
+        weights *= seen
+        total = weights.sum(axis=1, keepdims=True)
+        log_weights *= wanted
+        loss += float(np.log(total).sum() - log_weights.sum())
+        ratio *= total
+        excess = np.subtract(seen, np.minimum(ratio, MAX_RATIO, out=ratio), out=ratio)
+        query[rows] /= total
+        by_query[rows] = query[rows] * (excess @ key[columns])
+        by_key[columns] += excess.T @ query[rows]
+    return loss, by_query, key * by_key
 
 
 def refine_exponential(
     projections: Projections,
-    sample: HeadSample,
+    seen: Sequence[Example],
     *,
-    steps: int = 30,
+    steps: int = 120,
     learning_rate: float = 0.03,
-    max_queries: int = 4096,
-    seed: int = 0,
 ) -> Projections:
     """Lowers the divergence of attention maps by a few steps over all that `clusters` returns.
 
     For projections without a norm. Returns the projections given if the descent went nowhere.
     """
-    parts = sequences(sample, max_queries, seed)
     query_kernel, key_kernel, bias, _ = projections
     # Centred, so that the kernels and the bias are near independent.
-    b = np.concatenate([part.query for part in parts]).mean(axis=0)
-    c = np.concatenate([part.key for part in parts]).mean(axis=0)
+    b = np.concatenate([example.query for example in seen]).mean(axis=0)
+    c = np.concatenate([example.key for example in seen]).mean(axis=0)
 
-    def log_features(p: Arrays, part: Attended) -> tuple[np.ndarray, np.ndarray, Pullback]:
-        x, y = part.query - b, part.key - c
+    def log_features(p: Arrays, example: Example) -> tuple[np.ndarray, np.ndarray, Pullback]:
+        x, y = example.query - b, example.key - c
 
         def pullback(by_query: np.ndarray, by_key: np.ndarray) -> Arrays:
             return {"query": x.T @ by_query, "key": y.T @ by_key, "bias": by_key.sum(axis=0)}
@@ -85,31 +138,55 @@ def refine_exponential(
         "key": learning_rate * _rms(key_kernel - key_kernel.mean(axis=1, keepdims=True)),
         "bias": learning_rate,
     }
-    found = _adam(_gradient(log_features, parts), start, rates, steps)
+    found = _adam(log_features, seen, start, rates, steps)
     shift = (b @ found["query"]) + (c @ found["key"])
     return Projections(found["query"], found["key"], found["bias"] - shift)
 
 
 def refine_dark(
     dark: DarkParameters,
-    sample: HeadSample,
+    seen: Sequence[Example],
     *,
-    steps: int = 30,
+    steps: int = 120,
     learning_rate: float = 0.2,
-    max_queries: int = 4096,
-    seed: int = 0,
 ) -> DarkParameters:
     """Lowers the divergence of attention maps over the geometry and the weight of each feature.
 
     Keeps the dark form. What it finds belongs to the draw it was given: geometry and weights make
     up for that very W, and part of the gain goes when W is drawn anew.
     """
-    hat = dark.geometry.shape[1] ** -0.25
-    w, b, c = dark.projection, dark.query_shift, dark.key_shift
+    rates = {
+        "geometry": learning_rate * _rms(dark.geometry),
+        "log_weight": 0.5 * learning_rate,  # it counts twice
+    }
+    return dark._replace(**_adam(_dark_features(dark), seen, _free(dark), rates, steps))
 
-    def log_features(p: Arrays, part: Attended) -> tuple[np.ndarray, np.ndarray, Pullback]:
-        x, y, geometry = hat * part.query - b, hat * part.key - c, p["geometry"]
-        my = y @ geometry.T
+
+def best_draw(
+    draw: Callable[[], DarkParameters], seen: Sequence[Example], *, draws: int = 8
+) -> DarkParameters:
+    """Of some draws the one whose attention maps diverge least from the exact ones."""
+
+    def loss(dark: DarkParameters) -> float:
+        return _gradient(_dark_features(dark), seen)(_free(dark))[0]
+
+    return min((draw() for _ in range(draws)), key=loss)
+
+
+def _free(dark: DarkParameters) -> Arrays:
+    """What a descent moves."""
+    return {"geometry": dark.geometry, "log_weight": dark.log_weight}
+
+
+def _dark_features(dark: DarkParameters) -> LogFeatures:
+    """The features of a draw as functions of what is free."""
+    hat = dark.geometry.shape[1] ** -0.25
+    w, b, c = (x.astype(DTYPE) for x in (dark.projection, dark.query_shift, dark.key_shift))
+
+    def log_features(p: Arrays, example: Example) -> tuple[np.ndarray, np.ndarray, Pullback]:
+        geometry = p["geometry"]
+        x, y = hat * example.query - b, hat * example.key - c
+        kernel, my = (w @ geometry).T, y @ geometry.T
         norm = 0.5 * np.sum(my**2, axis=1) - y @ b
 
         def pullback(by_query: np.ndarray, by_key: np.ndarray) -> Arrays:
@@ -117,50 +194,21 @@ def refine_dark(
             by_norm = geometry @ ((y * by_key.sum(axis=1)[:, None]).T @ y)
             return {"geometry": by_logits - by_norm, "log_weight": 2 * by_key.sum(axis=0)}
 
-        log_key = my @ w.T - norm[:, None] + 2 * p["log_weight"]
-        return x @ geometry.T @ w.T, log_key, pullback
+        return x @ kernel, y @ kernel - norm[:, None] + 2 * p["log_weight"], pullback
 
-    parts = sequences(sample, max_queries, seed)
-    start = {"geometry": dark.geometry, "log_weight": dark.log_weight}
-    rates = {
-        "geometry": learning_rate * _rms(dark.geometry),
-        "log_weight": 0.5 * learning_rate,  # it counts twice
-    }
-    return dark._replace(**_adam(_gradient(log_features, parts), start, rates, steps))
+    return log_features
 
 
-def best_draw(
-    draw: Callable[[], DarkParameters],
-    sample: HeadSample,
-    *,
-    draws: int = 8,
-    max_queries: int = 1024,
-    seed: int = 0,
-) -> DarkParameters:
-    """Of some draws the one whose attention maps diverge least from the exact ones."""
-    parts = sequences(sample, max_queries, seed)
-    targets = [exact_weights(part) for part in parts]
-
-    def divergence(dark: DarkParameters) -> float:
-        found = [feature_weights(fold_dark(dark), part) for part in parts]
-        return -sum(
-            float(np.sum(target * np.log(np.maximum(weights, TINY))))
-            for target, weights in zip(targets, found, strict=True)
-        )
-
-    return min((draw() for _ in range(draws)), key=divergence)
-
-
-def _gradient(log_features: LogFeatures, parts: Sequence[Attended]) -> Gradient:
-    """The mean divergence of attention maps as a function of parameters, with its gradient."""
-    targets = [exact_weights(part) for part in parts]
-    num_queries = sum(len(part.query) for part in parts)
+def _gradient(log_features: LogFeatures, seen: Sequence[Example]) -> Gradient:
+    """The mean cross entropy of attention maps as a function of parameters, with its gradient."""
+    num_queries = sum(len(example.query) for example in seen)
 
     def gradient(p: Arrays) -> tuple[float, Arrays]:
         loss, slopes = 0.0, {name: np.zeros_like(value) for name, value in p.items()}
-        for part, target in zip(parts, targets, strict=True):
-            log_query, log_key, pullback = log_features(p, part)
-            value, *by_both = attention_divergence(log_query, log_key, target, part.visible)
+        cast = {name: value.astype(DTYPE) for name, value in p.items()}
+        for example in seen:
+            log_query, log_key, pullback = log_features(cast, example)
+            value, *by_both = cross_entropy(log_query, log_key, example.target, example.visible)
             loss += value / num_queries
             for name, slope in pullback(*by_both).items():
                 slopes[name] += slope / num_queries
@@ -170,27 +218,31 @@ def _gradient(log_features: LogFeatures, parts: Sequence[Attended]) -> Gradient:
 
 
 def _adam(
-    gradient: Gradient, start: Arrays, rates: Mapping[str, float], steps: int
-) -> dict[str, np.ndarray]:
-    """Adam with a cosine schedule; the best point seen, which may be the start."""
+    log_features: LogFeatures,
+    seen: Sequence[Example],
+    start: Arrays,
+    rates: Mapping[str, float],
+    steps: int,
+) -> Arrays:
+    """Adam with a cosine schedule, a batch a step; the start if the end is no better."""
+    gradients = [_gradient(log_features, batch) for batch in batches(seen)]
     first_decay, second_decay = 0.9, 0.95
-    now, best, best_loss = dict(start), dict(start), np.inf
+    now = dict(start)
     first = {name: np.zeros_like(value) for name, value in start.items()}
     second = {name: np.zeros_like(value) for name, value in start.items()}
-    for step in range(steps + 1):
-        loss, slopes = gradient(now)
+    for step in range(steps):
+        loss, slopes = gradients[step % len(gradients)](now)
         if not np.isfinite(loss):
-            break
-        if loss < best_loss:
-            best, best_loss = dict(now), loss
-        rate = 0.5 * (1 + np.cos(np.pi * step / max(steps, 1)))
+            return start
+        rate = 0.5 * (1 + np.cos(np.pi * step / steps))
         for name, slope in slopes.items():
             first[name] = first_decay * first[name] + (1 - first_decay) * slope
             second[name] = second_decay * second[name] + (1 - second_decay) * slope**2
             mean = first[name] / (1 - first_decay ** (step + 1))
             spread = np.sqrt(second[name] / (1 - second_decay ** (step + 1)))
             now[name] = now[name] - rate * rates[name] * mean / (spread + 1e-12)
-    return best
+    whole = _gradient(log_features, seen)
+    return now if whole(now)[0] < whole(start)[0] else start
 
 
 def _rms(x: np.ndarray) -> float:

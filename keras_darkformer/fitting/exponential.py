@@ -1,7 +1,7 @@
 """Exponential feature maps from a sample of a layer."""
 
 from keras_darkformer.fitting.clusters import clusters
-from keras_darkformer.fitting.descent import refine_exponential
+from keras_darkformer.fitting.descent import examples, refine_exponential
 from keras_darkformer.fitting.fit import Fit
 from keras_darkformer.fitting.held_out import held_out_error, sequence_folds
 from keras_darkformer.fitting.options import CalibrationOptions
@@ -39,5 +39,5 @@ def fit_exponential_head(
 
     found = fitted(sample, min(TAUS, key=error) if sample.is_square else TAUS[0])
     if calibration.refine:
-        found = refine_exponential(found, sample, seed=calibration.seed)
+        found = refine_exponential(found, examples(sample, seed=calibration.seed))
     return found

@@ -6,8 +6,8 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from keras_darkformer.fitting.projections import Projections
+from keras_darkformer.fitting.remembered import exact_keys
 from keras_darkformer.memory import NO_MEMORY, Memory
-from keras_darkformer.ops.reference import exact_keys
 
 
 class HeadSample(NamedTuple):
@@ -91,8 +91,8 @@ def split(sample: HeadSample) -> Iterator[Attended]:
         last_seen = here[:, None] + s - t if sample.causal else s
         visible = np.broadcast_to(there <= last_seen, (len(here), len(there)))
         if sample.memory:
-            near = np.einsum("tgh,sh->gts", sample.query[row], sample.key[row]) / np.sqrt(head_dim)
-            exact = exact_keys(near, key_mask[row], key_mask[row], sample.memory)
+            near = np.moveaxis(sample.query[row], 1, 0) @ sample.key[row].T / np.sqrt(head_dim)
+            exact = exact_keys(near, key_mask[row], sample.memory)
             visible = visible & ~exact[np.ix_(here, there)]
         here, visible = here[visible.any(axis=1)], visible[visible.any(axis=1)]
         if len(here):

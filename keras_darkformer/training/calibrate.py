@@ -1,10 +1,13 @@
 """Calibration: one pass over data fits every layer's features to its queries and keys."""
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
 from keras import ops
+from threadpoolctl import threadpool_limits
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.compiling import compile_anew
@@ -76,7 +79,7 @@ def calibrate(
         center: bool. Whether means of queries and keys are taken off, and put back exactly. `None`
             for the method's own: true for scale and spectral. Clusters always centre.
         refine: bool. Spectral: keeps the best of several draws and fits M and a weight per feature
-            to the sample by a few steps of descent on KL. Clusters: likewise. False leaves the
+            to the sample by a short descent on KL. Clusters: likewise. False leaves the
             closed forms.
         max_tokens: int. Tokens per layer in the sample, whole sequences.
         position_offset: positions the model will serve: the first token of each batch gets a random
@@ -217,14 +220,21 @@ def _fit(
     options: CalibrationOptions,
     verbose: bool,
 ) -> list[Fit]:
+    """Layers by themselves, as many at a time as there are processors."""
     progress = keras.utils.Progbar(len(layers), verbose=int(verbose), unit_name="layer")
-    fits = []
-    for number, (name, layer) in enumerate(layers.items()):
+
+    def fit(number: int, name: str, layer: FeatureAttention) -> Fit:
         try:
-            fits.append(layer.feature_map.fit(statistics[id(layer)], options.of_layer(number)))
+            return layer.feature_map.fit(statistics[id(layer)], options.of_layer(number))
         except ValueError as error:
             raise ValueError(f"{name} can't be calibrated. {error}") from error
-        progress.update(number + 1)
+
+    fits: list[Fit] = []
+    # A BLAS with threads of its own would have every small product wait for all processors.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(fit, range(len(layers)), layers, layers.values()):
+            fits.append(found)
+            progress.update(len(fits))
     return fits
 
 

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from keras_darkformer.fitting import descent
 from keras_darkformer.fitting.clusters import clusters, kmeans
 from keras_darkformer.fitting.descent import (
-    attention_divergence,
+    batches,
     best_draw,
+    cross_entropy,
+    examples,
     refine_dark,
     refine_exponential,
 )
@@ -61,6 +64,13 @@ def divergence(projections, sample):
         log_ratio = np.log(np.maximum(exact, 1e-300) / np.maximum(found, 1e-300))
         total.append(np.sum(exact * log_ratio, axis=1))
     return np.concatenate(total).mean()
+
+
+def entropy(sample):
+    """Mean entropy of the exact maps."""
+    exact = [exact_weights(part) for part in sequences(sample)]
+    rows = [np.sum(x * np.log(np.maximum(x, 1e-300)), axis=1) for x in exact]
+    return -np.concatenate(rows).mean()
 
 
 # What a head is taken apart into.
@@ -130,62 +140,104 @@ def assert_gradient(function, x, gradient, step=1e-6):
         np.testing.assert_allclose(np.sum(gradient * direction), difference, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_gradient_of_the_divergence_is_that_of_its_value(causal, rng):
-    log_query, log_key = rng.standard_normal((10, 4)), rng.standard_normal((10, 4)) - 3
-    visible = np.tri(10, dtype=bool) if causal else np.ones((10, 10), bool)
-    target = softmax(rng.standard_normal((10, 10)), visible)
-    value, by_query, by_key = attention_divergence(log_query, log_key, target, visible)
+@pytest.fixture
+def exact(monkeypatch):
+    """Has descents compute in float64 altogether."""
+    monkeypatch.setattr(descent, "DTYPE", "float64")
+
+
+@pytest.fixture
+def grasped(monkeypatch):
+    """What a descent is given, which goes nowhere."""
+    found = {}
+
+    def grasp(log_features, seen, start, rates, steps):
+        found["gradient"], found["start"] = descent._gradient(log_features, seen), start
+        found["loss"], found["slopes"] = found["gradient"](start)
+        return start
+
+    monkeypatch.setattr(descent, "_adam", grasp)
+    return found
+
+
+def some_maps(rng, length=10):
+    """Log-features and exact weights, where queries see some keys of those before them."""
+    log_query, log_key = rng.standard_normal((length, 4)), rng.standard_normal((length, 4)) - 3
+    seen = np.tri(length) * (rng.random((length, length)) < 0.6) + np.eye(length) > 0
+    return log_query, log_key, softmax(rng.standard_normal((length, length)), seen), seen
+
+
+@pytest.mark.parametrize("kind", ["causal", "plain", "some"])
+def test_the_gradient_of_the_cross_entropy_is_that_of_its_value(kind, rng):
+    log_query, log_key, target, visible = some_maps(rng)
+    if kind != "some":
+        visible = np.tri(10, dtype=bool) if kind == "causal" else np.ones((10, 10), bool)
+        target = softmax(rng.standard_normal((10, 10)), visible)
+    value, by_query, by_key = cross_entropy(log_query, log_key, target, visible)
     weights = softmax(np.log(np.exp(log_query) @ np.exp(log_key).T), visible)
-    expected = np.sum(target * np.log(np.maximum(target, 1e-300) / np.maximum(weights, 1e-300)))
-    np.testing.assert_allclose(value, expected)
-    assert_gradient(
-        lambda x: attention_divergence(x, log_key, target, visible)[0], log_query, by_query
-    )
-    assert_gradient(
-        lambda x: attention_divergence(log_query, x, target, visible)[0], log_key, by_key
-    )
+    np.testing.assert_allclose(value, -np.sum(target[visible] * np.log(weights[visible])))
+    assert_gradient(lambda x: cross_entropy(x, log_key, target, visible)[0], log_query, by_query)
+    assert_gradient(lambda x: cross_entropy(log_query, x, target, visible)[0], log_key, by_key)
+
+
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_how_many_queries_are_met_at_a_time_changes_nothing(block, rng, monkeypatch):
+    maps = some_maps(rng, length=40)
+    monkeypatch.setattr(descent, "BLOCK", 1000)
+    expected = cross_entropy(*maps)
+    monkeypatch.setattr(descent, "BLOCK", block)
+    for found, whole in zip(cross_entropy(*maps), expected, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["geometry", "log_weight"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_descent_follows_the_gradient_of_the_divergence(name, causal, monkeypatch):
-    found = {}
-
-    def grasp(gradient, start, rates, steps):
-        found["loss"], found["slopes"] = gradient(start)
-        return start
-
-    monkeypatch.setattr("keras_darkformer.fitting.descent._adam", grasp)
+def test_descent_follows_the_gradient_of_the_divergence(name, causal, exact, grasped):
     dark = some_dark(dim=8)._replace(geometry=some_dark().geometry[:5])
     dark = dark._replace(projection=dark.projection[:, :5])
     sample = HeadSample(GROUPED, KEY, MASK, MASK, causal)
-    refine_dark(dark, sample)
+    refine_dark(dark, examples(sample))
 
     def value(x):
         return divergence(fold_dark(dark._replace(**{name: x})), sample)
 
-    np.testing.assert_allclose(found["loss"], value(getattr(dark, name)))
-    assert_gradient(value, getattr(dark, name), found["slopes"][name])
+    np.testing.assert_allclose(grasped["loss"], value(getattr(dark, name)) + entropy(sample))
+    assert_gradient(value, getattr(dark, name), grasped["slopes"][name])
 
 
-def test_descent_of_clusters_follows_the_gradient_of_the_divergence(monkeypatch):
-    found = {}
-
-    def grasp(gradient, start, rates, steps):
-        found["start"], (found["loss"], found["slopes"]) = dict(start), gradient(start)
-        found["value"] = lambda name, x: gradient(dict(start) | {name: x})[0]
-        return start
-
-    monkeypatch.setattr("keras_darkformer.fitting.descent._adam", grasp)
+def test_descent_of_clusters_follows_the_gradient_of_the_divergence(exact, grasped):
     sample = HeadSample(GROUPED, KEY, causal=True)
     fitted = clusters(sample, 6)
-    same = refine_exponential(fitted, sample)
-    np.testing.assert_allclose(found["loss"], divergence(fitted, sample))
+    same = refine_exponential(fitted, examples(sample))
+    np.testing.assert_allclose(grasped["loss"], divergence(fitted, sample) + entropy(sample))
     for before, after in zip(fitted[:3], same[:3], strict=True):
         np.testing.assert_allclose(after, before, atol=1e-12)
-    for name, slope in found["slopes"].items():
-        assert_gradient(lambda x, name=name: found["value"](name, x), found["start"][name], slope)
+    start = grasped["start"]
+    for name, slope in grasped["slopes"].items():
+
+        def value(x, name=name):
+            return grasped["gradient"](start | {name: x})[0]
+
+        assert_gradient(value, start[name], slope)
+
+
+@SETTINGS
+def test_descent_in_half_the_digits_has_the_gradient(options, grasped, monkeypatch):
+    sample, found = HeadSample(GROUPED, KEY, **options), {}
+    for dtype in ("float32", "float64"):
+        monkeypatch.setattr(descent, "DTYPE", dtype)
+        seen = examples(sample)
+        assert {x.dtype for x in (seen[0].query, seen[0].key, seen[0].target)} == {np.dtype(dtype)}
+        refine_dark(some_dark(), seen)
+        dark = grasped["loss"], grasped["slopes"]
+        refine_exponential(clusters(sample, 8), seen)
+        found[dtype] = [dark, (grasped["loss"], grasped["slopes"])]
+    for (loss, slopes), (exact, by_name) in zip(found["float32"], found["float64"], strict=True):
+        np.testing.assert_allclose(loss, exact, rtol=1e-6)
+        for name, slope in slopes.items():
+            assert slope.dtype == np.dtype("float64")
+            expected = by_name[name]
+            np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 # Descent.
@@ -197,8 +249,8 @@ def test_refining_never_raises_the_divergence_and_takes_it_down(options, steps):
     sample = HeadSample(GROUPED, KEY, **options)
     dark, fitted = some_dark(), clusters(sample, 8)
     for before, after in (
-        (fold_dark(dark), fold_dark(refine_dark(dark, sample, steps=steps))),
-        (fitted, refine_exponential(fitted, sample, steps=steps)),
+        (fold_dark(dark), fold_dark(refine_dark(dark, examples(sample), steps=steps))),
+        (fitted, refine_exponential(fitted, examples(sample), steps=steps)),
     ):
         assert divergence(after, sample) < divergence(before, sample)
 
@@ -207,8 +259,8 @@ def test_refining_never_raises_the_divergence_and_takes_it_down(options, steps):
 def test_a_descent_that_goes_astray_gives_back_where_it_began_or_better(rate):
     dark, fitted = some_dark(), clusters(PLAIN, 8)
     with np.errstate(all="ignore"):
-        refined = fold_dark(refine_dark(dark, PLAIN, steps=5, learning_rate=rate))
-        moved = refine_exponential(fitted, PLAIN, steps=5, learning_rate=rate)
+        refined = fold_dark(refine_dark(dark, examples(PLAIN), steps=5, learning_rate=rate))
+        moved = refine_exponential(fitted, examples(PLAIN), steps=5, learning_rate=rate)
     assert divergence(refined, PLAIN) <= divergence(fold_dark(dark), PLAIN) + 1e-9
     assert divergence(moved, PLAIN) <= divergence(fitted, PLAIN) + 1e-9
 
@@ -220,10 +272,28 @@ def test_the_best_draw_is_the_best_of_them():
         drawn.append(some_dark(seed=len(drawn)))
         return drawn[-1]
 
-    best = best_draw(draw, CAUSAL, draws=6)
+    best = best_draw(draw, examples(CAUSAL), draws=6)
     found = [divergence(fold_dark(dark), CAUSAL) for dark in drawn]
     assert len(drawn) == 6
     assert best is drawn[int(np.argmin(found))]
+
+
+@pytest.mark.parametrize(("size", "count"), [(300, 1), (64, 4), (130, 2), (20, 13)])
+def test_batches_hold_every_query_once(size, count, monkeypatch):
+    monkeypatch.setattr(descent, "BATCH", size)
+    seen = examples(HeadSample(GROUPED, KEY, causal=True))
+    found = batches(seen)
+    assert len(found) == count
+    # Of as many sequences as batches, each is in one of them as a whole.
+    assert [len(batch) for batch in found] == [4 // count if count <= 4 else 4] * count
+    for name in ("query", "visible", "target"):
+        rows, expected = (
+            np.concatenate([getattr(example, name) for example in given])
+            for given in ([example for batch in found for example in batch], seen)
+        )
+        assert sorted(map(bytes, rows)) == sorted(map(bytes, expected))
+    sizes = [sum(len(example.query) for example in batch) for batch in found]
+    assert max(sizes) <= size
 
 
 # Clusters.
@@ -281,7 +351,7 @@ def test_clusters_do_not_depend_on_where_the_origin_of_the_keys_lies():
 def test_everything_random_hangs_on_the_seed():
     for function in (
         lambda seed: clusters(PLAIN, 8, max_queries=60, seed=seed),
-        lambda seed: refine_dark(some_dark(), PLAIN, max_queries=40, steps=3, seed=seed),
+        lambda seed: refine_dark(some_dark(), examples(PLAIN, max_queries=40, seed=seed), steps=3),
     ):
         first, again, other = (function(seed) for seed in (1, 1, 2))
         for x, y in zip(first, again, strict=True):
@@ -294,8 +364,8 @@ def test_what_is_masked_may_hold_anything():
     query[~MASK], key[~MASK] = np.nan, np.nan
     holes, whole = HeadSample(query, key, MASK, MASK), HeadSample(GROUPED, KEY, MASK, MASK)
     for x, y in zip(
-        refine_exponential(clusters(holes, 8), holes)[:3],
-        refine_exponential(clusters(whole, 8), whole)[:3],
+        refine_exponential(clusters(holes, 8), examples(holes))[:3],
+        refine_exponential(clusters(whole, 8), examples(whole))[:3],
         strict=True,
     ):
         np.testing.assert_array_equal(x, y)

@@ -19,6 +19,7 @@ from hub.models import (
 )
 from hub.searches import greedy_search
 from keras import ops
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from keras_darkformer import (
     DarkFeatureMap,
@@ -319,6 +320,34 @@ def test_a_compiled_model_is_compiled_again_when_feature_maps_change(capsys):
     assert [x.kind for x in feature_maps(model)] == ["dark"]
 
 
+def test_blas_has_one_thread_while_layers_are_fitted(monkeypatch):
+    def threads():
+        return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+
+    inside, fit = [], DarkFeatureMap.fit
+
+    def spied(self, *arguments):
+        inside.append(threads())
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(DarkFeatureMap, "fit", spied)
+    with threadpool_limits(2, user_api="blas"):
+        quietly(dark_gemma()[1], BATCHES, refine=False)
+        assert threads() == {2}
+    assert inside
+    assert all(x == {1} for x in inside)
+
+
+def test_how_many_layers_are_fitted_at_a_time_changes_nothing(monkeypatch):
+    model, found = dark_gemma(layers="all")[1], []
+    for processors in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda processors=processors: processors)
+        quietly(model, BATCHES)
+        found.append(feature_weights(feature_maps(model)))
+    for path, value in found[0].items():
+        np.testing.assert_array_equal(found[1][path], value, err_msg=path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [gemma, lambda: gemma3(num_layers=2)], ids=["gemma", "gemma3"])
 def test_a_geometry_before_the_rotation_improves_and_knows_no_position(build):
@@ -365,13 +394,16 @@ def test_queries_and_keys_with_geometries_of_their_own_start_from_the_same():
     )
 
 
-def far_masses(stock, model, batches, window):
-    """Per layer and head: mean mass behind the window, of the features and of softmax."""
+def far_masses(stock, model, batches, window, every=1):
+    """Per layer and head: mean mass behind the window, of the features and of softmax.
+
+    Of one query in so many.
+    """
     layers = seen_by_layer(stock, batches)
     far = behind(window, LENGTH)
     for feature_map, heads in zip(feature_maps(model), layers, strict=True):
         visible = visible_pairs(heads.mask, LENGTH)
-        counts = (visible & far).any(-1) & heads.mask[:, None]
+        counts = (visible & far).any(-1) & heads.mask[:, None] & (np.arange(LENGTH) % every == 0)
         ours = softmax(feature_scores(feature_map, heads.query, heads.key), visible)
         exact = softmax(softmax_scores(heads.query, heads.key), visible)
         yield [
@@ -380,17 +412,20 @@ def far_masses(stock, model, batches, window):
         ]
 
 
-def test_the_mass_behind_a_window_is_softmax_s():
+@pytest.mark.parametrize(("queries", "every"), [(1024, 1), (LENGTH, 3)])
+def test_the_mass_behind_a_window_is_softmax_s(queries, every, monkeypatch):
+    monkeypatch.setattr("keras_darkformer.layers.feature_maps.far_offset.QUERIES", queries)
     stock, model = dark_gemma(sliding_window=4)
     maps = feature_maps(model)
     quietly(model, BATCHES)
-    for feature_map, (ours, exact) in zip(maps, far_masses(stock, model, BATCHES, 4), strict=True):
+    masses = far_masses(stock, model, BATCHES, 4, every)
+    for feature_map, (ours, exact) in zip(maps, masses, strict=True):
         offset = to_numpy(feature_map.far_offset.value)
         assert offset.shape == (4,)
         assert len(set(offset)) == 4
         np.testing.assert_allclose(ours, exact, rtol=2e-3)
         feature_map.far_offset.assign(np.zeros(4))
-    without = far_masses(stock, model, BATCHES, 4)
+    without = far_masses(stock, model, BATCHES, 4, every)
     assert all(np.abs(np.log(np.divide(*both))).max() > 0.05 for both in without)
 
 
