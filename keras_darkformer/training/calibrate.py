@@ -20,8 +20,8 @@ from keras_darkformer.training.data import (
     check_position_offset,
     dark_layers,
     layers_with_features,
+    look,
     position_offsets,
-    run,
 )
 from keras_darkformer.types import Data, Model, Tensor
 
@@ -187,7 +187,7 @@ def _look(
         return heads.exact_output()
 
     with observed(layers.values(), observer, offset):
-        run(model, inputs)
+        look(model, inputs)
     return max(lengths)
 
 
@@ -211,7 +211,7 @@ def _probe_layouts(
 
     if probed:
         with observed(probed, observer):
-            run(model, inputs)
+            look(model, inputs)
 
 
 def _fit(
@@ -259,7 +259,7 @@ def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Ke
 
     for inputs, offset in kept:
         with observed(layers.values(), observer, offset):
-            run(model, inputs)
+            look(model, inputs)
     for mass in masses.values():
         mass.map.far_offset.assign(mass.offset())
 

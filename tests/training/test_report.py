@@ -5,11 +5,12 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import BACKEND, to_numpy
 from hub.models import LENGTH, feature_maps, gemma, inputs
 from keras import ops
 
 from keras_darkformer import DarkTransformerBlock, approximation_report, calibrate
+from keras_darkformer.layers.heads import Heads
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops import draw_projection
 
@@ -248,3 +249,22 @@ def test_offsets_move_what_features_see_but_not_softmax():
     assert near["kl"]["uniform"] == pytest.approx(far["kl"]["uniform"], rel=1e-2)
     assert near["kl"]["dark"] != pytest.approx(far["kl"]["dark"], rel=1e-2)
     assert to_numpy(feature_maps(model)[0].geometry.value).shape == (2, 8, 8)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone notes down what is not asked for")
+@pytest.mark.parametrize("routine", [calibrate, approximation_report])
+def test_looking_leaves_nothing_for_gradients(routine, monkeypatch):
+    import torch
+
+    _, model = dark_gemma(lambda: gemma(num_layers=1))
+    noted = []
+    exact = Heads.exact_output
+
+    def watched(heads):
+        noted.append(torch.is_grad_enabled() or heads.query.requires_grad)
+        return exact(heads)
+
+    monkeypatch.setattr(Heads, "exact_output", watched)
+    routine(model, [inputs(14, 9)])
+    assert noted
+    assert not any(noted)
