@@ -25,6 +25,9 @@ TRAINING = {"steps": 40, "learning_rate": 2e-4, "batch_size": 8}
 FITS = {"transferred": TRANSFER, "trained": TRAINING}
 UNIFORM = {"num_features": 1, "geometry_scale": 1e-6}
 SIZES = (64, 256)
+# Chosen on Les Misérables: what each layer costs when it alone is converted.
+BY_LAYER = {"num_features": [88, 136, 88, 32, 32, 8]}  # as many as 64 in all six
+TWO_EXACT = {"num_features": 64, "layers": [2, 3, 4, 5]}
 
 
 def runs():
@@ -36,6 +39,8 @@ def runs():
         found[f"spectral, m = {m}"] = (options, "spectral", "transferred")
         found[f"clusters, m = {m}"] = (options, "clusters", "transferred")
         found[f"clusters, trained, m = {m}"] = (options, "clusters", "trained")
+    for name, changed in {"m by layer": BY_LAYER, "layers 0 and 1 exact": TWO_EXACT}.items():
+        found[f"clusters, {name}"] = (options | changed, "clusters", "transferred")
     return found
 
 
