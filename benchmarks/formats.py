@@ -1,5 +1,7 @@
 """Tables and figures as the pages write them."""
 
+import statistics
+
 PACKAGES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 
@@ -57,6 +59,13 @@ def mean_and_range(values, places):
     mean, low, high = values
     spread = "" if low == high else f" ({low:.{places}f} to {high:.{places}f})"
     return f"{mean:.{places}f}{spread}"
+
+
+def median_and_range(values, places):
+    """A median, and in brackets the lowest and highest; nothing of no values."""
+    if not values:
+        return ""
+    return mean_and_range((statistics.median(values), min(values), max(values)), places)
 
 
 def unique(values):

@@ -9,7 +9,7 @@ import json
 import statistics
 
 from common import RESULTS
-from formats import mean_and_range, span, table, unique
+from formats import mean_and_range, median_and_range, span, table, unique
 
 
 @functools.cache
@@ -108,6 +108,25 @@ def cache_scores(backend):
         for name, row in load(f"cache_scores_{backend}")["scores"].items()
     ]
     return table(["score", *columns.values()], lines)
+
+
+def encoder(backend):
+    """How near the embeddings of a converted sentence encoder are, of encoder.py."""
+    rows = load(f"encoder_{backend}")["rows"]
+    # What a run with another end has calibrated is another run's already.
+    rows = [x for x in rows if "trained" not in x["run"] or x["stage"] == "trained"]
+    lines = []
+    for run, stage in unique((x["run"], x["stage"]) for x in rows):
+        of_seeds = [x for x in rows if (x["run"], x["stage"]) == (run, stage)]
+        cells = [
+            median_and_range([x[kind][figure] for x in of_seeds if kind in x], 3)
+            for kind in ("texts", "padded texts")
+            for figure in ("cosine", "spearman")
+        ]
+        seconds = statistics.median(x["seconds"] for x in of_seeds)
+        lines.append([run, stage, *cells, len(of_seeds), f"{seconds:.0f}"])
+    columns = ["attention", "stage", "cosine", "Spearman", "padded: cosine", "Spearman"]
+    return table([*columns, "seeds", "seconds"], lines, words=2)
 
 
 SHORT = {

@@ -39,6 +39,7 @@ TABLES = {
     "crossover": speed.crossover,
     "decode": speed.decode,
     "distil-memory": quality.distil_memory,
+    "encoder": quality.encoder,
     "floor": speed.floor,
     "gemma-to-dark": quality.gemma_to_dark,
     "in-short": speed.in_short,
