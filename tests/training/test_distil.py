@@ -533,8 +533,25 @@ def test_targets_that_do_not_fit_are_refused(pair):
     for targets in ([], [np.ones(3)]):
         with pytest.raises(ValueError, match="what `teacher_targets` gave"):
             distil(model, targets, DATA, steps=1, verbose=0)
-    with pytest.raises(ValueError, match="needs a model as `teacher`"):
+    with pytest.raises(ValueError, match="`validation_data` must be a pair"):
         distil(model, [noted], DATA[:1], steps=1, validation_data=DATA, verbose=0)
+
+
+def test_noted_targets_validate_as_the_teacher_does(few_steps):
+    losses = []
+    for noted in (False, True):
+        stock, model = dark_gemma(lambda: gemma(num_layers=1))
+        targets = list(teacher_targets(stock, DATA, top_k=None))
+        history = distil(
+            model,
+            targets[:1] if noted else stock,
+            DATA[:1],
+            steps=2,
+            validation_data=(DATA[1:], targets[1:]) if noted else DATA[1:],
+            verbose=0,
+        ).history
+        losses.append(history["val_loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
