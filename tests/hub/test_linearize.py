@@ -233,6 +233,24 @@ def test_texts_are_put_together_and_cut_into_rows(preprocessor, texts):
     assert len(whole) - rows[:, 1:].size < 9
 
 
+@only_torch
+def test_minutes_become_tokens_by_the_time_of_one_row(monkeypatch):
+    clock, looks = [0.0], []
+
+    def slow(model, rows):
+        looks.append(rows["token_ids"].shape)
+        clock[0] += 14.0  # a second a token
+        return np.zeros(1)
+
+    monkeypatch.setattr(pipeline, "look", slow)
+    monkeypatch.setattr(pipeline.time, "time", lambda: clock[0])
+    # A quarter of 56 minutes, 3 s a token, rows of 14: 20 steps of one row; three of 6 s: 30.
+    options = {**OPTIONS, "tokens": None, "minutes": 56.0, "batch_size": 1}
+    report = linearize(one_layer(), DATA, **options).report
+    assert looks == [(1, 14)] * 2
+    assert [stage["tokens"] // 14 for stage in report["stages"][2:]] == [20, 30]
+
+
 def test_a_budget_is_shared_out():
     assert Budget(10_000, None).steps(0.25, 1.0, 100) == 25
     assert Budget(10, None).steps(0.25, 1.0, 100) == 1
