@@ -29,6 +29,7 @@ from keras_darkformer.types import Config, Model
 CALIBRATION_TOKENS = 4096
 HELD_OUT_ROWS = 8
 VALIDATE_EVERY = 20  # steps
+VALIDATED_ROWS = 4  # each time: they cost as much as as many steps
 TOP_K = 64
 TARGETS_IN_A_FILE = 32  # batches
 
@@ -251,7 +252,7 @@ class Pipeline:
         return {name: value[chosen] for name, value in self.training.items()}
 
     def _judged(self) -> Rows:
-        return first(self.held_out, HELD_OUT_ROWS)
+        return first(self.held_out, VALIDATED_ROWS)
 
     def _forward_seconds(self) -> float:
         """The seconds of a forward pass, a token; the first pass may be compiled."""
