@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from keras_darkformer.training.distil import TeacherTargets
 from keras_darkformer.training.loop import value_of
-from keras_darkformer.training.saved_arrays import load_arrays, save_arrays
+from keras_darkformer.training.saved_arrays import load_arrays, save_arrays, written_whole
 from keras_darkformer.types import Config
 
 RUN = "run.json"
@@ -49,18 +48,9 @@ class Notebook:
 
     def write(self) -> None:
         """Notes the facts down."""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f"{RUN}.unfinished"
-        try:
-            with open(unfinished, "w") as file:
-                json.dump(self.facts, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.folder / RUN)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        if self.folder is not None:
+            with written_whole(self.folder / RUN) as file:
+                file.write(json.dumps(self.facts, indent=1).encode())
 
     def path(self, name: str) -> Path | None:
         """A file in the folder, if there is one."""

@@ -1,11 +1,13 @@
-"""Arrays in a file that is whole or not there."""
+"""Files that are whole or not there, of arrays and of anything else."""
 
+import contextlib
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -14,26 +16,36 @@ from keras_darkformer.types import Config
 FACTS = "facts"
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Config) -> None:
-    """Writes arrays and what JSON can hold of them, in place of what was there.
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of what was there once all of it is on the disk.
 
-    The file appears under its name once all of it is on the disk: whoever is killed meanwhile, or
-    finds the disk full, leaves the one before as it was.
+    Whoever is killed meanwhile, or finds the disk full, leaves the one before as it was.
 
     Raises:
         OSError: if it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    text = np.frombuffer(json.dumps(facts).encode(), "uint8")
     try:
         with open(unfinished, "wb") as file:
-            np.savez(file, **{FACTS: text, **arrays})  # type: ignore[arg-type]
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Config) -> None:
+    """Writes arrays and what JSON can hold of them, whole.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    text = np.frombuffer(json.dumps(facts).encode(), "uint8")
+    with written_whole(path) as file:
+        np.savez(file, **{FACTS: text, **arrays})  # type: ignore[arg-type]
 
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Config]:
