@@ -73,7 +73,7 @@ def compare(exact: Model, dark: Model, rows: Rows, length: int, written: int) ->
         )
     kind = kind_of(exact, length)
     kind.look(exact, rows)
-    found = {"exact": kind.judge(exact, rows), "dark": kind.judge(dark, rows)}
+    found = {"exact": kind.judge(exact), "dark": kind.judge(dark)}
     prompt = rows["token_ids"][:1]
     for name, model in (("exact", exact), ("dark", dark)):
         found[name] |= {

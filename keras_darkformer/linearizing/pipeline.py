@@ -15,7 +15,7 @@ from keras_darkformer.layers.core import exactly
 from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, values_of
 from keras_darkformer.linearizing.report import FACTS, LinearizationReport
-from keras_darkformer.linearizing.texts import Figures, Kind, Rows
+from keras_darkformer.linearizing.texts import TOP_K, Decoder, Figures, Kind, Rows
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import dark_layers, look
 from keras_darkformer.training.distil import (
@@ -27,10 +27,8 @@ from keras_darkformer.training.transfer import transfer_attention
 from keras_darkformer.types import Config, Model
 
 CALIBRATION_TOKENS = 4096
-HELD_OUT_ROWS = 8
 VALIDATE_EVERY = 20  # steps
 VALIDATED_ROWS = 4  # each time: they cost as much as as many steps
-TOP_K = 64
 TARGETS_IN_A_FILE = 32  # batches
 
 
@@ -70,7 +68,7 @@ class Pipeline:
         self.kind.look(self.model, self.held_out)
         facts = self.notebook.facts
         if "exact" not in facts:
-            facts["exact"] = self.kind.judge(self.model, self.held_out)
+            facts["exact"] = self.kind.judge(self.model)
             facts["seconds_per_token"] = self._forward_seconds()
             self.notebook.write()
         self._say(f"exact: {_told(facts['exact'])}")
@@ -122,7 +120,7 @@ class Pipeline:
         tokens = work()
         seconds = time.time() - started
         self.budget.spend(seconds)
-        found = self.kind.judge(self.model, self.held_out)
+        found = self.kind.judge(self.model)
         kept = not stages or self.kind.cost(found) <= self.kind.cost(self._reached())
         if kept and name != "converted":
             self.notebook.save(name, variables)
@@ -151,7 +149,7 @@ class Pipeline:
             self._drawn(steps, seed=1),
             steps=steps,
             validate_every=VALIDATE_EVERY,
-            validation_data=self._judged(),
+            validation_data=first(self.held_out, VALIDATED_ROWS),
             batch_size=self.batch_size,
             backup=self.notebook.path("transfer.backup.npz"),
             verbose=self._fit_verbose,
@@ -162,8 +160,9 @@ class Pipeline:
     def distil(self, train: str) -> int:
         """Has the whole learn its own exact logits."""
         steps = self._steps("distil", 0.75 if self.has_features else 1.0, cost=6.0)
-        rows, judged = self._drawn(steps, seed=2), self._judged()
-        targets, of_judged = self._targets("targets", rows), self._targets("judged", judged)
+        assert isinstance(self.kind, Decoder)
+        rows = self._drawn(steps, seed=2)
+        targets = self._targets(rows)
         history = distil(
             self.model,
             targets,
@@ -171,17 +170,16 @@ class Pipeline:
             steps=steps,
             train=train,
             validate_every=VALIDATE_EVERY,
-            validation_data=(judged, of_judged),
+            validation_data=self.kind.known(VALIDATED_ROWS),
             batch_size=self.batch_size,
             backup=self.notebook.path("distil.backup.npz"),
             verbose=self._fit_verbose,
         )
         self.notebook.drop("distil.backup.npz")
         self.notebook.drop("targets-*.npz")
-        self.notebook.drop("judged-*.npz")
         return self._tokens(history, steps)
 
-    def _targets(self, name: str, rows: Rows) -> list[TeacherTargets]:
+    def _targets(self, rows: Rows) -> list[TeacherTargets]:
         """What the exact model, which has the weights of this one still, makes of rows."""
         count, found = len(rows["token_ids"]), []
         size = TARGETS_IN_A_FILE * self.batch_size
@@ -194,7 +192,7 @@ class Pipeline:
                         teacher_targets(self.model, some, top_k=TOP_K, batch_size=self.batch_size)
                     )
 
-            found += self.notebook.targets(f"{name}-{number}", note)
+            found += self.notebook.targets(f"targets-{number}", note)
             if self.verbose and count > size:
                 self._say(f"the exact model's logits of {min(start + size, count)} of {count} rows")
         return found
@@ -250,9 +248,6 @@ class Pipeline:
         orders = [rng.permutation(count) for _ in range(-(-needed // count))]
         chosen = np.concatenate(orders)[:needed]
         return {name: value[chosen] for name, value in self.training.items()}
-
-    def _judged(self) -> Rows:
-        return first(self.held_out, VALIDATED_ROWS)
 
     def _forward_seconds(self) -> float:
         """The seconds of a forward pass, a token; the first pass may be compiled."""

@@ -8,13 +8,15 @@ import keras
 from keras_darkformer.checks import is_integer, positive_integer
 from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, fingerprint
-from keras_darkformer.linearizing.pipeline import HELD_OUT_ROWS, Pipeline, first
+from keras_darkformer.linearizing.pipeline import Pipeline, first
 from keras_darkformer.linearizing.report import LinearizationReport
 from keras_darkformer.linearizing.texts import Kind, Rows, kind_of
 from keras_darkformer.options import LINEARIZED, ConversionOptions, shows_options
 from keras_darkformer.training.distil import trained_variables
 from keras_darkformer.training.loop import value_of
 from keras_darkformer.types import Data, Model
+
+HELD_OUT_ROWS = 32  # at most
 
 
 class Linearized(NamedTuple):
@@ -146,5 +148,5 @@ def _split(model: Model, kind: Kind, data: Data, validation_data: Data) -> tuple
             f"`data` must have at least two rows of {kind.length} tokens, one of them to judge by. "
             f"Received: {count}"
         )
-    held = min(4 * HELD_OUT_ROWS, max(1, count // 10))
+    held = min(HELD_OUT_ROWS, max(1, count // 10))
     return first(rows, count - held), {name: x[count - held :] for name, x in rows.items()}

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_darkformer.hub.conversion import BY_STOCK_CLASS
 from keras_darkformer.training.data import batches, is_text, look
-from keras_darkformer.training.distil import teacher_targets
+from keras_darkformer.training.distil import TeacherTargets, teacher_targets
 from keras_darkformer.training.held_out import full_rows, inputs_of, token_losses, with_repeats
 from keras_darkformer.training.positions import Parts
 from keras_darkformer.types import Data, Model
@@ -49,11 +49,11 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def look(self, model: Model, held_out: Rows) -> None:
-        """Looks at the model before it is converted."""
+        """Keeps the rows, and what the model makes of them before it is converted."""
 
     @abc.abstractmethod
-    def judge(self, model: Model, held_out: Rows) -> Figures:
-        """What a model makes of held-out rows."""
+    def judge(self, model: Model) -> Figures:
+        """What a model makes of the rows that are kept."""
 
     @abc.abstractmethod
     def cost(self, figures: Figures) -> float:
@@ -92,7 +92,7 @@ class Decoder(Kind):
         return inputs_of(np.concatenate([starts, rows], axis=1))
 
     def look(self, model: Model, held_out: Rows) -> None:
-        """Keeps what the model predicts."""
+        """Keeps texts, lookups made from them, and what the model predicts of both."""
         text = held_out["token_ids"][:JUDGED]
         repeat = max(2, self.length // 8)
         # Rows, and the first token of them whose loss counts.
@@ -103,7 +103,7 @@ class Decoder(Kind):
             for name, (rows, _) in self.judged.items()
         }
 
-    def judge(self, model: Model, held_out: Rows) -> Figures:
+    def judge(self, model: Model) -> Figures:
         """The losses of `text` and of `lookups`, and the `divergence` from the source in both."""
         parts, found, divergences = Parts(model), {}, []
         for name, (rows, first) in self.judged.items():
@@ -114,6 +114,11 @@ class Decoder(Kind):
                 divergences.append(divergence / len(rows) / len(self.judged))
             found[name] = float(np.mean(losses))
         return found | {"divergence": float(np.sum(divergences))}
+
+    def known(self, count: int) -> tuple[list[Rows], list[TeacherTargets]]:
+        """Some of the texts, one a batch, and what the source predicts of them."""
+        text, _ = self.judged["text"]
+        return [inputs_of(row[None]) for row in text[:count]], self.exact["text"][:count]
 
     def cost(self, figures: Figures) -> float:
         """The divergence: a model may lose less than its source and have forgotten more."""
@@ -130,12 +135,13 @@ class Encoder(Kind):
         return {name: np.concatenate([inputs[name] for inputs in found]) for name in names}
 
     def look(self, model: Model, held_out: Rows) -> None:
-        """Keeps the outputs to compare with."""
+        """Keeps the rows and their embeddings."""
+        self.judged = held_out
         self.exact = _pooled(model, held_out)
 
-    def judge(self, model: Model, held_out: Rows) -> Figures:
+    def judge(self, model: Model) -> Figures:
         """The mean cosine of embeddings, means over the tokens of a row, to the exact model's."""
-        found = _pooled(model, held_out)
+        found = _pooled(model, self.judged)
         return {"cosine": float(np.mean(np.sum(found * self.exact, axis=-1)))}
 
     def cost(self, figures: Figures) -> float:
