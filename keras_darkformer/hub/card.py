@@ -1,18 +1,14 @@
 """The text of a model card: what was converted, how it was fitted, and how to load it."""
 
-import importlib
 import math
-import platform
 import re
 from collections.abc import Iterable
-from importlib import metadata
 from typing import Any
 
-import keras
 import keras_hub
 
 from keras_darkformer.hub.attention import DarkHubAttention
-from keras_darkformer.hub.record import as_json
+from keras_darkformer.hub.record import FACTS, as_json, versions
 from keras_darkformer.hub.report import conversion_report
 from keras_darkformer.memory import Memory
 from keras_darkformer.types import Config, Layer
@@ -172,9 +168,8 @@ def _fitted(record: Config | None) -> str:
         return "Not known: no record of it was saved with the model."
     record = as_json(record)
     stages = [{"name": "the source, exact", **record.get("exact", {})}, *record.get("stages", [])]
-    others = ("name", "tokens", "seconds", "kept")
     numbers = (name for stage in stages for name, x in stage.items() if isinstance(x, int | float))
-    figures = [name for name in dict.fromkeys(numbers) if name not in others]
+    figures = [name for name in dict.fromkeys(numbers) if name not in FACTS]
     rows = [
         [
             stage.get("name", ""),
@@ -202,26 +197,12 @@ def _fitted(record: Config | None) -> str:
 
 
 def _versions(record: Config | None) -> str:
-    backend = keras.backend.backend()
-    saved = {
-        "keras": keras.__version__,
-        "keras_hub": keras_hub.__version__,
-        "keras_darkformer": _version("keras-darkformer"),
-        "python": platform.python_version(),
-        backend: importlib.import_module(backend).__version__,
-    }
+    saved = versions()
     fitted = {} if record is None else record.get("versions", {})
     rows = [[name, fitted.get(name, ""), saved.get(name, "")] for name in fitted | saved]
     if not fitted:
         return _table(["", "saved with"], [[name, version] for name, version in saved.items()])
     return _table(["", "fitted with", "saved with"], rows)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "from source"
 
 
 def _number(value: Any, form: str) -> str:

@@ -1,12 +1,20 @@
 """How a dark model was fitted, as a record that goes where the model goes."""
 
+import importlib
+import importlib.metadata
 import json
+import platform
 from typing import Any
+
+import keras
+import keras_hub
 
 from keras_darkformer.hub.become import Mixin
 from keras_darkformer.types import Config
 
 NAME = "linearization"
+# What a stage of a record says beside its figures.
+FACTS = ("name", "seconds", "tokens", "kept")
 
 
 class Recorded(Mixin):
@@ -47,3 +55,19 @@ def as_json(record: Config) -> Config:
     if not isinstance(found, dict):
         raise ValueError(f"`{NAME}` must be a dict or `None`. Received: {record!r}")
     return found
+
+
+def versions() -> dict[str, str]:
+    """Of what a model is fitted or saved with."""
+    try:
+        own = importlib.metadata.version("keras-darkformer")
+    except importlib.metadata.PackageNotFoundError:
+        own = "from source"
+    backend = keras.backend.backend()
+    return {
+        "keras": keras.__version__,
+        "keras_hub": keras_hub.__version__,
+        "keras_darkformer": own,
+        "python": platform.python_version(),
+        backend: importlib.import_module(backend).__version__,
+    }

@@ -1,7 +1,5 @@
 """The stages of a run of `linearize`."""
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +9,11 @@ import numpy as np
 
 from keras_darkformer.choosing import choose_layers
 from keras_darkformer.hub.conversion import convert_to_dark
+from keras_darkformer.hub.record import FACTS, versions
 from keras_darkformer.layers.core import exactly
 from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, values_of
-from keras_darkformer.linearizing.report import FACTS, LinearizationReport
+from keras_darkformer.linearizing.report import LinearizationReport
 from keras_darkformer.linearizing.texts import TOP_K, Decoder, Figures, Kind, Rows
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import dark_layers, look
@@ -215,7 +214,7 @@ class Pipeline:
             },
             exact=facts["exact"],
             stages=facts["stages"],
-            versions=_versions(),
+            versions=versions(),
         )
 
     @property
@@ -275,15 +274,3 @@ def _figures(stage: Config) -> Figures:
 
 def _told(figures: Figures) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-
-
-def _versions() -> Config:
-    found = {"python": platform.python_version()}
-    backend = keras.backend.backend()
-    names = {"keras": "keras", "keras_hub": "keras-hub", "keras_darkformer": "keras-darkformer"}
-    for name, package in {**names, backend: backend}.items():
-        try:
-            found[name] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

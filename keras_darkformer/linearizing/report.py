@@ -6,8 +6,6 @@ from rich.table import Table
 
 from keras_darkformer.printed import PrintedDict
 
-FACTS = ("name", "seconds", "tokens", "kept")
-
 
 class LinearizationReport(PrintedDict):
     """How a model was linearized: a dict for code, a table when printed.
