@@ -18,6 +18,13 @@ def positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def not_negative_integer(name: str, value: Any) -> int:
+    """`value` as an int; a ValueError that names it if it is none or below 0."""
+    if not is_integer(value) or value < 0:
+        raise ValueError(f"`{name}` must be an integer, 0 or more. Received: {name}={value!r}")
+    return int(value)
+
+
 def optional_integer(name: str, value: Any) -> int | None:
     """`None`, or as `positive_integer`."""
     return None if value is None else positive_integer(name, value)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from keras_darkformer.checks import is_integer, optional_integer
+from keras_darkformer.checks import not_negative_integer, optional_integer
 
 
 class Memory(NamedTuple):
@@ -39,10 +39,7 @@ class Memory(NamedTuple):
         """Raises a ValueError that names the size which can't be."""
         optional_integer("sliding_window", self.sliding_window)
         for name in ("num_sinks", "cache_size"):
-            if not is_integer(size := getattr(self, name)) or size < 0:
-                raise ValueError(
-                    f"`{name}` must be an integer, 0 or more. Received: {name}={size!r}"
-                )
+            not_negative_integer(name, getattr(self, name))
         if self.cache_size and self.sliding_window is None:
             raise ValueError(
                 "`cache_size` needs a `sliding_window`: in it a key receives the attention by "

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_darkformer.checks import is_integer, positive_integer
+from keras_darkformer.checks import not_negative_integer, positive_integer
 from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, fingerprint
 from keras_darkformer.linearizing.pipeline import Pipeline, first
@@ -97,8 +97,7 @@ def linearize(
     ConversionOptions.take(linearize, kwargs, besides=())
     for name, value in (("length", length), ("batch_size", batch_size)):
         positive_integer(name, value)
-    if not is_integer(keep_exact) or keep_exact < 0:
-        raise ValueError(f"`keep_exact` must be an integer, 0 or more. Received: {keep_exact!r}")
+    not_negative_integer("keep_exact", keep_exact)
     if keep_exact and "layers" in kwargs:
         raise ValueError("`keep_exact` chooses the layers; it does not go with `layers`.")
     allowed = Budget(tokens, minutes)
