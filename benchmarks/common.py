@@ -283,13 +283,10 @@ def processor():
 
 
 def bytes_of(shapes_and_dtypes):
-    """What tensors of these shapes and float dtypes take."""
-    import keras
+    """What tensors of these shapes and dtypes take."""
+    from keras_darkformer.ops.state import nbytes
 
-    return sum(
-        math.prod(shape) * (4 if keras.backend.standardize_dtype(dtype) == "float32" else 2)
-        for shape, dtype in shapes_and_dtypes
-    )
+    return sum(nbytes(shape, dtype) for shape, dtype in shapes_and_dtypes)
 
 
 def result_path(name, variant=""):

@@ -1,6 +1,5 @@
 """The text of a model card: what was converted, how it was fitted, and how to load it."""
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -145,11 +144,7 @@ def _layer(attention: Layer, causal: bool) -> tuple[str, ...]:
         features = f"{feature_map.num_features} {features}"
     if not attention.is_linear:
         return "the learned kernel, exactly", features, cache
-    shapes = feature_map.state_shapes(dtype=attention.compute_dtype)
-    size = sum(
-        math.prod(shape) * (4 if dtype == "float32" else 2)
-        for shape, dtype in zip(shapes.leaves(), shapes.dtypes(), strict=True)
-    )
+    size = feature_map.state_shapes(dtype=attention.compute_dtype).nbytes()
     return "linear", features, f"{size / 1024:.1f} KiB" if causal else ""
 
 

@@ -1,12 +1,9 @@
 """Tasks around dark backbones; causal language models generate with a state of constant size."""
 
-import math
-import re
 from typing import Any
 
 import numpy as np
 from keras import ops, tree
-from keras.backend import standardize_dtype
 from keras_hub.samplers import SpeculativeSampler
 from keras_hub.samplers import get as get_sampler
 
@@ -17,6 +14,7 @@ from keras_darkformer.hub.become import become
 from keras_darkformer.hub.private import any_stop
 from keras_darkformer.hub.record import Recorded
 from keras_darkformer.hub.transformers import TransformersExport
+from keras_darkformer.ops.state import nbytes
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Layer, Model, Tensor
 
@@ -162,7 +160,7 @@ class DarkCausalLM(DarkTask, TransformersExport):
             entries = tuple(self._empty_key_value_cache(x, 1, max_length) for x in layers)
         else:
             entries = self.get_initial_cache(1, max_length)
-        return sum(_bytes(leaf) for leaf in tree.flatten(entries))
+        return sum(nbytes(leaf.shape, leaf.dtype) for leaf in tree.flatten(entries))
 
     def _empty_key_value_cache(
         self, attention: Layer, batch_size: Tensor, max_length: Tensor
@@ -273,8 +271,3 @@ def _refuse_empty(padding_mask: Tensor) -> None:
             "Every prompt needs at least one token to go on from, such as the start token. "
             f"Received prompts of lengths {lengths.tolist()}."
         )
-
-
-def _bytes(x: Tensor) -> int:
-    bits = re.sub(r"\D", "", standardize_dtype(x.dtype)) or 8  # "bool" names none
-    return math.prod(x.shape) * int(bits) // 8

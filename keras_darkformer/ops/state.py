@@ -5,6 +5,8 @@ They are float32, but for the keys and values of an exact memory, which are kept
 shapes are written once, in `StateShapes`.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -130,6 +132,10 @@ class StateShapes(NamedTuple):
         tokens = sum(size > 0 for size in self._sizes)
         stored = [self.dtype, self.dtype, "float32"] * tokens
         return ["float32"] * self._sums + stored + ["float32"] * self.positioned
+
+    def nbytes(self) -> int:
+        """Bytes of one text's state."""
+        return sum(map(nbytes, self.leaves(), self.dtypes()))
 
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The state of these leaves."""
@@ -266,3 +272,9 @@ def add_states(states: State, log_weight: Tensor) -> State:
         ops.einsum("dbk,dbkm->bkm", weights, states.key_state),
         log_scale,
     )
+
+
+def nbytes(shape: Shape, dtype: Any) -> int:
+    """Bytes of a tensor of this shape and dtype."""
+    bits = re.sub(r"\D", "", keras.backend.standardize_dtype(dtype)) or 8  # "bool" names none
+    return math.prod(shape) * int(bits) // 8
