@@ -55,9 +55,10 @@ def smollm2():
     return keras_hub.models.LlamaCausalLM(backbone), tokenizer(reader)
 
 
-def encoded(tokenizer, path):
-    """Token ids of a stretch of a text file, behind what a book begins with."""
-    return np.array(tokenizer.encode(Path(path).read_text()[20_000:320_000]).ids, "int32")
+def encoded(tokenizer, path, characters=300_000):
+    """Token ids of a stretch of a text file, behind what a book begins with; `None` for all."""
+    text = Path(path).read_text()[20_000:][:characters]
+    return np.array(tokenizer.encode(text).ids, "int32")
 
 
 def batch_of(token_ids, rows, length=512):

@@ -103,8 +103,8 @@ def judge(model, rows_by_kind):
         losses, right = [], []
         for row in rows:
             inputs = {"token_ids": row[None], "padding_mask": np.ones_like(row[None])}
-            logits = ops.convert_to_numpy(model(inputs, training=False))[0, -count - 1 : -1]
-            logits = logits.astype("float64")
+            logits = model(inputs, training=False)[0, -count - 1 : -1]
+            logits = ops.convert_to_numpy(logits).astype("float64")
             largest = logits.max(axis=-1)
             total = np.log(np.exp(logits - largest[:, None]).sum(axis=-1)) + largest
             targets = row[-count:]

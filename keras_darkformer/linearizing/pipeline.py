@@ -42,6 +42,7 @@ class Pipeline:
         budget: what may be spent.
         notebook: of this run.
         batch_size: int. Rows of a step.
+        on_stage_end: function of a stage's name and the model, or `None`.
         verbose: bool.
     """
 
@@ -54,12 +55,14 @@ class Pipeline:
         budget: Budget,
         notebook: Notebook,
         batch_size: int,
+        on_stage_end: Callable[[str, Model], None] | None,
         verbose: bool,
     ) -> None:
         self.model, self.kind = model, kind
         self.training, self.held_out = training, held_out
         self.budget, self.notebook = budget, notebook
         self.batch_size, self.verbose = batch_size, verbose
+        self.on_stage_end = on_stage_end or (lambda name, model: None)
         self.source = type(model).__name__
 
     def look(self) -> None:
@@ -71,6 +74,7 @@ class Pipeline:
             facts["seconds_per_token"] = self._forward_seconds()
             self.notebook.write()
         self._say(f"exact: {_told(facts['exact'])}")
+        self.on_stage_end("exact", self.model)
 
     def choose(self, keep_exact: int, options: Config) -> list[int]:
         """The layers to convert."""
@@ -132,6 +136,7 @@ class Pipeline:
         undone = "" if kept else ", no gain: undone"
         left = self.budget.told()
         self._say(f"{name} in {seconds:.0f} s: {_told(found)}{undone}{left}")
+        self.on_stage_end(name, self.model)
 
     def calibrate(self) -> int:
         """Fits the feature maps."""

@@ -1,5 +1,6 @@
 """`linearize`: from a stock model and texts to a dark model one can use."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ def linearize(
     validation_data: Data = None,
     work_dir: str | Path | None = None,
     description: str | None = None,
+    on_stage_end: Callable[[str, Model], None] | None = None,
     verbose: bool = True,
     **kwargs: Any,
 ) -> Linearized:
@@ -74,6 +76,8 @@ def linearize(
         work_dir: a folder where all that is reached is noted down. The same call, killed at any
             point, goes on from there.
         description: of the data, for the model card.
+        on_stage_end: function of a stage's name and the model, to look at it meanwhile: called for
+            `"exact"`, before anything is converted, and after every stage of this run.
         verbose: bool. Shows progress and a line on what each stage won.
         **kwargs: the options of `ConversionOptions`. `None` of them given, a causal LM gets
             `num_features=128, sliding_window=64, num_sinks=4, cache_size=60`.
@@ -120,7 +124,9 @@ def linearize(
         "backend": keras.backend.backend(),
     }
     notebook = Notebook(work_dir, plan)
-    pipeline = Pipeline(model, kind, training, held_out, allowed, notebook, batch_size, verbose)
+    pipeline = Pipeline(
+        model, kind, training, held_out, allowed, notebook, batch_size, on_stage_end, verbose
+    )
     pipeline.look()
     if keep_exact:
         kwargs["layers"] = pipeline.choose(keep_exact, kwargs)

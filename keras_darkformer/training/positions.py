@@ -14,8 +14,10 @@ from keras import ops
 from keras_darkformer.ops.backend import scan
 from keras_darkformer.types import Model, Tensor
 
-# Positions of all rows whose logits are there at a time.
-POSITIONS = 16
+# Tokens whose logits are there at a time. A product with the whole vocabulary reads all of its
+# weights: it is not worth that for fewer, and memory grows with more.
+TOKENS = 128
+TYPICAL_ROWS = 8  # where their number is not known yet
 
 
 class Parts:
@@ -61,18 +63,19 @@ def over_positions(function: Callable[..., Any], *arguments: Any, remat: bool = 
         remat: whether the backward pass computes each slice anew. Then no more than one slice of
             what the function makes on its way is there at a time.
     """
-    length = keras.tree.flatten(arguments)[0].shape[1]
-    if length is None or length <= POSITIONS:
+    rows, length = keras.tree.flatten(arguments)[0].shape[:2]
+    positions = max(1, TOKENS // (rows or TYPICAL_ROWS))
+    if length is None or length <= positions:
         return function(*arguments)
-    count = -(-length // POSITIONS)
+    count = -(-length // positions)
 
     def cut(x: Tensor) -> Tensor:
         behind = [(0, 0)] * (len(x.shape) - 2)
-        x = ops.pad(x, [(0, 0), (0, count * POSITIONS - length), *behind])
-        return ops.reshape(x, (-1, count, POSITIONS, *x.shape[2:]))
+        x = ops.pad(x, [(0, 0), (0, count * positions - length), *behind])
+        return ops.reshape(x, (-1, count, positions, *x.shape[2:]))
 
     def join(x: Tensor) -> Tensor:
-        return ops.reshape(x, (-1, count * POSITIONS, *x.shape[3:]))[:, :length]
+        return ops.reshape(x, (-1, count * positions, *x.shape[3:]))[:, :length]
 
     _, results = scan(
         lambda carry, slices, constants: (carry, function(*slices)),

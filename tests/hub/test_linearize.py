@@ -46,11 +46,20 @@ class KilledError(Exception):
 
 
 @pytest.fixture(scope="module")
-def undisturbed():
+def seen():
+    """The model's class at the end of each stage of `undisturbed`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(seen):
+    def see(name, model):
+        seen[name] = type(model).__name__
+
     keras.utils.set_random_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Pipeline, "_forward_seconds", lambda _: 1.0)
-        return linearize(one_layer(), DATA, **OPTIONS)
+        return linearize(one_layer(), DATA, on_stage_end=see, **OPTIONS)
 
 
 def log_softmax(logits):
@@ -91,8 +100,9 @@ def test_figures_are_what_float64_says(undisturbed):
     assert {name: last[name] for name in expected} == pytest.approx(expected, rel=2e-3)
 
 
-def test_every_stage_is_told(undisturbed):
+def test_every_stage_is_told(undisturbed, seen):
     model, report = undisturbed
+    assert seen == {"exact": "GemmaCausalLM"} | dict.fromkeys(STAGES, "DarkGemmaCausalLM")
     assert [stage["name"] for stage in report["stages"]] == STAGES
     assert [stage["tokens"] for stage in report["stages"]] == [0, 22 * 14, 2 * 56, 6 * 56]
     assert report["data"]["held_out_tokens"] == 2 * 14

@@ -21,7 +21,7 @@ from keras_darkformer.training import (
     RedrawProjections,
 )
 from keras_darkformer.training.distillation import Distillation
-from keras_darkformer.training.positions import POSITIONS, Parts, over_positions
+from keras_darkformer.training.positions import TOKENS, Parts, over_positions
 
 from .models import dark_gemma, plain, tokens
 
@@ -113,9 +113,9 @@ def test_a_teacher_and_what_it_has_noted_down_give_the_same_loss(pair, top_k):
     assert expected > 0.01
 
 
-@pytest.mark.parametrize("positions", [4, POSITIONS])
-def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair, positions, monkeypatch):
-    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", positions)
+@pytest.mark.parametrize("at_a_time", [12, TOKENS])
+def test_targets_are_the_likeliest_tokens_and_their_log_probabilities(pair, at_a_time, monkeypatch):
+    monkeypatch.setattr("keras_darkformer.training.positions.TOKENS", at_a_time)
     (targets,) = teacher_targets(pair[0], [DATA[0]], top_k=5)
     expected = log_softmax(outputs(pair[0], DATA[0]))
     assert targets.token_ids.shape == targets.log_probs.shape == (3, LENGTH, 5)
@@ -162,7 +162,7 @@ def test_no_tensor_of_the_whole_vocabulary_passes_the_host(pair, top_k, monkeypa
 
 @pytest.mark.parametrize("length", [5, 8, 11])
 def test_slices_give_what_the_whole_gives(length, rng, monkeypatch):
-    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", 4)
+    monkeypatch.setattr("keras_darkformer.training.positions.TOKENS", 12)
     hidden, known = rng.standard_normal((2, 3, length, 7)).astype("float32")
     kernel = rng.standard_normal((7, VOCABULARY)).astype("float32")
     loss = DistillationLoss()
@@ -185,7 +185,7 @@ def test_slices_give_what_the_whole_gives(length, rng, monkeypatch):
 
 def test_slices_keep_logits_of_all_positions_out_of_memory(rng, monkeypatch):
     """Forward and backward."""
-    monkeypatch.setattr("keras_darkformer.training.positions.POSITIONS", 4)
+    monkeypatch.setattr("keras_darkformer.training.positions.TOKENS", 12)
     hidden, known = rng.standard_normal((2, 3, 24, 2)).astype("float32")
     kernel = rng.standard_normal((2, VOCABULARY)).astype("float32")
     loss = DistillationLoss()
