@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -26,6 +27,9 @@ from keras_darkformer.training.data import (
 from keras_darkformer.types import Data, Model, Tensor
 
 Kept = list[tuple[Data, int | None]]
+
+# One number a head is found in these; a query meets every key there, which takes long.
+FAR_TOKENS = 2048
 
 
 def calibrate(
@@ -130,8 +134,9 @@ def calibrate(
         offset = next(offsets)
         length = _look(model, every_layer, statistics, inputs, offset)
         longest = max(longest, length)
-        if kept_exactly and length > kept_exactly and _tokens(kept) < max_tokens:
-            kept.append((inputs, offset))
+        more = min(max_tokens, FAR_TOKENS) - _tokens(kept)
+        if kept_exactly and length > kept_exactly and more > 0:
+            kept.append((_longest_rows(inputs, more), offset))
         progress.update(count + 1)
     progress.update(count + 1, finalize=True)
     if kept_exactly:
@@ -262,6 +267,16 @@ def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Ke
             look(model, inputs)
     for mass in masses.values():
         mass.map.far_offset.assign(mass.offset())
+
+
+def _longest_rows(inputs: Data, tokens: int) -> Data:
+    """The rows of a batch with the least padding, of so many tokens, at least one row."""
+    count, length = keras.tree.flatten(inputs)[0].shape[:2]
+    order = np.arange(count)
+    if isinstance(inputs, Mapping) and "padding_mask" in inputs:
+        order = np.argsort(-(inputs["padding_mask"] != 0).sum(axis=1), kind="stable")
+    rows = np.sort(order[: max(1, tokens // length)])
+    return keras.tree.map_structure(lambda x: x[rows], inputs)
 
 
 def _tokens(kept: Kept) -> int:

@@ -1,6 +1,7 @@
 """`calibrate` fits every layer to the queries and keys that the stock model has there."""
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -445,6 +446,17 @@ def test_short_sequences_beside_long_ones_do_no_harm():
     short = inputs(6, 3, 5)
     quietly(model, [short, short, BATCHES[0]], max_tokens=84, refine=False)
     for ours, exact in far_masses(stock, model, BATCHES[:1], 6):
+        np.testing.assert_allclose(ours, exact, rtol=2e-3)
+
+
+def test_the_mass_is_that_of_the_longest_row_where_one_is_enough(monkeypatch):
+    module = sys.modules["keras_darkformer.training.calibrate"]
+    monkeypatch.setattr(module, "FAR_TOKENS", LENGTH)
+    stock, model = dark_gemma(sliding_window=4)
+    batch = inputs(3, LENGTH, 5)
+    quietly(model, [batch], refine=False)
+    longest = {name: x[1:2] for name, x in batch.items()}
+    for ours, exact in far_masses(stock, model, [longest], 4):
         np.testing.assert_allclose(ours, exact, rtol=2e-3)
 
 
