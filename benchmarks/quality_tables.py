@@ -77,39 +77,6 @@ def text_losses(rows, key):
     return [row[key]["text"] for row in rows]
 
 
-def retrieval(backend):
-    """What a real decoder reads and finds, arm by arm, of retrieval.py."""
-    lines = []
-    for name, row in load(f"retrieval_{backend}")["arms"].items():
-        kinds = [kind for kind in row if kind not in ("bytes", "options")]
-        size = "" if row["bytes"] is None else f"{row['bytes'] / 1024:.0f}"
-        cells = []
-        for kind in kinds:
-            median, low, high = (row[kind][x] for x in ("median", "lowest", "highest"))
-            if kind == "digits right":
-                cells.append(f"{median:.0%}")
-            else:
-                spread = f" ({low:.2f} to {high:.2f})" if low != high else ""
-                cells.append(f"{median:.2f}{spread}")
-        lines.append([name, size, *cells])
-    return table(["arm", "KiB a layer", *kinds], lines)
-
-
-def cache_scores(backend):
-    """What is left of a real decoder's heads, score by score of cache_scores.py."""
-    columns = {
-        "error": "error",
-        "median error": "median error",
-        "kl": "KL",
-        "error without features": "error, no features",
-    }
-    lines = [
-        [name, *(f"{row[key]:.3f}" for key in columns)]
-        for name, row in load(f"cache_scores_{backend}")["scores"].items()
-    ]
-    return table(["score", *columns.values()], lines)
-
-
 def encoder(backend):
     """How near the embeddings of a converted sentence encoder are, of encoder.py."""
     rows = load(f"encoder_{backend}")["rows"]
@@ -127,34 +94,6 @@ def encoder(backend):
         lines.append([run, stage, *cells, len(of_seeds), f"{seconds:.0f}"])
     columns = ["attention", "stage", "cosine", "Spearman", "padded: cosine", "Spearman"]
     return table([*columns, "seeds", "seconds"], lines, words=2)
-
-
-SHORT = {
-    "exact": "exact",
-    "window 64": "window of 64 tokens",
-    "window 64, 4 sinks": "window of 64, 4 sinks",
-    "window 124, 4 sinks": "window of 124, 4 sinks",
-    "window 64, 4 sinks, 60 kept": "window of 64, 4 sinks, 60 kept keys",
-    "60 kept, 4 layers exact, evenly spaced": "the same, 4 of 30 layers exact, evenly spaced",
-    "60 kept, 4 layers exact, chosen": "the same, 4 of 30 layers exact, chosen",
-    "60 kept, 8 layers exact, chosen": "the same, 8 of 30 layers exact, chosen",
-    "window 252, 4 sinks": "window of 252, 4 sinks",
-    "window 64, 4 sinks, 188 kept": "window of 64, 4 sinks, 188 kept keys",
-    "188 kept, 4 layers exact, chosen": "the same, 4 of 30 layers exact, chosen",
-}
-
-
-def retrieval_short(backend):
-    """The same, of some arms and figures, for the README."""
-    arms = load(f"retrieval_{backend}")["arms"]
-    lines = []
-    for arm, name in SHORT.items():
-        row = arms[arm]
-        size = "" if row["bytes"] is None else f"{row['bytes'] / 1024:.0f}"
-        losses = [f"{row[x]['median']:.2f}" for x in ("text", "repeat of 16", "repeat of 64")]
-        lines.append([name, size, *losses, f"{row['digits right']['median']:.0%}"])
-    columns = ["attention", "KiB a linear layer", "text", "repeat of 16", "repeat of 64"]
-    return table([*columns, "digits right"], lines)
 
 
 OFFSETS = {

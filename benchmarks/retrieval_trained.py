@@ -8,7 +8,7 @@ seconds on two cores), and judged on the way as retrieval.py judges, on text tha
 trained on. Where "repeats" is said, every row of training has a stretch of the same text in it
 twice.
 Writes results/retrieval_trained_torch.json, for another `--length` than 512
-results/retrieval_trained_torch_LENGTH.json; arms that are there are not made again.
+results/retrieval_trained_torch_LENGTH.json, stage by stage; arms that are done are not made again.
 """
 
 import contextlib
@@ -105,13 +105,19 @@ def other_windows(model, rows, batch_size):
 
 
 class Notes:
-    """What a model is at each stage of an arm, and after how many seconds."""
+    """What a model is at each stage of an arm, and after how many seconds.
 
-    def __init__(self, name, texts, longer):
-        self.name, self.texts, self.longer, self.stages = name, texts, longer, {}
-        self.started = time.time()
+    Args:
+        name: of the arm.
+        texts, longer: what it is judged on, by draw.
+        save: function of the stages so far.
+    """
 
-    def __call__(self, model, stage, last=False):
+    def __init__(self, name, texts, longer, save):
+        self.name, self.texts, self.longer, self.save = name, texts, longer, save
+        self.stages, self.started = {}, time.time()
+
+    def __call__(self, model, stage, *, last=False):
         """Judges a model; the last of an arm by all draws, and in a longer context."""
         before = time.time()
         seconds = round(before - self.started)
@@ -128,6 +134,7 @@ class Notes:
         self.stages[stage] = {"seconds": seconds, "losses": losses}
         shown = {kind: round(x, 3) for kind, x in losses[0].items()}
         print(f"{self.name}: {stage} ({seconds} s) {json.dumps(shown)}", flush=True)
+        self.save(self.stages)
 
 
 def train(arm, tokens, args, note):
@@ -164,9 +171,7 @@ def train(arm, tokens, args, note):
         def on_train_batch_end(self, batch, logs=None):
             self.done += 1
             if self.done in (*LOOKS, args.steps):
-                note(
-                    model, f"distilled, {self.done} steps", DRAWS if self.done == args.steps else 1
-                )
+                note(model, f"distilled, {self.done} steps", last=self.done == args.steps)
 
     rows = rows_of(tokens, args.steps * args.batch_size, args.length, arm.repeats, seed=2)
     kd.distil(model, smollm2()[0], rows, steps=args.steps, callbacks=[Looks()], **settings)
@@ -208,14 +213,18 @@ def main():
     probe = json.loads((RESULTS / "retrieval_torch.json").read_text())["settings"]["probe"]
     every_arm = arms(chosen_layers(probe)[0])
     for name in args.arms or every_arm:
-        if name in found:
+        if name in found and found[name]["done"]:
             continue
-        note = Notes(name, texts, longer)
+
+        def save(stages, done=False, name=name):
+            found[name] = {"arm": every_arm[name]._asdict(), "done": done, "stages": stages}
+            if not args.quick:
+                payload = {**environment("keras-hub"), "settings": settings, "arms": found}
+                write("retrieval_trained", payload, variant)
+
+        note = Notes(name, texts, longer, save)
         train(every_arm[name], tokens, args, note)
-        found[name] = {"arm": every_arm[name]._asdict(), "stages": note.stages}
-        payload = {**environment("keras-hub"), "settings": settings, "arms": found}
-        if not args.quick:
-            write("retrieval_trained", payload, variant)
+        save(note.stages, done=True)
 
 
 if __name__ == "__main__":

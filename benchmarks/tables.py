@@ -23,6 +23,7 @@ import pathlib
 import re
 
 import compatibility_table
+import pretrained_tables as pretrained
 import quality_tables as quality
 import speed_tables as speed
 from common import BENCHMARKS, RESULTS
@@ -33,7 +34,7 @@ MARK = re.compile(r"<!-- (\w+)(?:: (.*))? -->")
 END = "<!-- end -->"
 TABLES = {
     "attention": speed.attention,
-    "cache-scores": quality.cache_scores,
+    "cache-scores": pretrained.cache_scores,
     "compatibility": compatibility_table.compatibility,
     "conversion-memory": quality.conversion_memory,
     "crossover": speed.crossover,
@@ -52,10 +53,16 @@ TABLES = {
     "model-sizes": speed.model_sizes,
     "offsets": quality.offsets,
     "positions": quality.positions,
+    "pretrained-costs": pretrained.costs,
+    "pretrained-generation": pretrained.generation,
+    "pretrained-linearized": pretrained.linearized,
+    "pretrained-written": pretrained.written,
     "quality": quality.quality,
     "remat": speed.remat,
-    "retrieval": quality.retrieval,
-    "retrieval-short": quality.retrieval_short,
+    "retrieval": pretrained.retrieval,
+    "retrieval-short": pretrained.retrieval_short,
+    "retrieval-trained": pretrained.retrieval_trained,
+    "retrieval-on-the-way": pretrained.retrieval_on_the_way,
     "sequence-parallel": quality.sequence_parallel,
     "shapes": speed.shapes,
     "speed": speed.speed,
