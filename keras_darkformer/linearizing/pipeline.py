@@ -251,7 +251,8 @@ class Pipeline:
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(count) for _ in range(-(-needed // count))]
         chosen = np.concatenate(orders)[:needed]
-        return {name: value[chosen] for name, value in self.training.items()}
+        rows = {name: value[chosen] for name, value in self.training.items()}
+        return self.kind.to_learn(rows, rng)
 
     def _forward_seconds(self) -> float:
         """The seconds of a forward pass, a token; the first pass may be compiled."""

@@ -54,7 +54,9 @@ def linearize(
 
     Stages: `choose_layers` where some are to stay exact, `convert_to_dark`, `calibrate`,
     `transfer_attention` and, for causal LMs, `distil`, from the model's own logits before it
-    learns: there is no second copy of its weights. Before and after each stage the model is judged
+    learns: there is no second copy of its weights. A segment of every row that a causal LM learns
+    from comes in it twice, so that there is something to look up. Before and after each stage the
+    model is judged
     on text held out from all of them; a stage that made it worse is undone, and each fit stops when
     nothing is gained any more. Every stage can be called by itself instead.
 

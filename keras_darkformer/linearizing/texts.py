@@ -10,7 +10,13 @@ from keras import ops
 from keras_darkformer.hub.conversion import BY_STOCK_CLASS
 from keras_darkformer.training.data import batches, is_text, look
 from keras_darkformer.training.distil import TeacherTargets, teacher_targets
-from keras_darkformer.training.held_out import full_rows, inputs_of, token_losses, with_repeats
+from keras_darkformer.training.held_out import (
+    full_rows,
+    inputs_of,
+    token_losses,
+    with_repeats,
+    with_segments_again,
+)
 from keras_darkformer.training.positions import Parts
 from keras_darkformer.types import Data, Model
 
@@ -46,6 +52,10 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def rows(self, model: Model, data: Data) -> Rows:
         """All of the data as arrays of one row each."""
+
+    def to_learn(self, rows: Rows, rng: np.random.Generator) -> Rows:
+        """Rows as a fit reads them."""
+        return rows
 
     @abc.abstractmethod
     def look(self, model: Model, held_out: Rows) -> None:
@@ -91,6 +101,10 @@ class Decoder(Kind):
         starts = np.tile(np.array(first, "int32"), (count, 1)).reshape(count, len(first))
         return inputs_of(np.concatenate([starts, rows], axis=1))
 
+    def to_learn(self, rows: Rows, rng: np.random.Generator) -> Rows:
+        """With something to look up in each: text alone asks for it too seldom."""
+        return inputs_of(with_segments_again(rows["token_ids"], rng))
+
     def look(self, model: Model, held_out: Rows) -> None:
         """Keeps texts, lookups made from them, and what the model predicts of both."""
         text = held_out["token_ids"][:JUDGED]
@@ -116,9 +130,15 @@ class Decoder(Kind):
         return found | {"divergence": float(np.sum(divergences))}
 
     def known(self, count: int) -> tuple[list[Rows], list[TeacherTargets]]:
-        """Some of the texts, one a batch, and what the source predicts of them."""
-        text, _ = self.judged["text"]
-        return [inputs_of(row[None]) for row in text[:count]], self.exact["text"][:count]
+        """Rows of texts and of lookups in turn, one a batch, and what the source predicts."""
+        found = [
+            (inputs_of(rows[i][None]), self.exact[name][i])
+            for i in range(count)
+            for name, (rows, _) in self.judged.items()
+            if i < len(rows)
+        ]
+        rows, targets = zip(*found[:count], strict=True)
+        return [*rows], [*targets]
 
     def cost(self, figures: Figures) -> float:
         """The divergence: a model may lose less than its source and have forgotten more."""

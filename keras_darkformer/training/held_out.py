@@ -52,6 +52,20 @@ def with_repeats(text: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     return rows
 
 
+def with_segments_again(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows in which a segment, of 4 tokens to a quarter of the row, comes again further on."""
+    rows = text.copy()
+    length = rows.shape[1]
+    for row in rows:
+        size = int(2 ** rng.uniform(2, np.log2(max(4, length // 4))))
+        if length <= 2 * size:
+            continue
+        start = rng.integers(1, length - 2 * size + 1)
+        again = rng.integers(start + size, length - size + 1)
+        row[again : again + size] = row[start : start + size]
+    return rows
+
+
 def token_loss(parts: Parts, token_ids: np.ndarray, first: int) -> float:
     """Mean loss of the tokens from number `first` on, in nats."""
     return token_losses(parts, token_ids, first)[0]

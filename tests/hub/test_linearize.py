@@ -114,6 +114,39 @@ def test_every_stage_is_told(undisturbed, seen):
 
 
 @only_torch
+@pytest.mark.parametrize("length", [4, 9, 14, 128])
+def test_decoders_learn_from_rows_with_something_to_look_up(length, rng):
+    rows = np.arange(6 * length, dtype="int32").reshape(6, length)  # no token twice
+    found = Decoder(length).to_learn({"token_ids": rows}, rng)
+    assert found["padding_mask"].all()
+    assert (rows == np.arange(6 * length).reshape(6, length)).all()
+    sizes = set()
+    for row, text in zip(found["token_ids"], rows, strict=True):
+        (changed,) = (row != text).nonzero()
+        size = len(changed)
+        sizes.add(size)
+        if size:
+            (start,) = (text == row[changed[0]]).nonzero()[0]
+            assert start + size <= changed[0]
+            assert (row[changed] == text[start : start + size]).all()
+            assert (changed == changed[0] + np.arange(size)).all()
+    assert sizes == {0} if length < 9 else 4 <= min(sizes) <= max(sizes) <= max(4, length // 4)
+    assert len(sizes) > 1 or length < 128
+
+
+@only_torch
+def test_distillation_is_validated_on_text_and_lookups():
+    source, kind = one_layer(), Decoder(14)
+    kind.look(source, {name: x[:5] for name, x in DATA.items()})
+    rows, targets = kind.known(3)
+    expected = [kind.judged["text"][0][0], kind.judged["lookups"][0][0], kind.judged["text"][0][1]]
+    assert [x["token_ids"][0].tolist() for x in rows] == [x.tolist() for x in expected]
+    for row, noted in zip(rows, targets, strict=True):
+        exact = log_softmax(to_numpy(forward(source)(row)).astype("float64")).max(axis=-1)
+        np.testing.assert_allclose(noted.log_probs.max(axis=-1), exact, rtol=1e-3, atol=1e-4)
+
+
+@only_torch
 def test_a_stage_that_makes_it_worse_is_undone(monkeypatch):
     def spoil(self):
         for variable in self.maps:
