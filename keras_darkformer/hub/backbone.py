@@ -138,10 +138,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
     def _darken(self, options: ConversionOptions) -> None:
         for index, of_layer in options.by_layer().items():
             block = self.transformer_layers[index]
-            attention = self.family.attention_of(block)
-            DarkHubAttention.take_over(attention, self.family, of_layer)
-            # Or a recurrent state would arrive in half precision.
-            become(block, dark_subclass(self.family.dark_block_cls, type(block)), autocast=False)
+            dark_subclass(self.family.dark_block_cls, type(block)).take_over(block, of_layer)
         self.options = options
 
     def dropped(self) -> list[dict[str, Any]]:

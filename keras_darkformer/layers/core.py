@@ -156,9 +156,8 @@ def exactly(layers: Iterable[FeatureAttention]) -> Iterator[None]:
 
 def build_at(layer: Layer, path: str) -> None:
     """Builds a layer under the names of a path, the last of which is its own."""
-    with contextlib.ExitStack() as stack:
-        for name in path.split("/")[:-1]:
-            stack.enter_context(keras.name_scope(name))
+    *above, parent, _ = path.split("/")
+    with keras.name_scope(parent, override_parent="/".join(above)):
         layer.build()
 
 

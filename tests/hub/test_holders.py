@@ -1,0 +1,217 @@
+"""Models of a user's own that hold what was converted, by its tensors too, stay dark."""
+
+import copy
+import json
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND, to_numpy
+from fresh_process import run_python
+
+from keras_darkformer import calibrate, convert_to_dark
+from keras_darkformer.hub.attention import DarkHubAttention
+from keras_darkformer.hub.families import FAMILIES
+
+from .models import (
+    attentions,
+    blocks,
+    dark,
+    gemma,
+    inputs,
+    outputs,
+    row,
+    task_of,
+    values,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Converting")
+
+# One of each kind, and all of them where nothing has to be compiled.
+KINDS = ("Gemma", "Llama", "Bert")
+ASKED = [family.name for family in FAMILIES] if BACKEND == "torch" else KINDS
+BATCH = inputs(14, 5, 9)
+ONE = {"num_features": 8, "layers": "all"}
+
+
+def on_top_of(tensors, inputs):
+    """A functional model that holds the layers behind tensors of a backbone, not the backbone."""
+    tensors = tensors["sequence_output"] if isinstance(tensors, dict) else tensors
+    return keras.Model(inputs, keras.layers.Dense(3, name="top")(tensors))
+
+
+def holder(model):
+    """Such a model over all of a task's backbone."""
+    return on_top_of(model.backbone.output, model.backbone.input)
+
+
+def dark_layers_of(model):
+    return [x for x in model._flatten_layers() if isinstance(x, DarkHubAttention)]
+
+
+def saved_and_loaded(model, folder):
+    path = folder / "model.keras"
+    model.save(path)
+    return keras.saving.load_model(path)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_model_over_tensors_of_a_backbone_is_saved_and_cloned_dark(name, tmp_path):
+    task = dark(task_of(name, 2), **ONE)
+    model, batch = holder(task), inputs(14, 5, 9, model=task.backbone)
+    expected = outputs(model, batch)
+    loaded = saved_and_loaded(model, tmp_path)
+    assert len(dark_layers_of(loaded)) == 2
+    np.testing.assert_array_equal(outputs(loaded, batch), expected)
+
+    clone = keras.models.clone_model(model)
+    assert len(dark_layers_of(clone)) == 2
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(outputs(clone, batch), expected)
+    if "Moe" not in name and name != "Mixtral":  # whose experts take their names from a counter
+        assert values(clone).keys() == values(loaded).keys() == values(model).keys()
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_block_and_its_attention_come_back_dark_from_their_configs(name, rng):
+    model = dark(task_of(name, 1), **ONE)
+    x = rng.standard_normal((2, 6, model.backbone.hidden_dim)).astype("float32")
+    (attention,) = attentions(model)
+    two = [x, x] if isinstance(attention, keras.layers.MultiHeadAttention) else [x]
+    for layer, call in ((*blocks(model), [x]), (attention, two)):
+        config = json.loads(json.dumps(layer.get_config()))
+        again = type(layer).from_config(config)
+        if not again.built:
+            again.build_from_config(layer.get_build_config())
+        assert json.loads(json.dumps(again.get_config())) == config
+        assert again.autocast is False
+        again.set_weights(layer.get_weights())
+        np.testing.assert_array_equal(to_numpy(again(*call)), to_numpy(layer(*call)))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_dark_layers_are_registered_by_family(family):
+    for role, stock in (("Block", family.block), ("Attention", family.attention)):
+        name = f"keras_darkformer>Dark{family.name}{role}"
+        cls = keras.saving.get_registered_object(name)
+        assert issubclass(cls, stock)
+        assert (cls.family, cls.stock_cls, cls.__name__) == (family, stock, stock.__name__)
+        assert keras.saving.get_registered_name(cls) == name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_mode": "exact"},
+        {"attention_mode": "exact", "rope_geometry": "before"},
+        {"sliding_window": 3, "num_sinks": 1, "cache_size": 2, "layers": [1]},
+        {"feature_map": "none", "sliding_window": 3},
+    ],
+    ids=str,
+)
+def test_every_option_comes_back(options, tmp_path):
+    model = holder(dark(gemma(), num_features=8, **options))
+    expected = outputs(model, BATCH)
+    for again in (saved_and_loaded(model, tmp_path), copy.deepcopy(model)):
+        found, source = ([x.options for x in dark_layers_of(y)] for y in (again, model))
+        assert found == source
+        assert found
+        np.testing.assert_array_equal(outputs(again, BATCH), expected)
+
+
+def test_a_map_that_calibration_put_in_comes_back(tmp_path):
+    task = convert_to_dark(gemma(1), num_features=8)
+    model = holder(task)
+    calibrate(task, BATCH, method="clusters", refine=False, verbose=False)
+    loaded = saved_and_loaded(model, tmp_path)
+    assert [x.feature_map.kind for x in dark_layers_of(loaded)] == ["exponential"]
+    np.testing.assert_array_equal(outputs(loaded, BATCH), outputs(model, BATCH))
+
+
+@pytest.mark.parametrize("name", ["Gemma", "GPT2", "Bert"])  # stock Llamas can't be cloned
+def test_a_backbone_is_cloned_as_the_stock_one_is(name):
+    stock = task_of(name, 1).backbone
+    batch = inputs(14, 5, 9, model=stock)
+    kind = type(keras.models.clone_model(stock))
+    backbone = dark(stock, **ONE)
+    clone = keras.models.clone_model(backbone)
+    assert type(clone) is kind
+    assert len(dark_layers_of(clone)) == 1
+    clone.set_weights(backbone.get_weights())
+    np.testing.assert_array_equal(outputs(clone, batch), outputs(backbone, batch))
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_mode": "exact"}], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stock_model_refuses_weights_of_a_dark_one(name, options, tmp_path):
+    path, stock = tmp_path / "dark.weights.h5", holder(task_of(name, 1))
+    model = holder(dark(task_of(name, 1), **ONE, **options))
+    model.save_weights(path)
+    with pytest.raises(ValueError, match="expected 0 variables, but received 1"):
+        stock.load_weights(path)
+    twin = holder(convert_to_dark(task_of(name, 1), **ONE, **options))
+    twin.load_weights(path)
+    batch = inputs(14, 5, 9, model=model)
+    np.testing.assert_array_equal(outputs(twin, batch), outputs(model, batch))
+
+
+def test_a_stock_model_refuses_weights_of_an_exact_memory_alone(tmp_path):
+    """Which has no weight that the stock model has not."""
+    model = holder(dark(gemma(1), feature_map="none", sliding_window=3))
+    model.save_weights(tmp_path / "dark.weights.h5")
+    stock = holder(gemma(1))
+    assert len(stock.weights) == len(model.weights)
+    with pytest.raises(ValueError, match="expected 0 variables, but received 1"):
+        stock.load_weights(tmp_path / "dark.weights.h5")
+
+
+def test_a_layer_that_can_not_say_what_it_was_made_with_is_not_saved():
+    model = convert_to_dark(row("Qwen3", num_layers=1), **ONE)
+    (block,) = blocks(model)
+    del block.head_dim
+    with pytest.raises(
+        ValueError, match=r"does not know the `head_dim` .* Save the KerasHub model"
+    ):
+        holder(model).get_config()
+
+
+SESSION = """
+    import json, sys
+    import keras, numpy as np
+
+    folder, *names = sys.argv[1:]
+    missing, found = {}, {}
+    for name in names:
+        try:
+            missing[name] = f"loaded {type(keras.saving.load_model(f'{folder}/{name}.keras'))}"
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}"
+    import keras_darkformer.hub
+
+    for name in names:
+        model = keras.saving.load_model(f"{folder}/{name}.keras")
+        batch = dict(np.load(f"{folder}/{name}.npz"))
+        found[name] = keras.ops.convert_to_numpy(model(batch)).tolist()
+    print(json.dumps([missing, found]))
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_loads_it_dark_or_says_which_class_is_missing(tmp_path):
+    tasks = {name: dark(task_of(name, 2), **ONE) for name in KINDS}
+    tasks["exact"] = dark(gemma(1), num_features=8, attention_mode="exact")
+    models = {name: holder(task) for name, task in tasks.items()}
+    backbone = tasks["Gemma"].backbone
+    models["between"] = on_top_of(backbone.transformer_layers[0].output, backbone.input)
+    models["task"] = keras.Model(tasks["Bert"].input, tasks["Bert"].output)
+    batches = {name: inputs(14, 5, 9, model=model) for name, model in models.items()}
+    for name, model in models.items():
+        model.save(tmp_path / f"{name}.keras")
+        np.savez(tmp_path / f"{name}.npz", **batches[name])
+    missing, found = json.loads(run_python(SESSION, tmp_path, *models).splitlines()[-1])
+    for name, model in models.items():
+        family = {"exact": "Gemma", "between": "Gemma", "task": "Bert"}.get(name, name)
+        assert "Could not locate class" in missing[name]
+        assert "'module': 'keras_darkformer.hub'" in missing[name]
+        assert f"keras_darkformer>Dark{family}" in missing[name]
+        np.testing.assert_allclose(found[name], outputs(model, batches[name]), rtol=1e-4, atol=1e-4)
