@@ -9,7 +9,12 @@ import pytest
 from backends import BACKEND, to_numpy
 from fresh_process import run_python
 
-from keras_darkformer import calibrate, convert_to_dark
+from keras_darkformer import (
+    RedrawProjections,
+    approximation_report,
+    calibrate,
+    convert_to_dark,
+)
 from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.families import FAMILIES
 
@@ -173,6 +178,84 @@ def test_a_layer_that_can_not_say_what_it_was_made_with_is_not_saved():
         ValueError, match=r"does not know the `head_dim` .* Save the KerasHub model"
     ):
         holder(model).get_config()
+
+
+class Towers(keras.Model):
+    """Two converted backbones of one kind, one where KerasHub's tasks have theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = convert_to_dark(gemma(2).backbone, num_features=8)
+        self.others = [convert_to_dark(gemma(1), num_features=8)]
+        self.top = keras.layers.Dense(3)
+
+    def call(self, batch):
+        batch = {"token_ids": batch["ids"], "padding_mask": batch["mask"]}
+        return self.top(self.backbone(batch)) + self.top(self.others[0].backbone(batch))
+
+
+def around(backbone):
+    """A functional model that holds a backbone whole."""
+    tensors = {name: keras.Input((None,), dtype="int32", name=name) for name in BATCH}
+    return keras.Model(tensors, keras.layers.Dense(3)(backbone(tensors)))
+
+
+HOLDERS = {
+    "over its tensors": lambda: (holder(convert_to_dark(gemma(), num_features=8)), BATCH),
+    "around it": lambda: (around(convert_to_dark(gemma(), num_features=8).backbone), BATCH),
+    "towers": lambda: (Towers(), {"ids": BATCH["token_ids"], "mask": BATCH["padding_mask"]}),
+}
+NAMES = ["decoder_block_0/attention", "decoder_block_1/attention"]
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("which", HOLDERS)
+def test_dark_layers_are_found_wherever_they_are_held(which):
+    model, batch = HOLDERS[which]()
+    names = NAMES + ([f"{NAMES[0]}#2"] if which == "towers" else [])
+    report = approximation_report(model, batch)
+    assert [layer["name"] for layer in report["layers"]] == names
+    before = values_of(model)
+    calibrate(model, batch, method="spectral", refine=False, verbose=False)
+    fitted = values_of(model)
+    assert len(fitted) == len(names)
+    assert all((x != y).any() for x, y in zip(before, fitted, strict=True))
+    model.compile("sgd", "mse", jit_compile=False)
+    redraw = RedrawProjections(every=1)
+    model.fit(batch, np.zeros((3, 14, 3)), verbose=0, callbacks=[redraw])
+    assert all((x != y).any() for x, y in zip(fitted, values_of(model), strict=True))
+
+
+def values_of(model):
+    """The projections of the dark layers, by which one sees that they were fitted or drawn."""
+    return [to_numpy(x.feature_map.projection.value) for x in dark_layers_of(model)]
+
+
+def test_layers_are_calibrated_as_in_the_backbone_itself():
+    """Layers come in the order they run: their draws hang on it."""
+    task = convert_to_dark(gemma(), num_features=8)
+    twin = convert_to_dark(gemma(), num_features=8)
+    calibrate(task, BATCH, refine=False, verbose=False)
+    calibrate(around(twin.backbone), BATCH, refine=False, verbose=False)
+    expected, found = values(task), values(twin)
+    for path in filter(lambda x: "/feature_map/" in x, expected):
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-5)
+
+
+def test_a_dark_layer_that_is_held_and_not_called_is_named():
+    class Part(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.backbone = convert_to_dark(gemma(), num_features=8).backbone
+
+        def call(self, token_ids):
+            return self.backbone.transformer_layers[0](self.backbone.token_embedding(token_ids))
+
+    model, token_ids = Part(), BATCH["token_ids"]
+    with pytest.raises(ValueError, match=rf"^{NAMES[1]} can't be calibrated\..* does not call it"):
+        calibrate(model, token_ids, verbose=False)
+    with pytest.raises(ValueError, match=f"saw no token of `data`: {NAMES[1]}. Pass the part"):
+        approximation_report(model, token_ids)
 
 
 SESSION = """
