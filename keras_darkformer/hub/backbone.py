@@ -15,12 +15,13 @@ from keras_darkformer.hub.record import Recorded, as_json
 from keras_darkformer.hub.transformers import TransformersExport, warn_of_misread
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
+from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Config, Layer, Model
 
 
-class PresetLoading(Mixin):
+class PresetLoading(CheckedWeights, Mixin):
     """`from_preset` of a dark class, for dark presets and for stock ones.
 
     Attributes:

@@ -5,6 +5,7 @@ from typing import Any
 
 from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.private import layer_config
+from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.types import Config, Layer
 
@@ -54,7 +55,7 @@ class DarkLayer(Mixin):
         return {**layer_config(self, self.stock_cls), "dark": options.get_config()}
 
 
-class DarkBlock(DarkLayer):
+class DarkBlock(CheckedWeights, DarkLayer):
     """Turns a KerasHub block dark: its attention, and the mask that it makes for it."""
 
     def get_attention(self) -> Any:

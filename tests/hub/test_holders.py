@@ -149,11 +149,12 @@ def test_a_backbone_is_cloned_as_the_stock_one_is(name):
 @pytest.mark.parametrize("options", [{}, {"attention_mode": "exact"}], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_stock_model_refuses_weights_of_a_dark_one(name, options, tmp_path):
-    path, stock = tmp_path / "dark.weights.h5", holder(task_of(name, 1))
-    model = holder(dark(task_of(name, 1), **ONE, **options))
-    model.save_weights(path)
-    with pytest.raises(ValueError, match="expected 0 variables, but received 1"):
-        stock.load_weights(path)
+    path, source = tmp_path / "dark.weights.h5", dark(task_of(name, 1), **ONE, **options)
+    for part in (lambda task: task.backbone, holder):
+        model, stock = part(source), part(task_of(name, 1))
+        model.save_weights(path)
+        with pytest.raises(ValueError, match="expected 0 variables, but received 1"):
+            stock.load_weights(path)
     twin = holder(convert_to_dark(task_of(name, 1), **ONE, **options))
     twin.load_weights(path)
     batch = inputs(14, 5, 9, model=model)
@@ -168,6 +169,34 @@ def test_a_stock_model_refuses_weights_of_an_exact_memory_alone(tmp_path):
     assert len(stock.weights) == len(model.weights)
     with pytest.raises(ValueError, match="expected 0 variables, but received 1"):
         stock.load_weights(tmp_path / "dark.weights.h5")
+
+
+def test_weights_say_what_differs_before_any_is_set(tmp_path):
+    task, fitted = (convert_to_dark(gemma(1), num_features=8) for _ in range(2))
+    calibrate(fitted, BATCH, method="clusters", refine=False, verbose=False)
+    before = task.get_weights()
+    for part in (
+        lambda x: x,
+        lambda x: x.backbone,
+        lambda x: blocks(x)[0],
+        lambda x: attentions(x)[0],
+    ):
+        with pytest.raises(ValueError, match=r"with `feature_map='dark'`, and received .*clusters"):
+            part(task).set_weights([0.0 * x for x in part(fitted).get_weights()])
+    for x, y in zip(task.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(x, y)
+    path = tmp_path / "model.weights.h5"
+    holder(fitted).save_weights(path)
+    differs = r"(?s)has the weights .*the file has .*'key_bias'.*`feature_map` among them"
+    with pytest.raises(ValueError, match=differs):
+        holder(task).load_weights(path)
+    missing = r"no weights for 'feature_map', of `feature_map='dark'`.*`feature_map` among them"
+    fitted.save_weights(path)
+    with pytest.raises(ValueError, match=missing):
+        task.load_weights(path)
+    holder(gemma(1)).save_weights(path)
+    with pytest.raises(ValueError, match=rf"{missing}.*Weights of a softmax model are loaded into"):
+        holder(task).load_weights(path)
 
 
 def test_a_layer_that_can_not_say_what_it_was_made_with_is_not_saved():
