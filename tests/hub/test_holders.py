@@ -36,6 +36,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 KINDS = ("Gemma", "Llama", "Bert")
 ASKED = [family.name for family in FAMILIES] if BACKEND == "torch" else KINDS
 BATCH = inputs(14, 5, 9)
+OPTIONS = [
+    {"attention_mode": "exact"},
+    {"attention_mode": "exact", "rope_geometry": "before"},
+    {"sliding_window": 3, "num_sinks": 1, "cache_size": 2, "layers": [1]},
+    {"feature_map": "none", "sliding_window": 3},
+]
 ONE = {"num_features": 8, "layers": "all"}
 
 
@@ -104,16 +110,7 @@ def test_dark_layers_are_registered_by_family(family):
         assert keras.saving.get_registered_name(cls) == name
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"attention_mode": "exact"},
-        {"attention_mode": "exact", "rope_geometry": "before"},
-        {"sliding_window": 3, "num_sinks": 1, "cache_size": 2, "layers": [1]},
-        {"feature_map": "none", "sliding_window": 3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS if BACKEND == "torch" else OPTIONS[:1], ids=str)
 def test_every_option_comes_back(options, tmp_path):
     model = holder(dark(gemma(), num_features=8, **options))
     expected = outputs(model, BATCH)
@@ -237,7 +234,6 @@ HOLDERS = {
 NAMES = ["decoder_block_0/attention", "decoder_block_1/attention"]
 
 
-@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("which", HOLDERS)
 def test_dark_layers_are_found_wherever_they_are_held(which):
     model, batch = HOLDERS[which]()
@@ -249,9 +245,9 @@ def test_dark_layers_are_found_wherever_they_are_held(which):
     fitted = values_of(model)
     assert len(fitted) == len(names)
     assert all((x != y).any() for x, y in zip(before, fitted, strict=True))
-    model.compile("sgd", "mse", jit_compile=False)
     redraw = RedrawProjections(every=1)
-    model.fit(batch, np.zeros((3, 14, 3)), verbose=0, callbacks=[redraw])
+    redraw.set_model(model)
+    redraw.on_train_batch_end(0)
     assert all((x != y).any() for x, y in zip(fitted, values_of(model), strict=True))
 
 
