@@ -48,7 +48,10 @@ def fit_features(
     """
     check_calibration(calibration, features)
     if not statistics.moments.count.all():
-        raise ValueError("Every query or every key was masked: there is nothing to fit.")
+        raise ValueError(
+            "Every query or every key was masked: there is nothing to fit. (Or the model holds "
+            "this layer and does not call it.)"
+        )
     if calibration.method == "auto":
         method = _best_method(statistics, features, calibration, head_fitter)
         calibration = calibration.of_method(method)

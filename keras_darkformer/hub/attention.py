@@ -8,16 +8,20 @@ import dataclasses
 import enum
 from typing import Any
 
+import numpy as np
 from keras import ops, tree
 
-from keras_darkformer.hub.become import Mixin, become, dark_subclass
-from keras_darkformer.hub.family import Family
+from keras_darkformer.hub.become import become, dark_subclass, give
+from keras_darkformer.hub.dark_layer import DarkLayer
 from keras_darkformer.hub.private import part, refuse_vllm
 from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
 from keras_darkformer.layers.heads import Heads
 from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.types import Layer, Tensor
+
+# The name of the mark in a file of weights.
+MARK = "dark_attention"
 
 
 class Code(enum.IntEnum):
@@ -33,42 +37,45 @@ class Code(enum.IntEnum):
     WRITE = 2
 
 
-class DarkHubAttention(FeatureAttention, Mixin):
+class DarkHubAttention(FeatureAttention, DarkLayer):
     """Turns a KerasHub attention layer, its base class in Python, dark.
 
     An instance is a stock attention layer that has become dark: same projections, norms and rotary
     embedding, same variable paths, and one new sublayer, `feature_map`. In linear mode its `cache`
     is a recurrent state; in exact mode it is the stock layer with M applied after the rotation.
 
-    Attributes:
-        family: the `Family` this layer is of.
     """
 
-    family: Family
     # What the stock layer drops in training: single "weights", parts of the "output", or nothing.
     drops: str | None = "weights"
 
-    @classmethod
-    def take_over(cls, attention: Layer, family: Family, options: AttentionOptions) -> None:
-        """Makes a built stock layer dark, in place: no weight is copied or moved."""
-        path = attention.path
-        num_query_heads, num_heads, head_dim = family.head_sizes(attention)
-        dark_cls = dark_subclass(family.dark_attention_cls, type(attention))
-        feature_map = cls.make_feature_map(num_heads, head_dim, num_query_heads, options)
-        become(
-            attention,
-            dark_cls,
-            autocast=False,  # as in `DarkAttention`: a state must arrive in float32
-            options=options,
-            feature_map=feature_map,
-            # A bounded logit is no kernel of this kind. The block keeps the value.
-            logit_soft_cap=None,
-        )
-        build_at(feature_map, f"{path}/feature_map")
-        if family.rotary is not None:
-            rotary = getattr(attention, family.rotary)
-            rotary_cls = dark_subclass(family.dark_rotary_cls, type(rotary))
-            become(rotary, rotary_cls, before_exact=attention.before_exact)
+    def get_attention(self) -> "DarkHubAttention":
+        """This layer."""
+        return self
+
+    def darken(self, options: AttentionOptions) -> None:
+        """Puts the feature map in, and the geometry before the rotation in exact mode."""
+        num_query_heads, num_heads, head_dim = self.family.head_sizes(self)
+        feature_map = self.make_feature_map(num_heads, head_dim, num_query_heads, options)
+        # A bounded logit is no kernel of this kind. The block keeps the value.
+        give(self, options=options, feature_map=feature_map, logit_soft_cap=None)
+        build_at(feature_map, f"{self.path}/feature_map")
+        if self.family.rotary is not None:
+            rotary = getattr(self, self.family.rotary)
+            rotary_cls = dark_subclass(self.family.dark_rotary_cls, type(rotary))
+            become(rotary, rotary_cls, before_exact=self.before_exact)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Marks the weights as those of dark attention, which a stock layer then refuses to load.
+
+        Without a mark it would: it finds all of its own among them.
+        """
+        super().save_own_variables(store)
+        store[MARK] = np.ones((), "int8")
+
+    def load_own_variables(self, store: Any) -> None:
+        """As the stock layer, past the mark."""
+        super().load_own_variables({name: store[name] for name in store.keys() - {MARK}})
 
     def before_exact(self, x: Tensor) -> Tensor:
         """What the rotary embedding rotates of queries or keys that the stock layer hands it."""

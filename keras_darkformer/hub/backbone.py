@@ -15,12 +15,13 @@ from keras_darkformer.hub.record import Recorded, as_json
 from keras_darkformer.hub.transformers import TransformersExport, warn_of_misread
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
+from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Config, Layer, Model
 
 
-class PresetLoading(Mixin):
+class PresetLoading(CheckedWeights, Mixin):
     """`from_preset` of a dark class, for dark presets and for stock ones.
 
     Attributes:
@@ -138,10 +139,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
     def _darken(self, options: ConversionOptions) -> None:
         for index, of_layer in options.by_layer().items():
             block = self.transformer_layers[index]
-            attention = self.family.attention_of(block)
-            DarkHubAttention.take_over(attention, self.family, of_layer)
-            # Or a recurrent state would arrive in half precision.
-            become(block, dark_subclass(self.family.dark_block_cls, type(block)), autocast=False)
+            dark_subclass(self.family.dark_block_cls, type(block)).take_over(block, of_layer)
         self.options = options
 
     def dropped(self) -> list[dict[str, Any]]:

@@ -22,19 +22,24 @@ def become(stock: Any, dark_cls: type, **attributes: Any) -> Any:
         attributes: what to set on it besides, sublayers too.
     """
     stock.__class__ = dark_cls
-    stock._tracker.unlock()
+    return give(stock, **attributes)
+
+
+def give(layer: Any, **attributes: Any) -> Any:
+    """Sets attributes, sublayers too, on a layer that Keras has locked, and returns it."""
+    layer._tracker.unlock()
     try:
         for name, value in attributes.items():
-            setattr(stock, name, value)
+            setattr(layer, name, value)
     finally:
-        stock._lock_state()
-    return stock
+        layer._lock_state()
+    return layer
 
 
-_MADE: dict[tuple[Callable[[Any], type], Any], type] = {}
+_MADE: dict[tuple[Callable[[Any], Any], Any], Any] = {}
 
 
-def dark_subclass(make: Callable[[Any], type], stock_cls: Any) -> type:
+def dark_subclass(make: Callable[[Any], Any], stock_cls: Any) -> Any:
     """The subclass of a stock class that `make` gives, made once.
 
     It has the stock class's name: a file of weights is read by the names of classes.

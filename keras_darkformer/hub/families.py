@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 from keras.layers import MultiHeadAttention
 from keras_hub import models
-from keras_hub.layers import CachedMultiHeadAttention
+from keras_hub.layers import CachedMultiHeadAttention, TransformerDecoder, TransformerEncoder
 
 from keras_darkformer.hub import attention as dark
 from keras_darkformer.hub import private
@@ -83,6 +83,7 @@ _DECODER: dict[str, Any] = private.DECODER_BLOCK | {
     "dark_attention": dark.MultiHeadAttention,
 }
 _ENCODER: dict[str, Any] = private.ENCODER_BLOCK | {
+    "block": TransformerEncoder,
     "attention": MultiHeadAttention,
     "dark_attention": dark.MultiHeadAttention,
     "causal": False,
@@ -90,11 +91,14 @@ _ENCODER: dict[str, Any] = private.ENCODER_BLOCK | {
 _QWEN3: dict[str, Any] = _LLAMA | {"norms": private.QWEN3_NORMS, "window": _window_by_size}
 
 
-def _causal_lm(name: str, attention: type, layout: Mapping[str, Any], **others: Any) -> Family:
+def _causal_lm(
+    name: str, block: type, attention: type, layout: Mapping[str, Any], **others: Any
+) -> Family:
     """A family whose classes are called as KerasHub calls them."""
     return Family(
         name=name,
         backbone=getattr(models, f"{name}Backbone"),
+        block=block,
         attention=attention,
         tasks={"CausalLM": getattr(models, f"{name}CausalLM")},
         **{**layout, **others},
@@ -114,6 +118,7 @@ def _encoder(name: str) -> Family:
 FAMILIES = (
     _causal_lm(
         "Gemma",
+        private.GemmaDecoderBlock,
         private.CachedGemmaAttention,
         _GEMMA,
         dark_attention=dark.DarkHubAttention,
@@ -122,6 +127,7 @@ FAMILIES = (
     ),
     _causal_lm(
         "Gemma3",
+        private.Gemma3DecoderBlock,
         private.CachedGemma3Attention,
         _GEMMA,
         dark_attention=dark.DarkHubAttention,
@@ -130,22 +136,55 @@ FAMILIES = (
         refuse=_refuse_gemma3,
         refuse_export=_refuse_export_with_lora,
     ),
-    _causal_lm("Llama", private.LlamaAttention, _LLAMA),
-    _causal_lm("Llama3", private.LlamaAttention, _LLAMA),
-    _causal_lm("Mistral", private.CachedMistralAttention, _LLAMA, window=_window_of_mistral),
-    _causal_lm("Mixtral", private.CachedMixtralAttention, _LLAMA, window=_window_of_mistral),
-    _causal_lm("Qwen", private.QwenAttention, _LLAMA, window=_window_by_switch),
-    _causal_lm("QwenMoe", private.QwenMoeAttention, _LLAMA, window=_window_by_switch, mask_axis=-1),
-    _causal_lm("Qwen3", private.Qwen3Attention, _QWEN3),
-    _causal_lm("Qwen3Moe", private.Qwen3MoeAttention, _QWEN3, mask_axis=-1),
+    _causal_lm("Llama", private.LlamaTransformerDecoder, private.LlamaAttention, _LLAMA),
+    _causal_lm("Llama3", private.LlamaTransformerDecoder, private.LlamaAttention, _LLAMA),
+    _causal_lm(
+        "Mistral",
+        private.MistralTransformerDecoder,
+        private.CachedMistralAttention,
+        _LLAMA,
+        window=_window_of_mistral,
+    ),
+    _causal_lm(
+        "Mixtral",
+        private.MixtralTransformerDecoder,
+        private.CachedMixtralAttention,
+        _LLAMA,
+        window=_window_of_mistral,
+    ),
+    _causal_lm(
+        "Qwen",
+        private.QwenTransformerDecoder,
+        private.QwenAttention,
+        _LLAMA,
+        window=_window_by_switch,
+    ),
+    _causal_lm(
+        "QwenMoe",
+        private.QwenMoeTransformerDecoder,
+        private.QwenMoeAttention,
+        _LLAMA,
+        window=_window_by_switch,
+        mask_axis=-1,
+    ),
+    _causal_lm("Qwen3", private.Qwen3TransformerDecoder, private.Qwen3Attention, _QWEN3),
+    _causal_lm(
+        "Qwen3Moe",
+        private.Qwen3MoeTransformerDecoder,
+        private.Qwen3MoeAttention,
+        _QWEN3,
+        mask_axis=-1,
+    ),
     _causal_lm(
         "Phi3",
+        private.Phi3Decoder,
         private.Phi3Attention,
         private.PHI3_BLOCK,
         dark_attention=dark.LlamaAttention,
     ),
     _causal_lm(
         "SmolLM3",
+        private.SmolLM3DecoderLayer,
         private.SmolLM3Attention,
         private.SMOLLM3_BLOCK,
         dark_attention=dark.SmolLM3Attention,
@@ -154,12 +193,17 @@ FAMILIES = (
         head_sizes=private.sizes_of_smollm3,
         output_norm="norm",
     ),
-    _causal_lm("GPT2", CachedMultiHeadAttention, _DECODER, embed=_gpt2_embedding),
-    _causal_lm("OPT", CachedMultiHeadAttention, _DECODER, embed=_opt_embedding),
+    _causal_lm(
+        "GPT2", TransformerDecoder, CachedMultiHeadAttention, _DECODER, embed=_gpt2_embedding
+    ),
+    _causal_lm("OPT", TransformerDecoder, CachedMultiHeadAttention, _DECODER, embed=_opt_embedding),
     _encoder("Bert"),
     _encoder("Roberta"),
     _encoder("DistilBert"),
 )
+
+for _family in FAMILIES:
+    _family.register_layers()
 
 # Why others can't be converted, by how the names of their classes begin.
 INEXPRESSIBLE = {

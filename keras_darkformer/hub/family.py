@@ -5,8 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import keras
 from keras import ops
 
+from keras_darkformer.hub.become import dark_subclass
+from keras_darkformer.hub.dark_layer import DarkBlock, dark_layer_cls
 from keras_darkformer.hub.private import part
 from keras_darkformer.types import Layer, Model, Tensor
 
@@ -37,7 +40,8 @@ class Family:
     Attributes:
         name: as in the names of the family's classes.
         backbone: the stock backbone.
-        attention: the stock attention layer of its blocks.
+        block: the stock block, and
+        attention: the stock attention layer of its blocks, by which saved ones are found.
         dark_attention: a subclass of `hub.attention.DarkHubAttention`, which is called as the
             blocks do.
         tasks: stock task classes, by what follows the name in theirs.
@@ -70,6 +74,7 @@ class Family:
 
     name: str
     backbone: type
+    block: type
     attention: type
     dark_attention: type
     slot: str
@@ -96,22 +101,32 @@ class Family:
         """A block's attention layer."""
         return getattr(block, self.slot)
 
-    def dark_attention_cls(self, stock_cls: type) -> type:
-        """What an attention layer becomes."""
-        return type(stock_cls.__name__, (self.dark_attention, stock_cls), {"family": self})
+    def register_layers(self) -> None:
+        """Has Keras find the dark layers when it loads a model that holds them."""
+        makers = {"Block": self.dark_block_cls, "Attention": self.dark_attention_cls}
+        stock = {"Block": self.block, "Attention": self.attention}
+        for role, make in makers.items():
+            register = keras.saving.register_keras_serializable(
+                "keras_darkformer", f"Dark{self.name}{role}"
+            )
+            register(dark_subclass(make, stock[role]))
 
-    def dark_block_cls(self, stock_cls: type) -> type:
+    def dark_attention_cls(self, stock_cls: type) -> Any:
+        """What an attention layer becomes."""
+        return dark_layer_cls(self.dark_attention, stock_cls, family=self)
+
+    def dark_block_cls(self, stock_cls: type) -> Any:
         """What a block becomes: one that hands the padding mask to attention as it is.
 
         The stock block first makes a (b, t, t) mask of it.
         """
         if self.mask_method is None:
-            return type(stock_cls.__name__, (stock_cls,), {})
+            return dark_layer_cls(DarkBlock, stock_cls, family=self)
         stock = getattr(stock_cls, self.mask_method)
         place = list(inspect.signature(stock).parameters).index(self.padding_argument) - 1
 
         def compute_mask(block: Layer, *args: Any, **kwargs: Any) -> Tensor:
-            if not self.attention_of(block).is_linear:
+            if not block.get_attention().is_linear:
                 return stock(block, *args, **kwargs)
             named = self.padding_argument in kwargs
             mask = kwargs[self.padding_argument] if named else args[place]
@@ -119,7 +134,8 @@ class Family:
                 return mask
             return ops.expand_dims(mask, axis=self.mask_axis)
 
-        return type(stock_cls.__name__, (stock_cls,), {self.mask_method: compute_mask})
+        attributes: dict[str, Any] = {"family": self, self.mask_method: compute_mask}
+        return dark_layer_cls(DarkBlock, stock_cls, **attributes)
 
     def dark_rotary_cls(self, stock_cls: Any) -> type:
         """What a rotary embedding becomes: in exact mode it applies a geometry that sits before.

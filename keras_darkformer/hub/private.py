@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 from typing import Any
 
+import keras
 import keras_hub
 from keras import ops
 
@@ -59,13 +60,24 @@ __all__ = [
     "CachedGemmaAttention",
     "CachedMistralAttention",
     "CachedMixtralAttention",
+    "Gemma3DecoderBlock",
+    "GemmaDecoderBlock",
     "LlamaAttention",
+    "LlamaTransformerDecoder",
+    "MistralTransformerDecoder",
+    "MixtralTransformerDecoder",
     "Phi3Attention",
+    "Phi3Decoder",
     "Qwen3Attention",
     "Qwen3MoeAttention",
+    "Qwen3MoeTransformerDecoder",
+    "Qwen3TransformerDecoder",
     "QwenAttention",
     "QwenMoeAttention",
+    "QwenMoeTransformerDecoder",
+    "QwenTransformerDecoder",
     "SmolLM3Attention",
+    "SmolLM3DecoderLayer",
     "any_equal",
     "get_preset_loader",
 ]
@@ -137,6 +149,40 @@ def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[s
         name: getattr(backbone, name)
         for name in inspect.signature(stock_cls).parameters
         if name not in config and isinstance(getattr(backbone, name, None), bool)
+    }
+
+
+def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
+    """The config of a stock block or attention layer, with what KerasHub's own leaves out.
+
+    Raises:
+        ValueError: if the layer does not know what it was made with.
+    """
+    # Llama's ask for an attribute that they do not have.
+    broken = stock_cls in (LlamaTransformerDecoder, LlamaAttention)
+    config = keras.layers.Layer.get_config(layer) if broken else stock_cls.get_config(layer)
+    kept = _kept_by_smollm3(layer) if stock_cls is SmolLM3DecoderLayer else {}
+    for name, argument in inspect.signature(stock_cls.__init__).parameters.items():
+        if name in config or name == "self" or argument.kind is argument.VAR_KEYWORD:
+            continue
+        try:
+            value = kept[name] if name in kept else part(layer, name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{layer.name!r} can't be saved by itself: {stock_cls.__name__} does not know the "
+                f"`{name}` it was made with. Save the KerasHub model that holds it."
+            ) from error
+        config[name] = keras.saving.serialize_keras_object(value)
+    return config
+
+
+def _kept_by_smollm3(block: Layer) -> dict[str, Any]:
+    """Arguments of a block of SmolLM 3 that only the layers in it know."""
+    attention = inspect.signature(SmolLM3Attention.__init__).parameters
+    return {
+        **{name: getattr(block.self_attn, name, None) for name in attention},
+        **{name: getattr(block.mlp, name) for name in ("intermediate_size", "mlp_bias")},
+        "layer_norm_epsilon": block.input_layernorm.epsilon,
     }
 
 

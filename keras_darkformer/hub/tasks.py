@@ -1,14 +1,16 @@
 """The dark classes of a family: its backbone and its tasks."""
 
+import inspect
 from typing import Any
 
 import keras
 
-from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.hub.backbone import DarkBackbone, option_names
 from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkTask
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.presets import Carded
 from keras_darkformer.hub.sharding import ShardedBackbone
+from keras_darkformer.options import ConversionOptions
 
 BACKBONE_DOC = """`keras_hub.models.{stock}` whose layers attend in linear time.
 
@@ -43,6 +45,7 @@ def dark_classes(family: Family) -> dict[type, Any]:
         family.backbone,
         BACKBONE_DOC,
         family=family,
+        __init__=_constructor(family.backbone),
     )
     classes = {family.backbone: backbone}
     for kind, stock in family.tasks.items():
@@ -51,6 +54,25 @@ def dark_classes(family: Family) -> dict[type, Any]:
         name = f"Dark{family.name}{kind}"
         classes[stock] = _dark_class(name, base, stock, doc, backbone_cls=backbone)
     return classes
+
+
+def _constructor(stock: Any) -> Any:
+    """A dark backbone's constructor, whose signature shows the stock one's arguments and ours.
+
+    Keras takes a class whose constructor takes anything for a functional model's, and clones it so.
+    """
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        DarkBackbone.__init__(self, *args, **kwargs)
+
+    *own, rest = inspect.signature(stock.__init__).parameters.values()
+    defaults = {name: getattr(ConversionOptions, of) for name, of in option_names(stock).items()}
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in (defaults | {"linearization": None}).items()
+    ]
+    construct.__signature__ = inspect.Signature([*own, *more, rest])  # type: ignore[attr-defined]
+    return construct
 
 
 def _dark_class(name: str, base: type, stock: type, doc: str, **attributes: Any) -> type:

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_darkformer.layers.feature_maps import BY_KIND, FeatureMap
+from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.layers.heads import Heads
 from keras_darkformer.ops import exact_dark_attention
 from keras_darkformer.ops.state import AttentionState
@@ -21,7 +22,7 @@ from keras_darkformer.types import Layer, Tensor
 Observer = Callable[["FeatureAttention", Heads], Tensor]
 
 
-class FeatureAttention:
+class FeatureAttention(CheckedWeights):
     """What attention layers with a feature map have in common. Mixed into a Keras layer.
 
     Attributes:
@@ -35,7 +36,6 @@ class FeatureAttention:
     feature_map: FeatureMap
     observer: Observer | None = None
     position_offset: Tensor = None
-    name: str
     path: str
 
     @property
@@ -156,9 +156,8 @@ def exactly(layers: Iterable[FeatureAttention]) -> Iterator[None]:
 
 def build_at(layer: Layer, path: str) -> None:
     """Builds a layer under the names of a path, the last of which is its own."""
-    with contextlib.ExitStack() as stack:
-        for name in path.split("/")[:-1]:
-            stack.enter_context(keras.name_scope(name))
+    *above, parent, _ = path.split("/")
+    with keras.name_scope(parent, override_parent="/".join(above)):
         layer.build()
 
 

@@ -7,12 +7,13 @@ from keras import ops
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.layers.dark_attention import DarkAttention
+from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.options import AttentionOptions, shows_options
 from keras_darkformer.types import Config, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
-class DarkTransformerBlock(keras.layers.Layer):
+class DarkTransformerBlock(CheckedWeights, keras.layers.Layer):
     """Transformer decoder or encoder block with attention linear in the length.
 
     Arguments in the manner of `keras_hub.layers.TransformerDecoder` and `TransformerEncoder`:

@@ -58,7 +58,8 @@ def calibrate(
     weights.
 
     Args:
-        model: made by `convert_to_dark`, or any Keras model with `DarkAttention` layers. If it is
+        model: made by `convert_to_dark`, or any Keras model that holds such a model, layers of it
+            or `DarkAttention`, however deep. If it is
             compiled and a feature map becomes one of another class, it is compiled again with the
             same arguments and a fresh optimizer, and a message says so. A model around it has to be
             compiled again, too.
@@ -193,7 +194,7 @@ def _look(
 
     with observed(layers.values(), observer, offset):
         look(model, inputs)
-    return max(lengths)
+    return max(lengths, default=0)
 
 
 def _probe_layouts(

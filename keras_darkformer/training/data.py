@@ -11,23 +11,44 @@ from keras_darkformer.ops.backend import no_gradients
 from keras_darkformer.types import Data, Model, Tensor
 
 
+def without_head(model: Model) -> Model:
+    """The backbone of a KerasHub task; any other model whole, which may call its parts as it likes.
+
+    A task's head may have inputs of its own, as a masked LM's positions.
+    """
+    is_task = hasattr(model, "backbone") and hasattr(model, "preprocessor")
+    return model.backbone if is_task else model
+
+
 def dark_layers(model: Model) -> dict[str, FeatureAttention]:
-    """The dark attention layers of a model in the order they run, by their names.
+    """The dark attention layers anywhere in a model in the order they run, by their names.
 
     Raises:
         ValueError: if there are none.
     """
-    backbone: Model = getattr(model, "backbone", model)
-    if hasattr(backbone, "dark_layers"):
-        return {f"layer_{index}": layer for index, layer in backbone.dark_layers.items()}
-    found = [layer for layer in model._flatten_layers() if isinstance(layer, FeatureAttention)]
+    found = [layer for layer in _every_layer(model) if isinstance(layer, FeatureAttention)]
     if not found:
         raise ValueError(
             "`model` must have dark attention layers: a model made by `convert_to_dark`, or one "
             f"with `DarkAttention` in it. Received: {type(model).__name__}, which has none."
         )
-    names = [layer.path or layer.name for layer in found]
-    return dict(zip(names, found, strict=True))
+    of_backbone = getattr(without_head(model), "dark_layers", {})
+    names = {id(layer): f"layer_{index}" for index, layer in of_backbone.items()}
+    named: dict[str, FeatureAttention] = {}
+    for layer in found:
+        name = names.get(id(layer), layer.path or layer.name)
+        # Converted models of one kind have layers of the same paths.
+        same = sum(x == name or x.startswith(f"{name}#") for x in named)
+        named[f"{name}#{same + 1}" if same else name] = layer
+    return named
+
+
+def _every_layer(model: Model) -> list[Any]:
+    """All layers in a model, those in layers too, in the order in which they are held."""
+    found = {id(model): model}
+    for layer in model._layers:
+        found |= {id(x): x for x in _every_layer(layer) if id(x) not in found}
+    return list(found.values())
 
 
 def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, FeatureAttention]:
@@ -47,10 +68,10 @@ def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, Featu
 
 def run(model: Model, inputs: Data) -> Any:
     """Runs the layers of a model, of a KerasHub task without its head."""
-    backbone: Model = getattr(model, "backbone", model)
-    if backbone is not model:  # a head may have inputs of its own, as a masked LM's positions
-        inputs = {name: inputs[name] for name in backbone.input}
-    return backbone(inputs, training=False)
+    body = without_head(model)
+    if body is not model:
+        inputs = {name: inputs[name] for name in body.input}
+    return body(inputs, training=False)
 
 
 def look(model: Model, inputs: Data) -> Any:

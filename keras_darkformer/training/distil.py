@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_darkformer.checks import one_of, positive_integer
-from keras_darkformer.training.data import Kept, batches, dark_layers
+from keras_darkformer.training.data import Kept, batches, dark_layers, without_head
 from keras_darkformer.training.distillation import Distillation, Teacher
 from keras_darkformer.training.distillation_loss import DistillationLoss
 from keras_darkformer.training.loop import fit_steps
@@ -256,8 +256,7 @@ def _predictions(inputs: Any) -> tuple[tuple[int, ...], np.ndarray | None]:
 def _chosen(model: Model, layers: dict[str, Layer], train: str) -> list[Any]:
     """The variables that are to be trained."""
     chosen = [v for layer in layers.values() for v in layer.feature_map.trainable_variables]
-    backbone: Model = getattr(model, "backbone", model)
-    every_layer = backbone._flatten_layers()
+    every_layer = without_head(model)._flatten_layers()
     if train == "qkv":
         chosen += [
             v for x in layers.values() for dense in x.dense_layers() for v in dense.variables

@@ -157,7 +157,7 @@ def approximation_report(
     plain averaging. Quadratic in the length.
 
     Args:
-        model: made by `convert_to_dark`, or with `DarkAttention` layers.
+        model: made by `convert_to_dark`, or any that holds such a model or `DarkAttention`.
         data: as for `calibrate`; text the features were not fitted to.
         batch_size: int. For data without batches.
         max_batches: int. Batches looked at.
@@ -168,7 +168,8 @@ def approximation_report(
         An `ApproximationReport`: print it, read it as a dict or `plot` it.
 
     Raises:
-        ValueError: if the model has no dark layers or `data` no batches.
+        ValueError: if the model has no dark layers, some that it does not call, or `data` no
+            batches.
 
     Example:
 
@@ -189,6 +190,11 @@ def approximation_report(
             break
         with observed(layers.values(), observer, next(offsets)):
             look(model, inputs)
+    if idle := [name for name, layer in layers.items() if not judges[id(layer)].tokens]:
+        raise ValueError(
+            f"`model` holds dark layers that saw no token of `data`: {', '.join(idle)}. Pass the "
+            "part of it that calls all of its dark layers."
+        )
     found = [judges[id(layer)].result(name) for name, layer in layers.items()]
     return ApproximationReport(layers=found, tokens=next(iter(judges.values())).tokens)
 

@@ -169,6 +169,40 @@ def test_weights_and_config_of_a_calibrated_model_restore_it(tmp_path):
     assert_close(twin(X), expected, 1e-6)
 
 
+def test_weights_of_a_calibrated_layer_are_refused_by_one_that_is_not_and_it_is_said_how(tmp_path):
+    source, model = calibrate(model_of(), X, method="clusters", verbose=False), model_of()
+    path = tmp_path / "calibrated.weights.h5"
+    source.save_weights(path)
+    how = r"`method=\"clusters\"` does\. .* `feature_map` among them, or load a file"
+    differs = (
+        r"'feature_map', of `feature_map='dark'`, has .*'geometry': .*; the file has .*'key_bias'"
+    )
+    with pytest.raises(ValueError, match=f"(?s){differs}.*{how}"):
+        model.load_weights(path)
+    for name in ("attention", "block"):
+        layer, other = model.get_layer(name), source.get_layer(name)
+        counts = len(layer.weights), len(other.weights)
+        has = (
+            f"'{name}' has {counts[0]} weights, with `feature_map='dark'`, and received {counts[1]}"
+        )
+        with pytest.raises(ValueError, match=f"(?s){has}.*'.*/feature_map/.*' of shape .*{how}"):
+            layer.set_weights(other.get_weights())
+    with pytest.raises(ValueError, match=r"'feature_map' has 6 weights.* and received 3"):
+        maps(model)[0].set_weights(maps(source)[0].get_weights())
+    assert_close(maps(model)[0].get_weights(), maps(model_of())[0].get_weights())
+
+
+def test_weights_of_another_size_change_nothing():
+    layer, other = built(), built(num_features=5)
+    before = layer.get_weights()
+    with pytest.raises(ValueError, match=r"projection' of shape .*, received shape .*5, "):
+        layer.set_weights([0.0 * x for x in other.get_weights()])
+    other.feature_map.save_own_variables(stored := {})
+    with pytest.raises(ValueError, match=r"has the weights .*'projection'.*; the file has "):
+        layer.feature_map.load_own_variables({k: arrays(x) for k, x in stored.items()})
+    assert_close(layer.get_weights(), before, 0.0)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_compiled_anew_and_says_so(capsys):
     model = model_of()

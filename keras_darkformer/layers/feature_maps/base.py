@@ -19,6 +19,7 @@ from keras_darkformer.fitting import (
 )
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
 from keras_darkformer.layers.feature_maps.placement import AfterRotation, placement_of
+from keras_darkformer.layers.feature_maps.weights import CheckedWeights, check_stored
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import are_few, attend
 from keras_darkformer.ops.features import FoldedFeatures
@@ -28,7 +29,7 @@ from keras_darkformer.options import FeatureOptions, shows_options
 from keras_darkformer.types import Config, Shape, Tensor
 
 
-class FeatureMap(keras.layers.Layer):
+class FeatureMap(CheckedWeights, keras.layers.Layer):
     """Maps queries and keys to positive features whose products are weights of attention.
 
     A subclass owns weights and says, with `fold`, how they turn queries and keys into log-features.
@@ -311,6 +312,18 @@ class FeatureMap(keras.layers.Layer):
                 weight.assign(value.astype("float32"))
         if self.memory:
             self.far_offset.assign(np.zeros(self.num_query_heads, "float32"))
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the weights into a file by their names."""
+        for weight in self.weights:
+            store[weight.name] = weight
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads them from one; says what differs if they are those of another map."""
+        stored = {name: store[name] for name in store.keys()}  # noqa: SIM118  no mapping
+        check_stored(self, {name: tuple(value.shape) for name, value in stored.items()})
+        for weight in self.weights:
+            weight.assign(stored[weight.name])
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """`(b, s, num_heads, head_dim) -> (b, s, num_heads, num_features)`."""
