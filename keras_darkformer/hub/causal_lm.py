@@ -75,6 +75,8 @@ class DarkCausalLM(DarkTask, TransformersExport):
             generate = super().make_generate_function()
 
             def checked(inputs: Any, stop_token_ids: Any = None) -> Tensor:
+                if not len(inputs["token_ids"]):  # XLA has no loop over nothing
+                    return inputs
                 if self._is_recurrent():
                     _refuse_empty(inputs["padding_mask"])
                 return generate(inputs, stop_token_ids)

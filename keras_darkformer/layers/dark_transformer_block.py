@@ -240,6 +240,7 @@ class DarkTransformerBlock(CheckedWeights, keras.layers.Layer):
             inputs,
             inputs,
             attention_mask=attention_mask,
+            use_causal_mask=self.causal,
             initial_state=initial_state,
             return_state=return_state,
         )

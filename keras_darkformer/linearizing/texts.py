@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.hub.conversion import BY_STOCK_CLASS
-from keras_darkformer.training.data import batches, is_text, look
+from keras_darkformer.training.data import batches, look, texts_of
 from keras_darkformer.training.distil import TeacherTargets, teacher_targets
 from keras_darkformer.training.held_out import (
     full_rows,
@@ -78,7 +78,7 @@ class Decoder(Kind):
 
     def rows(self, model: Model, data: Data) -> Rows:
         """Texts are put together and cut into rows of `length` tokens; other data likewise."""
-        if not is_text(data):
+        if (texts := texts_of(data)) is None:
             return inputs_of(full_rows(model, data, 8, self.length))
         preprocessor = getattr(model, "preprocessor", None)
         if preprocessor is None:
@@ -90,7 +90,7 @@ class Decoder(Kind):
         start = getattr(tokenizer, "start_token_id", None)
         first = [start] if getattr(preprocessor, "add_start_token", False) else []
         first = [token for token in first if token is not None]
-        tokens = np.concatenate([_token_ids(tokenizer, text) for text in data])
+        tokens = np.concatenate([_token_ids(tokenizer, text) for text in texts])
         size = self.length - len(first)
         count = len(tokens) // size
         if not count:
@@ -169,8 +169,7 @@ class Encoder(Kind):
         return 1.0 - figures["cosine"]
 
 
-def _token_ids(tokenizer: Any, text: str | bytes) -> np.ndarray:
-    text = text.decode() if isinstance(text, bytes) else str(text)
+def _token_ids(tokenizer: Any, text: str) -> np.ndarray:
     pieces: Iterable[str] = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
     found = [np.asarray(ops.convert_to_numpy(tokenizer(piece)), "int32") for piece in pieces]
     return np.concatenate(found) if found else np.zeros(0, "int32")

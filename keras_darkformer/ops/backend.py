@@ -55,6 +55,21 @@ def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
     return x.reshape(shape) if _BACKEND == "torch" else ops.reshape(x, shape)
 
 
+def largest(x: Any, axis: int, keepdims: bool = False) -> Any:
+    """`ops.max` over an axis that is not empty, whatever the others are.
+
+    On torch and TensorFlow Keras' refuses every tensor without elements, and so a batch without
+    rows.
+    """
+    if _BACKEND == "torch":
+        return x.amax(dim=axis, keepdim=keepdims)
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.reduce_max(x, axis=axis, keepdims=keepdims)
+    return ops.max(x, axis=axis, keepdims=keepdims)
+
+
 def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
     """`inputs @ kernel + bias`, `(b, k, x, h)` by `(k, h, m)` or `(x, h)` by `(h, m)`.
 
@@ -70,9 +85,9 @@ def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
     shape = inputs.shape
     heads = (shape[0] * shape[1], *kernel.shape[1:])
     kernel = kernel.expand(shape[0], *kernel.shape).reshape(heads)
-    bias = bias.expand(shape[0], *bias.shape).reshape(heads[0], 1, -1)
+    bias = bias.expand(shape[0], *bias.shape).reshape(heads[0], 1, kernel.shape[-1])
     outputs = torch.baddbmm(bias, inputs.reshape(heads[0], *shape[2:]), kernel)
-    return outputs.reshape(*shape[:-1], -1)
+    return outputs.reshape(*shape[:-1], kernel.shape[-1])
 
 
 def compiled(

@@ -125,7 +125,8 @@ def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
     """The kept keys as the queries `(b, k, N, C * g, h)`, scaled, of a block see them."""
     before = competition.before
     logits = query @ ops.swapaxes(before.key, -1, -2)
-    logits = reshape(logits, (*shape_of(query)[:3], chunk, -1, before.key.shape[3]))
+    groups = query.shape[3] // chunk
+    logits = reshape(logits, (*shape_of(query)[:3], chunk, groups, before.key.shape[3]))
     token = ops.arange(chunk, dtype="int32")[:, None]
     seen = ops.logical_and(token < competition.leaves[:, :, :, None], before.is_real[:, :, :, None])
     return masked(Part(logits, with_ones(before.value)), ops.where(seen, 0.0, FUTURE))

@@ -36,11 +36,6 @@ def check_attention(
             "`value` must have the length and the heads of `key`. "
             f"Received: value {_show(value)}, key {_show(key)}"
         )
-    if key.shape[1] == 0 or query.shape[1] == 0:
-        raise ValueError(
-            "`query` and `key` must have at least one token. "
-            f"Received: query {_show(query)}, key {_show(key)}"
-        )
     if causal and _differ(query.shape[1], key.shape[1]):
         raise ValueError(
             "With `causal=True`, `query` and `key` must have the same length; what came "

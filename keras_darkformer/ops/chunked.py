@@ -113,10 +113,11 @@ def chunked(
         if memory:
             new = Tokens(*(ops.swapaxes(block[name], 1, 2) for name in Tokens._fields))
             marks = Marks(block["index"], block["asks"], block.get("enters"))
-            met = meet(query, new, carry["held"], sinks, marks, near_mask, chunks, chunk, memory)
+            sizes = chunks, chunk, groups
+            met = meet(query, new, carry["held"], sinks, marks, near_mask, *sizes, memory)
             if features is None:
                 output = combined(met.parts, None)
-                return Carry(held=met.held), (tokens_first(output, tokens), met.exits)
+                return Carry(held=met.held), (tokens_first(output, tokens, groups), met.exits)
             keys = features_by_head(met.left.key, met.left.value, met.left.is_real, features)
         else:
             assert features is not None
@@ -132,12 +133,12 @@ def chunked(
             behind["written"] = add_keys(carry["written"], keys, write)
         if met is None:
             output = normalize(*split_last(sums))
-            output = reshape(output, (*shape_of(query)[:3], -1))
-            return behind, (tokens_first(output, tokens), ())
+            output = reshape(output, (*shape_of(query)[:3], value.shape[3]))
+            return behind, (tokens_first(output, tokens, groups), ())
         behind["held"] = met.held
         far_scale = reshape(scale, (*shape_of(key_scale), groups)) + key_scale[..., None]
         output = combined(met.parts, Far(sums, far_scale))
-        return behind, (tokens_first(output, tokens), met.exits)
+        return behind, (tokens_first(output, tokens, groups), met.exits)
 
     constants = features, (future(chunk), future(chunks + 1)), near_mask, sinks
     inputs = split_blocks(inputs, blocks, tokens)
@@ -148,7 +149,8 @@ def chunked(
     recent = carry["held"].recent
     if memory.window and written is not None and call.with_state:
         # What all tokens had received when they left the window, or have by now.
-        gone = reshape(ops.swapaxes(exits, 1, 2), (*shape_of(recent.received)[:2], -1))
+        rows = shape_of(recent.received)[:2]
+        gone = reshape(ops.swapaxes(exits, 1, 2), (*rows, blocks * tokens))
         gone = ops.concatenate([gone, recent.received], axis=2)[:, :, padding:]
         assert isinstance(state.recent, Tokens)
         stream = joined(state.recent, arrival.tokens)._replace(received=gone)

@@ -71,7 +71,7 @@ def dark_attention(
     there is no far part then.
 
     Masked keys count for nothing, whatever they hold. A query that has no key to attend to gives
-    zeros, and passes no gradient.
+    zeros, and passes no gradient. The batch may have no rows, and the sequences no tokens.
 
     All is computed in float32. Where all of a query's products with the keys' features are smaller
     than the largest conceivable one by more than about 69 in the logarithm, they count as none:

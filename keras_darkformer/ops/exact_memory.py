@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_darkformer.ops.backend import power, reshape, split_at
+from keras_darkformer.ops.backend import largest, power, reshape, split_at
 from keras_darkformer.ops.features import TO_BASE
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import LOG_ZERO, NOTHING, Tokens
@@ -110,13 +110,17 @@ def tokens_at(tokens: Tokens, places: Tensor) -> Tokens:
     batch, heads, length = shape_of(tokens.received)
     rows = ops.arange(batch * heads, dtype="int32") * length
     places = places + reshape(rows, (batch, heads, 1))
-    return Tokens(*(ops.take(reshape(x, (-1, *x.shape[3:])), places, axis=0) for x in tokens))
+    found = (ops.take(reshape(x, (-1, *x.shape[3:])), places, axis=0) for x in tokens)
+    # Of no rows JAX gives fewer axes.
+    shapes = ((*shape_of(places), *x.shape[3:]) for x in tokens)
+    return Tokens(*map(reshape, found, shapes))
 
 
 def last_written(written: Tensor) -> Tensor:
     """Up to and with which token a row is written, `(b, s) -> (b, 1)`."""
     index = ops.arange(ops.shape(written)[1], dtype="int32")
-    return ops.max(ops.where(written, index + 1, 0), axis=1, keepdims=True)
+    numbers = ops.pad(ops.where(written, index + 1, 0), [(0, 0), (1, 0)])  # 0 of no tokens, too
+    return largest(numbers, 1, keepdims=True)
 
 
 def window_by_row(seen: Tokens, written: Tensor, size: int) -> Tokens:
@@ -153,8 +157,11 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
     earlier = ops.cast(number[:, :, None] <= slot, "int32")
     place = ops.sum(earlier, axis=1)  # of the token of each slot; the length, if there is none
     is_old, is_new = slot < filled, place < length
-    found = tokens_at(new, ops.minimum(place, length - 1)[:, None])
-    tokens = _where(is_old, before, _where(is_new, found, Tokens(0.0, 0.0, NOTHING)))
+    # Of both, since there may be no new ones.
+    places = ops.where(is_old, slot, size + ops.minimum(place, length - 1))
+    found = tokens_at(joined(before, new), places[:, None])
+    is_there = ops.logical_or(is_old, is_new)
+    tokens = _where(is_there, found, Tokens(0.0, 0.0, NOTHING))
     is_sink = ops.logical_and(real, number <= size)[:, None]
     others = new._replace(received=ops.where(is_sink, NOTHING, new.received))
     return Sinks(tokens, ops.where(is_old, -1, place)), others
@@ -199,7 +206,7 @@ def local_part(
         for into, x in ((keys, sinks.tokens.key), (values, with_ones(sinks.tokens.value))):
             into.append(ops.broadcast_to(x[:, :, None], (*shape, *x.shape[2:])))
         there = sinks.position[:, None] <= index[..., None]  # (b, T, S)
-        there = reshape(there, (batch, 1, chunks, chunk, -1))
+        there = reshape(there, (batch, 1, chunks, chunk, sinks.tokens.key.shape[2]))
         there = ops.logical_and(there, sinks.tokens.is_real[:, :1, None, None])
         masks.append(ops.where(there, 0.0, FUTURE))
     if near_mask is not None:
@@ -211,7 +218,8 @@ def local_part(
     key, value = (x[0] if len(x) == 1 else ops.concatenate(x, axis=3) for x in (keys, values))
     mask = masks[0] if len(masks) == 1 else ops.concatenate(masks, axis=4)
     logits = query @ ops.swapaxes(key, -1, -2)
-    logits = reshape(logits, (*shape_of(query)[:3], chunk, -1, key.shape[3]))
+    groups = query.shape[3] // chunk
+    logits = reshape(logits, (*shape_of(query)[:3], chunk, groups, key.shape[3]))
     return Part(logits, value), mask
 
 
@@ -228,8 +236,8 @@ def received(part: Part, asks: Tensor) -> Tensor:
         asks: bool, `(b, N, C)`: whose attention counts.
     """
     logits = ops.stop_gradient(part.logits)
-    largest = ops.maximum(ops.max(logits, axis=-1, keepdims=True), LOG_ZERO)
-    weights = power(logits - largest)
+    top = ops.maximum(largest(logits, -1, keepdims=True), LOG_ZERO)
+    weights = power(logits - top)
     total = ops.sum(weights, axis=-1, keepdims=True)
     share = ops.cast(asks, "float32")[:, None, :, :, None, None] / ops.maximum(total, TINY)
     return ops.sum(weights * share, axis=(3, 4))
@@ -258,7 +266,7 @@ def combined(parts: list[Part], far: Far | None) -> Tensor:
         log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE
         scale = ops.where(alive, far.log_scale + log_amount, LOG_ZERO)
     for part in parts:
-        scale = ops.maximum(scale, ops.max(ops.stop_gradient(part.logits), axis=-1))
+        scale = ops.maximum(scale, largest(ops.stop_gradient(part.logits), -1))
     batch, kv_heads, chunks, chunk, groups = shape_of(parts[0].logits)[:5]
     rows, columns, sums = chunk * groups, parts[0].value.shape[-1], []
     if far is not None:

@@ -274,8 +274,9 @@ def log_query_scale(query: Tensor, query_scale: QueryScale) -> Tensor:
     shape = tuple(ops.shape(query))[:3]
     linear = _project(query, query_scale.linear[..., None])[..., 0]
     scale = linear - _norm(query, query_scale.norm_kernel)
-    by_group = reshape(query_scale.bias, (shape[1], 1, -1))
-    scale = reshape(scale, (*shape[:2], -1, by_group.shape[-1])) + by_group
+    groups = query_scale.bias.shape[0] // query_scale.linear.shape[0]
+    by_group = reshape(query_scale.bias, (shape[1], 1, groups))
+    scale = reshape(scale, (*shape[:2], shape[2] // groups, groups)) + by_group
     return reshape(scale, shape)
 
 

@@ -132,6 +132,7 @@ def meet(
     near_mask: Tensor,
     chunks: Tensor,
     chunk: int,
+    groups: int,
     memory: Memory,
 ) -> Meeting:
     """Lets the queries of a block, `(b, k, N * C * g, h)`, meet the memory.
@@ -143,11 +144,12 @@ def meet(
         sinks: `Sinks`, or `None`.
         marks: of the block.
         near_mask: from `memory_band`.
-        chunks, chunk: N and C.
+        chunks, chunk, groups: N, C and g.
         memory: `Memory`.
     """
     batch, kv_heads, _, head_dim = shape_of(query)
-    query = reshape(query * (head_dim**-0.5 * TO_BASE), (batch, kv_heads, chunks, -1, head_dim))
+    by_chunk = (batch, kv_heads, chunks, chunk * groups, head_dim)
+    query = reshape(query * (head_dim**-0.5 * TO_BASE), by_chunk)
     seen, size = joined(held.recent, new), memory.window
     local, mask = local_part(query, seen, sinks, marks.index, near_mask, chunks, chunk, size)
     if not memory.cache_size:

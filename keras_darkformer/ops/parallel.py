@@ -55,8 +55,9 @@ def read(query: Tensor, features: FoldedFeatures, state: State, call: Call) -> T
         carry: Tensor, block: dict[str, Tensor], constants: tuple[FoldedFeatures, Tensor]
     ) -> tuple[Tensor, Tensor]:
         features, both = constants
-        of_queries, _ = features_of_queries(by_head(block["query"], features.num_heads), features)
-        return carry, tokens_first(normalize(*split_last(of_queries @ both)), tokens)
+        query, groups = block["query"], block["query"].shape[2] // features.num_heads
+        of_queries, _ = features_of_queries(by_head(query, features.num_heads), features)
+        return carry, tokens_first(normalize(*split_last(of_queries @ both)), tokens, groups)
 
     output = scan(step, (), inputs, (features, pack(state).both), remat=call.remat)[1]
     return join_blocks(output, length)

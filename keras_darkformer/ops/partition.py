@@ -8,13 +8,19 @@ from keras_darkformer.types import Tensor
 
 
 def block_partition(length: Tensor) -> tuple[int, Tensor]:
-    """Blocks and tokens per block that cover `length` with little padding.
+    """Blocks and tokens per block, at least one, that cover `length` with little padding.
 
     A block without chunks holds less: it may have twice the tokens. A length known only at run time
     (TensorFlow) makes one block: XLA there has no gradient of a loop.
     """
+    length = at_least_one(length)
     blocks = -(-length // (2 * block_length(length))) if isinstance(length, int) else 1
     return blocks, -(-length // blocks)
+
+
+def at_least_one(length: Tensor) -> Tensor:
+    """`length`, or 1: a sequence without tokens goes through as one that is padding."""
+    return max(1, length) if isinstance(length, int) else ops.maximum(1, length)
 
 
 def pick_chunk_size(head_dim: int, groups: int) -> int:
@@ -33,9 +39,10 @@ def chunk_partition(
 ) -> tuple[Tensor, Tensor, int]:
     """Blocks, chunks per block and chunk size that cover `length` with little padding.
 
-    The one block of a length known only at run time has many chunks; the (N, N) decays between them
-    are small change up to some hundred thousand tokens.
+    They hold at least one token. The one block of a length known only at run time has many chunks;
+    the (N, N) decays between them are small change up to some hundred thousand tokens.
     """
+    length = at_least_one(length)
     if chunk_size is None:
         chunk_size = pick_chunk_size(head_dim, groups)
     if not isinstance(length, int):
@@ -74,12 +81,12 @@ def join_blocks(output: Tensor, length: Tensor) -> Tensor:
     return output[:, blocks * tokens - length :]
 
 
-def tokens_first(output: Tensor, length: Tensor) -> Tensor:
+def tokens_first(output: Tensor, length: Tensor, groups: int) -> Tensor:
     """`(b, k, t * g, v) -> (b, t, n, v)`."""
     batch, kv_heads, _, value_dim = shape_of(output)
-    output = reshape(output, (batch, kv_heads, length, -1, value_dim))
+    output = reshape(output, (batch, kv_heads, length, groups, value_dim))
     output = ops.transpose(output, (0, 2, 1, 3, 4))
-    return reshape(output, (batch, length, -1, value_dim))
+    return reshape(output, (batch, length, kv_heads * groups, value_dim))
 
 
 def pad_front(x: Tensor, amount: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def recurrent(
 ) -> tuple[Tensor, State | MemoryState]:
     """Output `(b, t, n, v)` in float32, and the state after the key; see `attention.attend`."""
     length, key_mask, write_mask = ops.shape(query)[1], call.key_mask, call.write_mask
+    groups = query.shape[2] // key.shape[2]
     query, memory = by_head(query, key.shape[2]), call.memory
     after: State | MemoryState
     if isinstance(state, MemoryState):
@@ -39,7 +40,8 @@ def recurrent(
         recent = state.recent if isinstance(state.recent, Tokens) else none_of(arrival.tokens)
         near_mask = memory_band(1, memory)
         held, sinks = Held(recent, state.kept), arrival.sinks
-        met = meet(query, arrival.tokens, held, sinks, arrival.marks, near_mask, 1, 1, memory)
+        marks, sizes = arrival.marks, (1, 1, groups)
+        met = meet(query, arrival.tokens, held, sinks, marks, near_mask, *sizes, memory)
         sums, far = state.sums, None
         if features is not None:
             assert isinstance(sums, State)
@@ -67,7 +69,7 @@ def recurrent(
         output = normalize(of_queries @ after.kv_state, of_queries @ after.key_state[..., None])
     if write_mask is not None:
         after = _where(ops.broadcast_to(write_mask, ops.shape(key)[:2])[:, 0], after, state)
-    return tokens_first(output, length), after
+    return tokens_first(output, length, groups), after
 
 
 def _where(rows: Tensor, new: State | MemoryState, old: State | MemoryState) -> State | MemoryState:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_darkformer.memory import Memory
-from keras_darkformer.ops.backend import BASE, power, reshape
+from keras_darkformer.ops.backend import BASE, largest, power, reshape
 from keras_darkformer.ops.cache import OUT, compete, ranked
 from keras_darkformer.ops.exact_memory import last_written
 from keras_darkformer.ops.features import (
@@ -45,21 +45,22 @@ def log_scores(
     rows = reshape(query, (batch, kv_heads, length * groups, head_dim))
     query_logits = log_query_features(rows, features)
     key_logits, key_scale = log_key_features(key, features)
-    query_max = ops.max(ops.stop_gradient(query_logits), axis=-1, keepdims=True)
-    key_max = ops.max(ops.stop_gradient(key_logits), axis=-1, keepdims=True)
+    query_max = largest(ops.stop_gradient(query_logits), -1, keepdims=True)
+    key_max = largest(ops.stop_gradient(key_logits), -1, keepdims=True)
     products = power(query_logits - query_max) @ ops.swapaxes(power(key_logits - key_max), 2, 3)
     scores = ops.log(ops.maximum(products, TINY)) * TO_BASE
     scores = scores + query_max + ops.swapaxes(key_max, 2, 3) + key_scale[:, :, None, :]
     if exact is not None:
         assert features.query_scale is not None
         scores = scores + log_query_scale(rows, features.query_scale)[..., None]
-    scores = reshape(scores, (batch, kv_heads, length, groups, -1))
-    scores = reshape(ops.transpose(scores, (0, 1, 3, 2, 4)), (batch, num_heads, length, -1))
+    pairs = batch, num_heads, length, ops.shape(key)[2]
+    scores = reshape(scores, (batch, kv_heads, length, groups, pairs[3]))
+    scores = reshape(ops.transpose(scores, (0, 1, 3, 2, 4)), pairs)
     scores = scores * math.log(BASE)
     if exact is None:
         return scores
     near = ops.einsum("bktgh,bksh->bkgts", query, key) * head_dim**-0.5
-    return ops.where(exact, reshape(near, (batch, num_heads, length, -1)), scores)
+    return ops.where(exact, reshape(near, pairs), scores)
 
 
 class MemoryPairs(NamedTuple):
@@ -115,7 +116,7 @@ def memory_pairs(
         share = ops.exp(log_softmax(logits, seen[:, None]))
         asked = ops.logical_and(ops.logical_and(recent, real[:, :, None]), seen)
         share = ops.where(asked[:, None], share, 0.0)
-        share = reshape(share, (batch, kv_heads, -1, length, length))
+        share = reshape(share, (batch, kv_heads, num_heads // kv_heads, length, length))
         received = ops.sum(share, axis=(2, 3))  # (b, k, s)
         competes = ops.logical_and(real, ops.logical_not(sink))[:, None]
         scores = ops.where(competes, received, OUT)

@@ -201,7 +201,9 @@ def _differing(state: State, like: Tensor) -> State:
     """
     for x in tree.flatten(like):
         if x is not None:
-            other = ops.cast(ops.stop_gradient(ops.reshape(x, (-1,))[0]), "float32")
+            # The first element, if there is one.
+            other = ops.sum(ops.reshape(x, (-1,))[:1])
+            other = ops.cast(ops.stop_gradient(other), "float32")
             state = State(*(ops.where(True, leaf, other) for leaf in state))
     return state
 

@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from keras_darkformer.memory import NO_MEMORY, Memory
+from keras_darkformer.ops.backend import largest
 from keras_darkformer.ops.checks import shapes_differ
 from keras_darkformer.types import Shape, Tensor
 
@@ -265,7 +266,7 @@ def add_states(states: State, log_weight: Tensor) -> State:
     """
     # Scales are constants to the gradient, as everywhere.
     logits = ops.stop_gradient(states.log_scale) + log_weight[:, None, None]
-    log_scale = ops.maximum(ops.max(logits, axis=0), LOG_ZERO)
+    log_scale = ops.maximum(largest(logits, 0), LOG_ZERO)
     weights = ops.exp(logits - log_scale)
     return State(
         ops.einsum("dbk,dbkmv->bkmv", weights, states.kv_state),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_darkformer.ops.backend import BASE, power, reshape, split_at
+from keras_darkformer.ops.backend import BASE, largest, power, reshape, split_at
 from keras_darkformer.ops.features import (
     TO_BASE,
     FoldedFeatures,
@@ -114,13 +114,13 @@ def features_of_queries(
     """
     logits = log_query_features(query, features)
     if not scaled:
-        return power(logits - ops.max(ops.stop_gradient(logits), axis=-1, keepdims=True)), None
+        return power(logits - largest(ops.stop_gradient(logits), -1, keepdims=True)), None
     assert features.query_scale is not None
     log_scale = log_query_scale(query, features.query_scale)
-    largest, constant = ops.max(ops.stop_gradient(logits), axis=-1), ops.stop_gradient(log_scale)
+    top, constant = largest(ops.stop_gradient(logits), -1), ops.stop_gradient(log_scale)
     # Constants to the gradient, as the keys' scales are.
-    of_queries = power(logits - (largest + (constant - log_scale))[..., None])
-    return of_queries, ops.maximum(constant + largest, LOG_ZERO)
+    of_queries = power(logits - (top + (constant - log_scale))[..., None])
+    return of_queries, ops.maximum(constant + top, LOG_ZERO)
 
 
 def features_of_keys(
@@ -146,12 +146,12 @@ def features_by_head(
     if key_mask is not None:
         key, value = (ops.where(key_mask[..., None], x, 0.0) for x in (key, value))
     logits, log_scale = log_key_features(key, features)
-    largest = ops.max(ops.stop_gradient(logits), axis=-1)
+    top = largest(ops.stop_gradient(logits), -1)
     # The scales are constants to the gradient: all of it goes the way of the features, where a sum
     # over them is all that the scales' own would need.
     constant = ops.stop_gradient(log_scale)
-    of_keys = power(logits - (largest + (constant - log_scale))[..., None])
-    log_scale = ops.maximum(constant + largest, LOG_ZERO)
+    of_keys = power(logits - (top + (constant - log_scale))[..., None])
+    log_scale = ops.maximum(constant + top, LOG_ZERO)
     if key_mask is not None:
         log_scale = ops.where(key_mask, log_scale, MASKED)
     return KeyFeatures(of_keys, log_scale, value)
@@ -162,7 +162,7 @@ def add_keys(sums: Sums, keys: KeyFeatures, mask: Tensor = None) -> Sums:
     key_scale = keys.log_scale
     if mask is not None:
         key_scale = ops.where(mask, key_scale, MASKED)
-    new_scale = ops.maximum(sums.log_scale, ops.max(key_scale, axis=-1))
+    new_scale = ops.maximum(sums.log_scale, largest(key_scale, -1))
     value = with_ones(keys.value) * power(key_scale - new_scale[..., None])[..., None]
     decay = power(sums.log_scale - new_scale)[..., None, None]
     return Sums(sums.both * decay + ops.swapaxes(keys.features, -1, -2) @ value, new_scale)
@@ -256,7 +256,7 @@ def _running_maximum(log_scale: Tensor, future: Tensor) -> tuple[Tensor, Tensor]
     L is short, and `keras.ops` has no cumulative maximum. It is a constant to the gradient.
     """
     logits = log_scale[..., None, :] + future
-    return logits, ops.max(ops.stop_gradient(logits), axis=-1)
+    return logits, largest(ops.stop_gradient(logits), -1)
 
 
 def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:

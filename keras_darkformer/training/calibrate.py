@@ -63,9 +63,9 @@ def calibrate(
             compiled and a feature map becomes one of another class, it is compiled again with the
             same arguments and a fresh optimizer, and a message says so. A model around it has to be
             compiled again, too.
-        data: strings (for a task with a preprocessor), arrays or a dict of arrays, or an iterable
-            of batches, as `fit` takes them. A few thousand tokens of the text the model will see
-            do.
+        data: strings or bytes in a list or an array (for a task with a preprocessor), arrays or a
+            dict of arrays, or an iterable of batches or of single strings, as `fit` takes them. A
+            few thousand tokens of the text the model will see do.
         method: how each map is fitted:
 
             | `method` | what it sets |

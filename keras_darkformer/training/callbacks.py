@@ -14,14 +14,39 @@ from keras_darkformer.training.report import approximation_report
 from keras_darkformer.types import Config, Data, Model
 
 
-class RedrawProjections(keras.callbacks.Callback):
+class _CountsSteps(keras.callbacks.Callback):
+    """Knows how many steps there were, of which Keras may take several in one execution.
+
+    Attributes:
+        steps: steps taken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self._in_epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
+        """Batches are numbered from here."""
+        self._in_epoch = 0
+
+    def count(self, batch: int) -> int:
+        """Counts the steps up to and with number `batch` of the epoch; returns how many came."""
+        new = batch + 1 - self._in_epoch
+        self._in_epoch += new
+        self.steps += new
+        return new
+
+
+class RedrawProjections(_CountsSteps):
     """Draws the projections of all dark layers anew as training goes on.
 
     Fixed draws let the model learn around their errors: its features become learned features. New
     draws keep it honest to the kernel.
 
     Args:
-        every: int. Training steps between draws.
+        every: int. Training steps between draws. With `steps_per_execution` of `compile` they are
+            drawn after the execution that completes them.
         seed: int. Of the draws.
         model: the model with dark layers, where `fit` is called on another that holds it; `None`
             for the one that is fitted.
@@ -38,13 +63,11 @@ class RedrawProjections(keras.callbacks.Callback):
         super().__init__()
         self.every = positive_integer("every", every)
         self.seed = seed
-        self.steps = 0
         self.holder = model
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Draws after every `every`-th step."""
-        self.steps += 1
-        if self.steps % self.every:
+        if self.count(batch) <= self.steps % self.every:
             return
         if hasattr(self.model, "jax_state_sync"):  # else JAX trains on from its own copy
             self.model.jax_state_sync()
@@ -54,10 +77,14 @@ class RedrawProjections(keras.callbacks.Callback):
             layer.feature_map.redraw(int(sequence.generate_state(1)[0]))
 
 
-class LossSpikeCounter(keras.callbacks.Callback):
+class LossSpikeCounter(_CountsSteps):
     """Counts steps whose loss jumps: above the median of the last ten by a margin, or not finite.
 
     `logs` of later callbacks and the history of `fit` gain `"loss_spikes"`, the count so far.
+
+    Keras shows the mean loss of an epoch so far, weighted by rows; the loss of a step is what it
+    adds to that. With `steps_per_execution` of `compile` only the mean over an execution can be
+    seen: it stands for each of its steps, and where it jumps, the first of them is counted.
 
     Args:
         margin: float. In nats.
@@ -72,29 +99,38 @@ class LossSpikeCounter(keras.callbacks.Callback):
         self.margin = margin
         self.recent: deque[float] = deque(maxlen=positive_integer("window", window))
         self.spikes: list[int] = []
-        self._step = 0
-        self._sum = 0.0
+        self._seen = (0.0, 0.0)
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Keras reports the mean since here."""
-        self._sum, self._count = 0.0, 0
+        super().on_epoch_begin(epoch)
+        self._seen = (0.0, 0.0)
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Takes the step's own loss from the running mean."""
-        mean = float((logs or {})["loss"])
-        self._count += 1
-        loss = mean * self._count - self._sum
+        new = self.count(batch)
+        total, weight = self._total(logs or {})
+        loss = (total - self._seen[0]) / max(weight - self._seen[1], 1e-30)
         if math.isfinite(loss):
-            self._sum += loss
+            self._seen = total, weight
         full = len(self.recent) == self.recent.maxlen
         spike = not math.isfinite(loss)
         if full and not spike:
             spike = loss > statistics.median(self.recent) + self.margin
         if spike:
-            self.spikes.append(self._step)
+            self.spikes.append(self.steps - new)
         if math.isfinite(loss):
-            self.recent.append(loss)
-        self._step += 1
+            self.recent.extend([loss] * new)
+
+    def _total(self, logs: Config) -> tuple[float, float]:
+        """The sum of the epoch's losses so far, each times its weight, and that of the weights."""
+        metrics = getattr(self.model, "metrics", ())
+        tracker = next((metric for metric in metrics if metric.name == "loss"), None)
+        if not isinstance(tracker, keras.metrics.Mean):  # of a `train_step` of its own
+            return float(logs["loss"]) * self._in_epoch, float(self._in_epoch)
+        if hasattr(self.model, "jax_state_sync"):  # else JAX keeps the metrics to itself
+            self.model.jax_state_sync()
+        return float(tracker.total), float(tracker.count)
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         """Writes the count into the history."""

@@ -83,20 +83,23 @@ def look(model: Model, inputs: Data) -> Any:
 def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:
     """Inputs for `model`, batch by batch, from what `fit` takes.
 
+    Batches without rows, as the last of a filtered data set may be, are left out.
+
     Args:
         model: a Keras model, or a KerasHub task with a preprocessor for text.
-        data: a list or array of strings, arrays or dicts of arrays (cut into batches), or an
-            iterable of batches such as a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
-            `DataLoader`; of tuples the first element counts.
+        data: a list or array of strings or bytes, arrays or dicts of arrays (cut into batches), or
+            an iterable of batches or of single strings, such as a `tf.data.Dataset`, a
+            `keras.utils.PyDataset` or a `DataLoader`; of tuples the first element counts.
         batch_size: rows per batch of data that has none.
     """
     count = 0
-    for batch in _raw_batches(data, batch_size):
-        inputs = batch[0] if isinstance(batch, tuple | list) and not is_text(batch) else batch
-        if is_text(inputs):
-            inputs = _preprocess(model, inputs)
-        count += 1
-        yield keras.tree.map_structure(_array, inputs)
+    for inputs in _raw_batches(data, batch_size):
+        if (texts := texts_of(inputs)) is not None:
+            inputs = _preprocess(model, texts) if texts else ()
+        inputs = keras.tree.map_structure(_array, inputs)
+        if any(len(leaf) for leaf in keras.tree.flatten(inputs)):
+            count += 1
+            yield inputs
     if not count:
         raise ValueError("`data` has no batches.")
 
@@ -130,52 +133,97 @@ class KnownBatches(keras.utils.PyDataset):
 
 
 def _raw_batches(data: Data, batch_size: int) -> Iterator[Any]:
-    if isinstance(data, str):
+    """Batches of data of any kind; of text as lists of strings."""
+    if _one_text(data) is not None:
         raise ValueError("`data` must be a list of strings or batches. Received: one string")
-    if isinstance(data, keras.utils.PyDataset):
-        yield from (data[index] for index in range(len(data)))
-        return
-    if isinstance(data, tuple) and not is_text(data):
+    if isinstance(data, tuple) and texts_of(data) is None:
         data = data[0]
-    if is_text(data) or isinstance(data, Mapping) or hasattr(data, "shape"):
-        rows = {len(leaf) for leaf in keras.tree.flatten(data)} if not is_text(data) else {0}
+    if (texts := texts_of(data)) is not None:
+        yield from _cut(texts, len(texts), batch_size)
+    elif isinstance(data, Mapping) or hasattr(data, "shape"):
+        rows = {len(leaf) for leaf in keras.tree.flatten(data)}
         if len(rows) != 1:
             raise ValueError(f"Arrays in `data` must have the same number of rows: {sorted(rows)}")
-        total = len(data) if is_text(data) else rows.pop()
-        for start in range(0, total, batch_size):
-            part = slice(start, start + batch_size)
-            if is_text(data):
-                yield data[part]
-            else:
-                yield keras.tree.map_structure(lambda x, part=part: x[part], data)
-        return
+        yield from _cut(data, rows.pop(), batch_size)
+    else:
+        yield from _with_texts_joined(_items(data), batch_size)
+
+
+def _items(data: Data) -> Iterator[Any]:
+    """What an iterable holds; of tuples the first element."""
+    if isinstance(data, keras.utils.PyDataset):
+        data = map(data.__getitem__, range(len(data)))
     if not isinstance(data, Iterable):
         raise ValueError(
             "`data` must be strings, arrays, a dict of arrays or an iterable of batches. "
             f"Received: {type(data).__name__}"
         )
-    yield from data
+    for item in data:
+        is_tuple = isinstance(item, tuple | list) and len(item) and texts_of(item) is None
+        yield item[0] if is_tuple else item
 
 
-def is_text(data: Data) -> bool:
-    """Whether data are strings, not what was made of them."""
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return len(data) > 0 and all(isinstance(x, str) for x in data)
-    kind = getattr(data, "dtype", None)
-    return kind is not None and (
-        str(kind) in ("object", "<dtype: 'string'>", "string")
-        or getattr(kind, "kind", "") in ("U", "S")
-    )
+def _with_texts_joined(items: Iterator[Any], batch_size: int) -> Iterator[Any]:
+    """Batches as they come, and single strings in batches of `batch_size`."""
+    texts: list[str] = []
+    for item in items:
+        if (text := _one_text(item)) is None:
+            yield item
+            continue
+        texts.append(text)
+        if len(texts) == batch_size:
+            yield texts
+            texts = []
+    if texts:
+        yield texts
 
 
-def _preprocess(model: Model, text: Data) -> Any:
+def _cut(data: Data, rows: int, batch_size: int) -> Iterator[Any]:
+    for start in range(0, rows, batch_size):
+        part = slice(start, start + batch_size)
+        is_list = isinstance(data, list)
+        yield (
+            data[part] if is_list else keras.tree.map_structure(lambda x, part=part: x[part], data)
+        )
+
+
+def texts_of(data: Data) -> list[str] | None:
+    """A batch of strings, in a sequence, an array or a tensor, as a list; `None` of other data."""
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        texts = [text for text in map(_one_text, data) if text is not None]
+        return texts if texts and len(texts) == len(data) else None
+    if not _holds_objects(data) or not len(data.shape):
+        return None
+    # Of a tensor of TensorFlow NumPy makes an array of bytes.
+    texts = np.asarray(data).reshape(-1).tolist()
+    return texts_of(texts) if texts else []
+
+
+def _one_text(x: Any) -> str | None:
+    """A string, be it bytes or in a scalar array or tensor; `None` of anything else."""
+    if _holds_objects(x) and not len(x.shape):
+        x = np.asarray(x).item()
+    if isinstance(x, bytes):
+        return x.decode()
+    return str(x) if isinstance(x, str) else None
+
+
+def _holds_objects(x: Any) -> bool:
+    """Whether this is an array, or a tensor of TensorFlow, whose elements may be strings."""
+    kind = getattr(x, "dtype", None)
+    if kind is None or not hasattr(x, "shape"):
+        return False
+    return getattr(kind, "kind", "") in ("O", "U", "S", "T") or "string" in str(kind)
+
+
+def _preprocess(model: Model, texts: list[str]) -> Any:
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None:
         raise ValueError(
             "`data` holds text, which needs a model with a preprocessor. Received: "
             f"{type(model).__name__} without one"
         )
-    inputs = preprocessor(list(text) if isinstance(text, Sequence) else text)
+    inputs = preprocessor(texts)
     return inputs[0] if isinstance(inputs, tuple | list) else inputs
 
 

@@ -50,6 +50,11 @@ def check_greedy(model, expected):
     np.testing.assert_array_equal(generated(model, RAGGED), expected)
 
 
+def test_no_prompts_give_no_texts():
+    none = {name: array[:0] for name, array in RAGGED.items()}
+    assert dark(gemma()).generate(none, stop_token_ids=None)["token_ids"].shape == (0, LENGTH)
+
+
 @pytest.mark.parametrize(
     "pieces",
     [

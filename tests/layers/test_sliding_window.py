@@ -6,7 +6,7 @@ import pytest
 from backends import DEFAULT_JIT, compiled
 from keras import ops
 
-from keras_darkformer import DarkAttention
+from keras_darkformer import DarkAttention, DarkTransformerBlock
 from keras_darkformer.ops import MemoryState, PositionedState
 from keras_darkformer.ops.reference import dark_attention_reference
 
@@ -232,3 +232,10 @@ def test_keys_and_values_are_kept_in_the_dtype_that_they_come_in():
         np.testing.assert_array_equal(
             *(arrays(ops.cast(x[0], "float32")) for x in (of_steps, of_whole))
         )
+
+
+def test_a_functional_model_takes_a_block_with_a_window():
+    inputs = keras.Input((None, WIDTH))
+    block = DarkTransformerBlock(8, 4, num_features=8, sliding_window=3, num_sinks=1)
+    model = keras.Model(inputs, block(inputs))
+    assert_close(model(X), block(X))

@@ -5,7 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import BACKEND, to_numpy
 
 from keras_darkformer import (
     ApproximationLogger,
@@ -149,6 +149,45 @@ def test_spikes_in_fit_are_in_its_history():
     history = model.fit(data, steps_per_epoch=4, callbacks=[counter], verbose=0).history
     assert counter.spikes == [2]
     assert history["loss_spikes"] == [1]
+
+
+def spikes_of(losses, sizes, steps_per_execution=1, **options):
+    """What the counter finds in a fit whose batches have these losses and sizes."""
+    model = keras.Sequential([keras.Input((14,), dtype="int32"), keras.layers.Embedding(64, 4)])
+    counter = LossSpikeCounter(**options)
+    model.compile(keras.optimizers.SGD(0.0), loss=Label(), steps_per_execution=steps_per_execution)
+    data = [(tokens(rows=n), np.full((n, 1), x)) for n, x in zip(sizes, losses, strict=True)]
+    model.fit(one_by_one(data), steps_per_epoch=len(data), callbacks=[counter], verbose=0)
+    return counter
+
+
+def test_batches_of_any_size_have_their_own_losses():
+    counter = spikes_of([1.0, 1.2, 1.0, 1.1, 1.6, 1.0], [8, 1, 7, 1, 2, 8], window=3)
+    assert list(counter.recent) == pytest.approx([1.1, 1.6, 1.0], abs=1e-4)
+    assert counter.spikes == [4]
+
+
+executions = pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution there")
+
+
+@executions
+def test_executions_of_several_steps_are_counted_as_these_steps():
+    losses = [1.0, 2.0, 3.0, 2.0, 2.0, 2.0, 8.0, 2.0, 2.0]
+    counter = spikes_of(losses, [1, 1, 2, 2, 2, 2, 1, 1, 2], 3, window=5)
+    assert counter.spikes == [6]
+    assert counter.steps == 9
+    assert list(counter.recent) == pytest.approx([2.0] * 2 + [3.5] * 3, abs=1e-4)
+
+
+@executions
+@pytest.mark.slow
+def test_projections_are_drawn_anew_behind_the_execution_that_completes_the_steps():
+    model, watch = compiled(), Watch()
+    model.compile(keras.optimizers.SGD(0.0), loss=model.loss, steps_per_execution=2)
+    start = projections(model)[0]
+    fit(model, [RedrawProjections(every=3), watch], steps=8)
+    changed = np.diff([x.sum() for x in [start, *watch.projections]]) != 0
+    assert changed.tolist() == [False, True, True, False]  # after steps 4 and 6
 
 
 class Label(keras.losses.Loss):
