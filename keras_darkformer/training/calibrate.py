@@ -97,8 +97,9 @@ def calibrate(
 
     Raises:
         ValueError: if an argument is out of range, the model has no dark layers or none with
-            features, `data` has no batches, or queries or keys are not finite. No layer has then
-            been changed.
+            features, `data` has no batches, queries or keys are not finite, or the model would have
+            to be compiled again and its optimizer can't be made anew. After any error all feature
+            maps are as they were.
 
     Example:
 

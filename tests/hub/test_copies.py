@@ -68,7 +68,9 @@ def fit(model):
     model.fit(BATCH, BATCH["token_ids"], batch_size=3, verbose=0)
 
 
-STATES = (lora, freeze, freeze_all, quantize, quantize_with_lora, rename)
+STATES = (lora, freeze, quantize_with_lora)
+if BACKEND == "torch":  # where nothing has to be compiled
+    STATES += (freeze_all, quantize, rename)
 
 
 def state(model):
@@ -105,6 +107,7 @@ def test_lora_of_a_copy_is_saved_and_loaded(tmp_path):
     np.testing.assert_allclose(outputs(other, BATCH), outputs(copy, BATCH), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends; takes long elsewhere")
 def test_a_copy_of_a_fitted_model_and_its_source_are_fitted_on():
     source = gemma(num_layers=1)
     fit(source)
@@ -159,7 +162,7 @@ def test_weights_that_no_config_describes_are_refused():
     assert state(source) == before
 
 
-@pytest.mark.parametrize("name", ["Llama", "Llama3"])
+@pytest.mark.parametrize("name", ["Llama", "Llama3"] if BACKEND == "torch" else ["Llama3"])
 def test_tied_embeddings_stay_tied(name, tmp_path):
     source = row(name, num_layers=1, tie_word_embeddings=True)
     copy = convert_to_dark(source, copy=True, **EXACT)
