@@ -1,29 +1,132 @@
 """Compiling a model again after its layers have changed."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
+from keras_darkformer.types import Config
 
-def compile_anew(model: Any, like: Any = None) -> None:
-    """Compiles a converted model as it, or the model `like`, was, with a fresh optimizer.
 
-    What was compiled before computes softmax, and the optimizer does not know the new variables.
+def recompilation(model: Any, like: Any = None) -> Callable[[], None]:
+    """How to compile a model again, once it has changed, as it, or the model `like`, was.
+
+    What was compiled before computes something else, and an optimizer that has been built does not
+    know the new variables. Losses, metrics, learning rates and samplers stay the objects that they
+    are; so does an optimizer that no `fit` has built. All that could go wrong goes wrong here, not
+    in what is returned.
+
+    Args:
+        model: a Keras model.
+        like: another one, which shall share nothing with it that accumulates.
+
+    Raises:
+        ValueError: if the optimizer has to be made anew and its config does not tell how.
     """
     source = model if like is None else like
-    model.train_function = model.test_function = model.predict_function = None
-    if not source.compiled:
-        return
-    arguments = keras.tree.map_structure(
-        _fresh, dict(source._compile_config.config), none_is_leaf=True
+    arguments: Config = {}
+    if source.compiled:
+        arguments = dict(source._compile_config.config)
+        optimizer = arguments["optimizer"]
+        if optimizer is not None and (model is not source or optimizer.built):
+            arguments["optimizer"] = made_anew(optimizer)
+        if model is not source:
+            for name in ("metrics", "weighted_metrics"):
+                arguments[name] = keras.tree.map_structure(
+                    _of_its_own, arguments[name], none_is_leaf=True
+                )
+        # Keras notes it down nowhere.
+        arguments["auto_scale_loss"] = isinstance(
+            source.optimizer, keras.optimizers.LossScaleOptimizer
+        )
+
+    def compile_anew() -> None:
+        model.train_function = model.test_function = model.predict_function = None
+        if hasattr(source, "generate_function"):
+            model.generate_function, model.sampler = None, source.sampler
+        if arguments:
+            # A `compile` of the user's own has done what it does besides.
+            keras.Model.compile(model, **arguments)
+            model.reset_metrics()
+
+    return compile_anew
+
+
+def knows_variables(optimizer: Any, model: Any) -> bool:
+    """Whether an optimizer has been built, or will be for a model that is compiled with it."""
+    its = getattr(model, "optimizer", None)
+    known = its is not None and any(
+        optimizer is x for x in (its, getattr(its, "inner_optimizer", 0))
     )
-    if hasattr(source, "sampler"):
-        arguments["sampler"] = source.sampler
-    model.compile(**arguments)
+    return known or getattr(optimizer, "built", False)
 
 
-def _fresh(value: Any) -> Any:
-    """An optimizer or metric of the same settings without what it has accumulated."""
-    if isinstance(value, keras.optimizers.Optimizer | keras.metrics.Metric):
-        return value.__class__.from_config(value.get_config())
-    return value
+def made_anew(optimizer: Any, kind: Any = None) -> Any:
+    """An optimizer with the settings of another one that knows no variables yet.
+
+    Args:
+        optimizer: a `keras.optimizers.Optimizer`.
+        kind: a subclass of its class for the new one, or `None`.
+
+    Raises:
+        ValueError: if its config does not tell how.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = made_anew(optimizer.inner_optimizer, kind)
+        names = ("initial_scale", "dynamic_growth_steps", "name")
+        return type(optimizer)(inner, **{name: getattr(optimizer, name) for name in names})
+    try:
+        config = _config(optimizer)
+        if forgotten := _forgotten(type(optimizer), config):
+            raise ValueError(f"its config leaves out {', '.join(forgotten)}")
+        fresh = (kind or type(optimizer)).from_config(config)
+    except Exception as error:  # whatever a class of the user's own does
+        raise ValueError(
+            f"{type(optimizer).__name__} has to be made anew for new variables, and can't be: "
+            f"{error}. Nothing was changed. Give it a `get_config` that has all its arguments. If "
+            "the model was compiled with it, compile it with another optimizer first, such as "
+            '`model.compile("sgd")`, and with this one afterwards.'
+        ) from error
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(optimizer, name):  # no part of the config
+            setattr(fresh, name, getattr(optimizer, name))
+    return fresh
+
+
+def _config(optimizer: Any) -> Config:
+    """An optimizer's config, with a learning-rate schedule in it as it is.
+
+    A schedule of the caller's own may be one that Keras can not rebuild from a config, or that has
+    none. So the config is taken of a stand-in which has all attributes of the optimizer but the
+    schedule.
+    """
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return optimizer.get_config()
+    stand_in = object.__new__(type(optimizer))
+    rate = optimizer._learning_rate
+    is_variable = isinstance(rate, keras.Variable)
+    vars(stand_in).update(vars(optimizer) | {"_learning_rate": rate if is_variable else 0.0})
+    config = stand_in.get_config()
+    return config if is_variable else {**config, "learning_rate": rate}
+
+
+def _of_its_own(metric: Any) -> Any:
+    """A metric of the same settings, or the metric itself if its config does not tell them."""
+    if not isinstance(metric, keras.metrics.Metric):
+        return metric
+    try:
+        config = metric.get_config()
+        return metric if _forgotten(type(metric), config) else type(metric).from_config(config)
+    except Exception:  # whatever a class of the user's own does
+        return metric
+
+
+def _forgotten(kind: Any, config: Config) -> list[str]:
+    """What a constructor takes and a config does not have."""
+    named = [
+        name
+        for name, argument in inspect.signature(kind.__init__).parameters.items()
+        if argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+    ]
+    return [f"`{name}`" for name in named[1:] if name not in config]

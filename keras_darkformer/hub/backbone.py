@@ -5,12 +5,12 @@ import inspect
 import warnings
 from typing import Any
 
-from keras_darkformer.compiling import compile_anew
+from keras_darkformer.compiling import recompilation
 from keras_darkformer.hub.attention import DarkHubAttention
-from keras_darkformer.hub.become import Mixin, become, dark_subclass
+from keras_darkformer.hub.become import Mixin, become, dark_subclass, put, undone_on_error
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
-from keras_darkformer.hub.private import forgotten, get_preset_loader, renumber_lora_layers
+from keras_darkformer.hub.private import forgotten, get_preset_loader, renumbered_lora_layers
 from keras_darkformer.hub.record import Recorded, as_json
 from keras_darkformer.hub.transformers import TransformersExport, warn_of_misread
 from keras_darkformer.layers.feature_maps import BY_KIND
@@ -71,9 +71,7 @@ class PresetLoading(CheckedWeights, Mixin):
             options = ConversionOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
             warn_of_misread(preset, loader.config, getattr(stock, "backbone", stock))
-            model = cls.take_over(stock, options)
-            warn_of_dropped(model)
-            return model
+            return convert(stock, cls, options)
         if dark:
             raise ValueError(
                 f"Preset {preset!r} is dark already and is loaded as it was saved. Arguments of "
@@ -108,8 +106,8 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
         options = cls._resolve(backbone, options)
         become(backbone, cls)
         backbone._darken(options)
-        renumber_lora_layers(backbone)
-        compile_anew(backbone)
+        if (numbers := renumbered_lora_layers(backbone)) is not None:
+            put(backbone, _lora_enabled_layers=numbers)
         return backbone
 
     @classmethod
@@ -140,7 +138,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
         for index, of_layer in options.by_layer().items():
             block = self.transformer_layers[index]
             dark_subclass(self.family.dark_block_cls, type(block)).take_over(block, of_layer)
-        self.options = options
+        put(self, options=options)
 
     def dropped(self) -> list[dict[str, Any]]:
         """What the converted layers no longer do: dicts of `what`, `why` and `layers`."""
@@ -189,14 +187,42 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
         return {index: x for index, x in layers if isinstance(x, DarkHubAttention)}
 
 
-def warn_of_dropped(model: Any) -> None:
-    """Warns of all that a conversion of a task or backbone, once it is done, has dropped."""
+def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = None) -> Any:
+    """Makes a stock task or backbone dark, in place, and compiles it as it, or `like`, was.
+
+    On any error it is what it was.
+
+    Args:
+        model: the stock model.
+        dark_cls: what it becomes.
+        options: of the conversion.
+        like: the model that this one is a twin of.
+
+    Returns:
+        The model.
+    """
+    pairs = zip(_parts(model), _parts(model if like is None else like), strict=True)
+    compilations = [recompilation(part, source) for part, source in pairs]
+    with undone_on_error():
+        dark_cls.take_over(model, options)
+        _warn_of_dropped(model)
+    for compile_anew in compilations:
+        compile_anew()
+    return model
+
+
+def _parts(model: Any) -> list[Any]:
+    """A backbone, or a task's and the task."""
+    return [model.backbone, model] if hasattr(model, "backbone") else [model]
+
+
+def _warn_of_dropped(model: Any) -> None:
     backbone = getattr(model, "backbone", model)
     for drop in backbone.dropped():
         warnings.warn(
             f"Converting {backbone.name!r} drops from layers {drop['layers']}: "
             f"{drop['what']}. {drop['why']}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

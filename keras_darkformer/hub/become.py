@@ -5,8 +5,12 @@ the memory. Sharing layers with one would leave a stock object behind whose laye
 which saves itself as a softmax model.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import keras
 
 # Base of the classes that turn a stock class dark: type checkers can't know which stock class
 # stands behind them.
@@ -21,19 +25,75 @@ def become(stock: Any, dark_cls: type, **attributes: Any) -> Any:
         dark_cls: a subclass of its class.
         attributes: what to set on it besides, sublayers too.
     """
+    _note(stock, ["__class__"])
     stock.__class__ = dark_cls
     return give(stock, **attributes)
 
 
 def give(layer: Any, **attributes: Any) -> Any:
     """Sets attributes, sublayers too, on a layer that Keras has locked, and returns it."""
-    layer._tracker.unlock()
-    try:
+    _note(layer, attributes)
+    with _unlocked(layer):
         for name, value in attributes.items():
             setattr(layer, name, value)
-    finally:
-        layer._lock_state()
     return layer
+
+
+def put(model: Any, **attributes: Any) -> None:
+    """Sets attributes that are no sublayers."""
+    _note(model, attributes)
+    for name, value in attributes.items():
+        setattr(model, name, value)
+
+
+@contextlib.contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Puts back on any error, an interrupt too, whatever was set in here by this module."""
+    undo: list[Callable[[], None]] = []
+    token = _UNDO.set(undo)
+    try:
+        yield
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    finally:
+        _UNDO.reset(token)
+
+
+_UNDO: contextvars.ContextVar[list[Callable[[], None]] | None]
+_UNDO = contextvars.ContextVar("undo", default=None)
+_MISSING = object()
+
+
+def _note(layer: Any, names: Iterable[str]) -> None:
+    undo = _UNDO.get()
+    if undo is not None:
+        before = {name: getattr(layer, name, _MISSING) for name in names}
+        undo.append(lambda: _put_back(layer, before))
+
+
+def _put_back(layer: Any, before: dict[str, Any]) -> None:
+    with _unlocked(layer):
+        for name, value in before.items():
+            new = getattr(layer, name, _MISSING)
+            if isinstance(new, keras.Layer):
+                layer._tracker.untrack(new)
+            if value is not _MISSING:
+                setattr(layer, name, value)
+            elif new is not _MISSING:
+                delattr(layer, name)
+
+
+@contextlib.contextmanager
+def _unlocked(layer: Any) -> Iterator[None]:
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._lock_state()
 
 
 _MADE: dict[tuple[Callable[[Any], Any], Any], Any] = {}

@@ -7,7 +7,6 @@ from keras import ops, tree
 from keras_hub.samplers import SpeculativeSampler
 from keras_hub.samplers import get as get_sampler
 
-from keras_darkformer.compiling import compile_anew
 from keras_darkformer.hub.attention import Code
 from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
 from keras_darkformer.hub.become import become
@@ -33,9 +32,7 @@ class DarkTask(PresetLoading, Recorded):
     def take_over(cls, model: Model, options: ConversionOptions) -> Model:
         """Makes a stock model and its backbone dark, in place, and returns it."""
         cls.backbone_cls.take_over(model.backbone, options)
-        become(model, cls)
-        compile_anew(model)
-        return model
+        return become(model, cls)
 
 
 class DarkCausalLM(DarkTask, TransformersExport):

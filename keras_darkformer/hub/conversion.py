@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from keras_darkformer.compiling import compile_anew
-from keras_darkformer.hub.backbone import DarkBackbone, warn_of_dropped
+from keras_darkformer.hub.backbone import DarkBackbone, convert
 from keras_darkformer.hub.families import FAMILIES, INEXPRESSIBLE
-from keras_darkformer.hub.private import forgotten
 from keras_darkformer.hub.tasks import DarkTask, dark_classes
+from keras_darkformer.hub.twin import twin_of
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Model
 
@@ -27,15 +26,20 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     of a feature map, under `feature_map/`, in float32.
 
     A freshly converted model estimates a different kernel and is worse than the one it came from:
-    `calibrate` it, then `transfer_attention` or `distil`. If the model was compiled, it is compiled
-    again with the same arguments, a fresh optimizer and fresh metrics.
+    `calibrate` it, then `transfer_attention` or `distil`.
+
+    If the model was compiled, it is compiled again with the same loss, metrics, sampler and
+    learning rate, your own objects too. An optimizer that has been built is made anew, as it does
+    not know the new weights. A copy has an optimizer of its own, and metrics of its own where their
+    configs tell how to make them.
 
     Args:
         model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
             Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, SmolLM3,
             GPT2 or OPT; or a backbone, masked LM or text classifier of Bert, Roberta or DistilBert,
             whose attention goes in both directions.
-        copy: bool. Convert a copy; needs memory for two models.
+        copy: bool. Convert a copy; needs memory for two models. It is in the state of the model:
+            LoRA is enabled, layers are quantized and frozen as they are there.
         **kwargs: the options of `ConversionOptions`: `num_features`, `layers`, `attention_mode`,
             `geometry_scale`, `sliding_window` and others.
 
@@ -46,8 +50,9 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     Raises:
         TypeError: for an option that is unknown.
         ValueError: with the reason, if the model is of no class that can be converted, is dark
-            already or can't be expressed (vision or bidirectional attention), or an argument is out
-            of range. The model is then as it was.
+            already or can't be expressed (vision or bidirectional attention), an argument is out of
+            range, or an optimizer has to be made anew and its config does not tell how. After any
+            error the model is as it was.
 
     Warns:
         UserWarning: for what the converted layers no longer do: a soft cap of the attention logits,
@@ -67,9 +72,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     """
     options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
     dark_cls = _dark_class(model)
-    model = dark_cls.take_over(_copy(model) if copy else model, options)
-    warn_of_dropped(model)
-    return model
+    return convert(twin_of(model) if copy else model, dark_cls, options, like=model)
 
 
 def _dark_class(model: Model) -> Any:
@@ -106,26 +109,3 @@ def _reason(cls: type) -> str:
         if cls.__name__.startswith(family):
             return reason
     return "There is no conversion for this class."
-
-
-def _copy(model: Model) -> Any:
-    # A preprocessor's vocabulary is not in its config; both models share it.
-    config = model.get_config()
-    if hasattr(model, "backbone"):
-        config |= {"preprocessor": None}
-        backbone, of_backbone = model.backbone, config["backbone"]["config"]
-    else:
-        backbone, of_backbone = model, config
-    of_backbone |= forgotten(type(backbone), backbone, of_backbone)
-    twin = type(model).from_config(config)
-    if len(twin.weights) != len(model.weights):
-        raise ValueError(
-            "`copy=True` rebuilds the model from its config, which does not describe all of its "
-            f"weights: {len(model.weights)} against {len(twin.weights)}, as with LoRA. Save "
-            "and load it instead, or convert it in place."
-        )
-    twin.set_weights(model.get_weights())
-    if hasattr(model, "backbone"):
-        twin.preprocessor = model.preprocessor
-    compile_anew(twin, like=model)
-    return twin

@@ -143,13 +143,15 @@ def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[s
     """Arguments of a stock backbone's constructor that its config leaves out.
 
     Llama's forgets `tie_word_embeddings`: without it a model comes back with an output layer of its
-    own, whose weights are random.
+    own, whose weights are random. QwenMoe's forgets how much its routers add to the loss; what
+    Mixtral's forgets only its blocks know.
     """
-    return {
-        name: getattr(backbone, name)
-        for name in inspect.signature(stock_cls).parameters
-        if name not in config and isinstance(getattr(backbone, name, None), bool)
-    }
+    found: dict[str, Any] = {}
+    for name in inspect.signature(stock_cls).parameters:
+        for holder in (backbone, *backbone.transformer_layers):
+            if name not in config and hasattr(holder, name):
+                found.setdefault(name, getattr(holder, name))
+    return found
 
 
 def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
@@ -186,17 +188,25 @@ def _kept_by_smollm3(block: Layer) -> dict[str, Any]:
     }
 
 
-def renumber_lora_layers(backbone: Layer) -> None:
-    """Has LoRA that was enabled before the conversion find its layers again.
+def copy_lora(layer: Layer, other: Layer) -> None:
+    """Enables LoRA on one layer as it is on another, without its weights."""
+    if getattr(layer, "lora_enabled", False):
+        other.enable_lora(layer.lora_rank, lora_alpha=layer.lora_alpha)
+    for name in ("_lora_enabled_layers", "_lora_rank"):  # of a backbone
+        if hasattr(layer, name):
+            setattr(other, name, getattr(layer, name))
+
+
+def renumbered_lora_layers(backbone: Layer) -> list[int] | None:
+    """Where LoRA that was enabled before the conversion finds its layers again; `None` for none.
 
     The stock backbone knows them by their places among all layers with weights, and feature maps
     have moved these.
     """
-    if getattr(backbone, "_lora_enabled_layers", None):
-        layers = [x for x in backbone._flatten_layers(include_self=False) if x.weights]
-        backbone._lora_enabled_layers = [
-            index for index, x in enumerate(layers) if getattr(x, "lora_enabled", False)
-        ]
+    if not getattr(backbone, "_lora_enabled_layers", None):
+        return None
+    layers = [x for x in backbone._flatten_layers(include_self=False) if x.weights]
+    return [index for index, x in enumerate(layers) if getattr(x, "lora_enabled", False)]
 
 
 def refuse_vllm(attention: Layer) -> None:

@@ -81,9 +81,16 @@ class FeatureAttention(CheckedWeights):
         after.trainable = before.trainable
         if before.built:
             build_at(after, before.path)
-        self._tracker.replace_tracked_value("layers", before, after)  # type: ignore[attr-defined]
-        self.feature_map = after
-        self.options = self.options.of(type(self.options), feature_map=kind)
+        self.put_feature_map(after)
+
+    def put_feature_map(self, feature_map: FeatureMap) -> None:
+        """Puts another map, built as the layer's is, in its place."""
+        before = self.feature_map
+        self._tracker.replace_tracked_value(  # type: ignore[attr-defined]
+            "layers", before, feature_map
+        )
+        self.feature_map = feature_map
+        self.options = self.options.of(type(self.options), feature_map=feature_map.kind)
 
     def attend(
         self,

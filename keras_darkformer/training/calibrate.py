@@ -1,8 +1,9 @@
 """Calibration: one pass over data fits every layer's features to its queries and keys."""
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -11,7 +12,7 @@ from keras import ops
 from threadpoolctl import threadpool_limits
 
 from keras_darkformer.checks import positive_integer
-from keras_darkformer.compiling import compile_anew
+from keras_darkformer.compiling import recompilation
 from keras_darkformer.fitting import CalibrationOptions, Fit, LayerStatistics
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
@@ -99,8 +100,9 @@ def calibrate(
 
     Raises:
         ValueError: if an argument is out of range, the model has no dark layers or none with
-            features, `data` has no batches, or queries or keys are not finite. No layer has then
-            been changed.
+            features, `data` has no batches, queries or keys are not finite, or the model would have
+            to be compiled again and its optimizer can't be made anew. After any error all feature
+            maps are as they were.
 
     Example:
 
@@ -121,6 +123,8 @@ def calibrate(
     layers = layers_with_features(every_layer)
     for layer in layers.values():
         layer.feature_map.check_calibration(options)
+    if method == "clusters" and any(x.feature_map.kind != "exponential" for x in layers.values()):
+        recompilation(model)  # better now than after the pass
     statistics = {
         id(layer): layer.feature_map.statistics(options, max_tokens) for layer in layers.values()
     }
@@ -143,18 +147,35 @@ def calibrate(
     if kept_exactly:
         _check_length(longest, kept_exactly)
     fits = _fit(layers, statistics, options, verbose)
-    # All fits before any layer is changed: a failure leaves the model as it was.
-    swapped = 0
-    for layer, fit in zip(layers.values(), fits, strict=True):
-        swapped += layer.feature_map.kind != fit.kind
-        layer.swap_feature_map(fit.kind)
-        layer.feature_map.load(fit)
-    if kept_exactly:
-        _fit_far_offsets(model, every_layer, kept)
-    if swapped:
+    pairs = list(zip(layers.values(), fits, strict=True))
+    swapped = sum(layer.feature_map.kind != fit.kind for layer, fit in pairs)
+    compile_anew = recompilation(model) if swapped else None
+    with _put_back_on_error(layers):
+        for layer, fit in pairs:
+            layer.swap_feature_map(fit.kind)
+            layer.feature_map.load(fit)
+        if kept_exactly:
+            _fit_far_offsets(model, every_layer, kept)
+    if compile_anew is not None:
         _say_swapped(model, swapped, len(layers), verbose)
-        compile_anew(model)
+        compile_anew()
     return model
+
+
+@contextlib.contextmanager
+def _put_back_on_error(layers: dict[str, FeatureAttention]) -> Iterator[None]:
+    """Has all layers' feature maps be as they were if anything goes wrong."""
+    maps = [
+        (layer, layer.feature_map, layer.feature_map.get_weights()) for layer in layers.values()
+    ]
+    try:
+        yield
+    except BaseException:
+        for layer, feature_map, weights in maps:
+            if layer.feature_map is not feature_map:
+                layer.put_feature_map(feature_map)
+            feature_map.set_weights(weights)
+        raise
 
 
 def _say_swapped(model: Model, swapped: int, total: int, verbose: bool) -> None:

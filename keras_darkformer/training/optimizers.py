@@ -6,7 +6,8 @@ from typing import Any
 import keras
 from keras.optimizers.schedules import CosineDecay
 
-from keras_darkformer.types import Config, Tensor
+from keras_darkformer.compiling import made_anew
+from keras_darkformer.types import Tensor
 
 # Keras ships no type information.
 Optimizer = Any
@@ -43,7 +44,8 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
         ratio: float.
 
     Raises:
-        ValueError: for a `MultiOptimizer`, whose variables have rates of their own already.
+        ValueError: for a `MultiOptimizer`, whose variables have rates of their own already, or if
+            the optimizer's config does not tell how to make it anew.
     """
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
@@ -76,19 +78,4 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
                     gradients, updated = map(list, zip(*some, strict=True))
                     super()._backend_update_step(gradients, updated, factor * learning_rate)
 
-    return TwoRates.from_config(_config(optimizer))
-
-
-def _config(optimizer: Optimizer) -> Config:
-    """An optimizer's config, with a learning-rate schedule in it as it is.
-
-    A schedule of the caller's own may be one that Keras can not rebuild from a config, or that has
-    none. So the config is taken of a stand-in which has all attributes of the optimizer but the
-    schedule.
-    """
-    stand_in = object.__new__(type(optimizer))
-    rate = optimizer._learning_rate
-    is_variable = isinstance(rate, keras.Variable)
-    vars(stand_in).update(vars(optimizer) | {"_learning_rate": rate if is_variable else 0.0})
-    config = stand_in.get_config()
-    return config if is_variable else {**config, "learning_rate": rate}
+    return made_anew(optimizer, TwoRates)

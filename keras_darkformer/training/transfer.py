@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_darkformer.checks import positive_integer
+from keras_darkformer.compiling import knows_variables, made_anew
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.layers.feature_maps import FeatureMap
 from keras_darkformer.layers.heads import Heads
@@ -65,7 +66,8 @@ def transfer_attention(
         learning_rate: float. Peak of a schedule that warms up in the first tenth of the steps and
             then falls by a cosine.
         optimizer: a `keras.optimizers.Optimizer` instead of Adam with that schedule and gradients
-            clipped to norm 1.
+            clipped to norm 1. One that has been built, or that the model is compiled with, is not
+            changed: an optimizer with its settings is made anew.
         redraw: bool. Draw the projections anew after every step.
         position_offset: as for `calibrate`.
         validation_data: held-out data, as `data`. The weights with the lowest loss on it are kept,
@@ -102,6 +104,8 @@ def transfer_attention(
     if optimizer is None:
         schedule = warm_cosine(learning_rate, positive_integer("steps", steps))
         optimizer = keras.optimizers.Adam(schedule, clipnorm=1.0)
+    elif knows_variables(optimizer, model):
+        optimizer = made_anew(optimizer)
     transfer.compile(optimizer=optimizer)
     callbacks = list(callbacks or ())
     if redraw:

@@ -190,12 +190,5 @@ def test_a_copy_is_compiled_as_its_source():
     assert copy.optimizer.get_config() == optimizer.get_config()
 
 
-def test_a_copy_of_a_model_with_lora_is_refused():
-    source = gemma()
-    source.backbone.enable_lora(rank=2)
-    with pytest.raises(ValueError, match="LoRA"):
-        convert_to_dark(source, copy=True)
-
-
 def _is_dark(block):
     return hasattr(block.attention, "feature_map")
