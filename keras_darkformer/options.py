@@ -340,8 +340,7 @@ def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tu
         every = layers == "all" or all(is_local)
         chosen = tuple(i for i in range(count) if every or not is_local[i])
     else:
-        wrong = [i for i in layers if not -count <= i < count]
-        if wrong:
+        if wrong := [i for i in layers if not -count <= i < count]:
             raise ValueError(
                 f"`layers` must hold indices of the model's {count} layers. Received: {wrong}"
             )
