@@ -12,7 +12,7 @@ from keras_darkformer.ops.backend import reshape, search
 from keras_darkformer.ops.exact_memory import Part, joined, masked, tokens_at
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import Tokens
-from keras_darkformer.ops.sums import FUTURE, with_ones
+from keras_darkformer.ops.sums import log_mask, with_ones
 from keras_darkformer.types import Tensor
 
 # The score of a key that does not compete: below that of a place where nothing is.
@@ -129,7 +129,7 @@ def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
     logits = reshape(logits, (*shape_of(query)[:3], chunk, groups, before.key.shape[3]))
     token = ops.arange(chunk, dtype="int32")[:, None]
     seen = ops.logical_and(token < competition.leaves[:, :, :, None], before.is_real[:, :, :, None])
-    return masked(Part(logits, with_ones(before.value)), ops.where(seen, 0.0, FUTURE))
+    return masked(Part(logits, with_ones(before.value)), log_mask(seen))
 
 
 def with_exits(
@@ -150,5 +150,5 @@ def with_exits(
     seen = ops.logical_and(token < leaves[:, :, :, None], real[:, :, :, None])
     seen = ops.logical_and(seen, key - size <= token)  # where W is less than C
     mask = ops.broadcast_to(mask, (*shape_of(leaves)[:2], *shape_of(mask)[2:]))
-    parts = [mask[..., :sinks], ops.where(seen, 0.0, FUTURE), mask[..., sinks + chunk :]]
+    parts = [mask[..., :sinks], log_mask(seen), mask[..., sinks + chunk :]]
     return ops.concatenate(parts, axis=4)

@@ -28,7 +28,7 @@ from keras_darkformer.ops.backend import largest, power, reshape, split_at
 from keras_darkformer.ops.features import TO_BASE
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import LOG_ZERO, NOTHING, Tokens
-from keras_darkformer.ops.sums import FUTURE, TINY, normalize, split_last, with_ones
+from keras_darkformer.ops.sums import FUTURE, TINY, log_mask, normalize, split_last, with_ones
 from keras_darkformer.types import Tensor
 
 
@@ -208,12 +208,12 @@ def local_part(
         there = sinks.position[:, None] <= index[..., None]  # (b, T, S)
         there = reshape(there, (batch, 1, chunks, chunk, sinks.tokens.key.shape[2]))
         there = ops.logical_and(there, sinks.tokens.is_real[:, :1, None, None])
-        masks.append(ops.where(there, 0.0, FUTURE))
+        masks.append(log_mask(there))
     if near_mask is not None:
         how = (size, near_mask.shape[1] - chunk, chunks, chunk)
         keys.append(_bands(seen.key, *how))
         values.append(_bands(with_ones(seen.value), *how))
-        mask = _bands(ops.where(seen.is_real[:, :1], 0.0, FUTURE), *how)
+        mask = _bands(log_mask(seen.is_real[:, :1]), *how)
         masks.append(mask[:, :, :, None] + near_mask)
     key, value = (x[0] if len(x) == 1 else ops.concatenate(x, axis=3) for x in (keys, values))
     mask = masks[0] if len(masks) == 1 else ops.concatenate(masks, axis=4)
@@ -290,7 +290,7 @@ def band(chunk: int, size: int, reach: int) -> Tensor:
     """
     query = ops.arange(chunk, dtype="int32")[:, None]
     age = query + reach - ops.arange(chunk + reach, dtype="int32")
-    return ops.where(ops.logical_and(age >= 0, age < size), 0.0, FUTURE)
+    return log_mask(ops.logical_and(age >= 0, age < size))
 
 
 def _bands(x: Tensor, size: int, reach: int, chunks: Tensor, chunk: int) -> Tensor:

@@ -35,7 +35,7 @@ from keras_darkformer.ops.state import (
     Tokens,
     add_states,
 )
-from keras_darkformer.ops.sums import FUTURE
+from keras_darkformer.ops.sums import log_mask
 from keras_darkformer.types import Tensor
 
 
@@ -212,7 +212,7 @@ def _before(axis: SequenceAxis, own: State, devices: Tensor) -> State:
     """The state of the keys of the first `devices` devices; all exchange theirs."""
     gathered = State(*(axis.gather(x) for x in own))  # (D, b, k, ...)
     earlier = ops.arange(gathered.log_scale.shape[0], dtype="int32") < devices
-    return add_states(gathered, ops.where(earlier, 0.0, FUTURE))
+    return add_states(gathered, log_mask(earlier))
 
 
 def _all(axis: SequenceAxis, own: State) -> State:
@@ -231,7 +231,7 @@ def _added(*states: State) -> State:
     if len(states) == 1:
         return states[0]
     stacked = State(*(ops.stack(leaves) for leaves in zip(*states, strict=True)))
-    return add_states(stacked, ops.zeros((len(states),)))
+    return add_states(stacked, ops.zeros((len(states),), dtype="float32"))
 
 
 def _memory_before(

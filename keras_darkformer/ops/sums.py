@@ -247,7 +247,15 @@ def chunked_sums(
 def future(size: Tensor) -> Tensor:
     """`(size, size)`: what leaves no weight to `j > t` when added to the logarithm at (t, j)."""
     index = ops.arange(size, dtype="int32")
-    return ops.where(index[None, :] > index[:, None], FUTURE, 0.0)
+    return log_mask(index[None, :] <= index[:, None])
+
+
+def log_mask(visible: Tensor) -> Tensor:
+    """What leaves weight to what is visible alone when added to logarithms: 0, or `FUTURE`.
+
+    Numbers of Python alone would make a tensor of Keras' `floatx`, which may be any.
+    """
+    return ops.cast(ops.logical_not(visible), "float32") * FUTURE
 
 
 def _running_maximum(log_scale: Tensor, future: Tensor) -> tuple[Tensor, Tensor]:
