@@ -14,7 +14,6 @@ import time
 from common import answer, environment, in_process, parser, peak, print_table, reset_peak, write
 
 LENGTH, STEPS = 512, 8
-FOUR_EXACT = (16, 18, 19, 20)
 PLAIN = {"num_features": 64}
 PARTS = {
     "calibrate, m = 64": "calibrate plain",
@@ -30,6 +29,7 @@ def measure(what, options, text):
     """Seconds (of a step, where there are steps), and bytes above what the model takes."""
     import keras
     from pretrained import batch_of, encoded, smollm2
+    from retrieval import FOUR_EXACT, but
 
     import keras_darkformer as kd
     from keras_darkformer.options import LINEARIZED
@@ -42,9 +42,7 @@ def measure(what, options, text):
         on_train_batch_end=lambda batch, logs=None: ends.append(time.perf_counter())
     )
     if options == "exact":
-        kd.convert_to_dark(
-            model, layers=[i for i in range(30) if i not in FOUR_EXACT], **LINEARIZED
-        )
+        kd.convert_to_dark(model, **but(FOUR_EXACT), **LINEARIZED)
     elif options != "source":
         kd.convert_to_dark(model, **(PLAIN if options == "plain" else LINEARIZED))
     teacher = smollm2()[0] if what == "distil" else None

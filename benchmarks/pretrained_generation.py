@@ -27,7 +27,6 @@ from common import (
 
 WRITTEN = 32
 LENGTHS = (512, 2048, 8192)
-FOUR_EXACT = (16, 18, 19, 20)
 ARMS = ("exact", "dark", "dark, 4 layers exact")
 
 
@@ -35,6 +34,7 @@ def measure(arm, length):
     """Seconds to the first token, tokens a second behind it, bytes above the model."""
     import numpy as np
     from pretrained import smollm2
+    from retrieval import FOUR_EXACT, but
 
     import keras_darkformer as kd
     from keras_darkformer.options import LINEARIZED
@@ -42,8 +42,7 @@ def measure(arm, length):
     model, _ = smollm2()
     if arm != "exact":
         exact = () if arm == "dark" else FOUR_EXACT
-        layers = [i for i in range(30) if i not in exact]
-        kd.convert_to_dark(model, layers=layers, **LINEARIZED)
+        kd.convert_to_dark(model, **but(exact), **LINEARIZED)
     model.compile(sampler="greedy")
     prompt = np.random.default_rng(0).integers(100, 40_000, length).astype("int32")
 

@@ -18,10 +18,9 @@ import warnings
 
 from common import environment, parser, print_table, read, write
 
-LENGTH, WRITTEN, DRAWS = 512, 48, 3
+LENGTH, DRAWS = 512, 3
 SIZES = (16, 64)
 ARMS = {"all layers": 0, "4 layers exact": 4}
-PERFORMER = {"num_features": 128, "train_geometry": False, "geometry_scale": 1.0}
 PROMPT = "The old captain looked at the sea and said that"
 
 
@@ -38,13 +37,10 @@ def losses_of(model, texts):
 def written(model, tokenizer):
     """What it writes after the prompt."""
     import numpy as np
+    from retrieval import WRITTEN, continued
 
-    prompt = np.array(tokenizer.encode(PROMPT).ids, "int32")
-    token_ids = np.pad(prompt, (0, WRITTEN))[None]
-    mask = (np.arange(token_ids.shape[1]) < len(prompt))[None].astype("int32")
-    model.compile(sampler="greedy")
-    found = model.generate({"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=None)
-    return tokenizer.decode(np.asarray(found["token_ids"])[0, len(prompt) :].tolist())
+    found = continued(model, np.array(tokenizer.encode(PROMPT).ids, "int32"))
+    return tokenizer.decode(found[-WRITTEN:].tolist())
 
 
 def linearized(keep_exact, texts, tokenizer, data, args):
@@ -76,6 +72,7 @@ def linearized(keep_exact, texts, tokenizer, data, args):
 def performer(texts):
     """The losses of isotropic features, for the scale."""
     from pretrained import smollm2
+    from retrieval import PERFORMER
 
     import keras_darkformer as kd
 

@@ -3,9 +3,7 @@
 Each function takes the words behind its name in a page's mark and returns Markdown.
 """
 
-import statistics
-
-from formats import median_and_range, table, unique
+from formats import table, unique
 from quality_tables import load
 
 
@@ -73,60 +71,39 @@ def retrieval_short(backend):
 TRAINED = ("text", "repeat of 16", "repeat of 64", "digits right")
 
 
-def cells_of(draws, kinds):
-    """Medians over draws of what a model was judged on."""
-    found = []
-    for kind in kinds:
-        values = [draw[kind] for draw in draws]
-        if kind == "digits right":
-            found.append(f"{statistics.median(values):.0%}")
-        else:
-            found.append(median_and_range(values, 2))
-    return found
+def cells_of(losses, places):
+    """The figures of `TRAINED`; plain text with so many places."""
+    *of_text, found = (losses[kind] for kind in TRAINED)
+    text, *repeats = of_text
+    return [f"{text:.{places}f}", *(f"{loss:.2f}" for loss in repeats), f"{found:.0%}"]
 
 
 def retrieval_trained(name):
-    """What training adds, arm by arm: the stages that are judged by all draws."""
-    lines = []
-    for arm, row in load(f"retrieval_trained_{name}")["arms"].items():
-        for stage, found in row["stages"].items():
-            if len(found["losses"]) > 1 and "longer" not in stage:
-                lines.append([arm, stage, *cells_of(found["losses"], TRAINED)])
-    return table(["arm", "stage", *TRAINED], lines, words=2)
-
-
-def retrieval_on_the_way(name):
-    """The same on the way, of one draw."""
+    """What training adds, arm by arm and stage by stage, of one draw."""
     lines = []
     for arm, row in load(f"retrieval_trained_{name}")["arms"].items():
         for stage, found in row["stages"].items():
             if "longer" not in stage:
-                lines.append([arm, stage, *cells_of(found["losses"][:1], TRAINED)])
+                lines.append([arm, stage, *cells_of(found["losses"][0], 2)])
     return table(["arm", "stage", *TRAINED], lines, words=2)
 
 
 def linearized(backend):
     """Stage by stage, what `linearize` won on a real decoder."""
     results = load(f"pretrained_linearized_{backend}")
-    kinds = ("text", "repeat of 16", "repeat of 64", "digits right")
     lines = []
-
-    def losses(found):
-        shown = [f"{found[kind]:.2f}" for kind in kinds[1:-1]]
-        return [f"{found['text']:.3f}", *shown, f"{found['digits right']:.0%}"]
-
     for name, arm in results["arms"].items():
         by_name = {stage["name"]: stage for stage in arm["report"]["stages"]}
         for stage, found in arm["stages"].items():
             if stage == "exact":
                 if not lines:
-                    lines.append(["exact", "", *losses(found["losses"]), "", ""])
+                    lines.append(["exact", "", *cells_of(found["losses"], 3), "", ""])
                 continue
             facts = by_name[stage]
             seconds, tokens = f"{facts['seconds']:,.0f}", f"{facts['tokens']:,}"
-            lines.append([name, stage, *losses(found["losses"]), tokens, seconds])
-    lines.append(["Performer, m = 128", "converted", *losses(results["performer"]), "", ""])
-    return table(["layers", "after", *kinds, "tokens", "seconds"], lines, words=2)
+            lines.append([name, stage, *cells_of(found["losses"], 3), tokens, seconds])
+    lines.append(["Performer, m = 128", "converted", *cells_of(results["performer"], 3), "", ""])
+    return table(["layers", "after", *TRAINED, "tokens", "seconds"], lines, words=2)
 
 
 def written(backend):

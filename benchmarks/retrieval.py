@@ -21,6 +21,8 @@ SIZES = (4, 8, 16, 32, 64, 128)
 WRITTEN = 48  # tokens, where the context is long
 MEMORY = {"sliding_window": 64, "num_sinks": 4, "cache_size": 60}
 FEATURES_OFF = {"feature_map": "none"}
+PERFORMER = {"num_features": 128, "train_geometry": False, "geometry_scale": 1.0}
+FOUR_EXACT = (16, 18, 19, 20)  # what the probe chooses
 AT_RANDOM = "window 64, 4 sinks, 60 random"
 
 

@@ -62,7 +62,6 @@ TABLES = {
     "retrieval": pretrained.retrieval,
     "retrieval-short": pretrained.retrieval_short,
     "retrieval-trained": pretrained.retrieval_trained,
-    "retrieval-on-the-way": pretrained.retrieval_on_the_way,
     "sequence-parallel": quality.sequence_parallel,
     "shapes": speed.shapes,
     "speed": speed.speed,
