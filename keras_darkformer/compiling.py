@@ -78,8 +78,9 @@ def made_anew(optimizer: Any, kind: Any = None) -> Any:
         return type(optimizer)(inner, **{name: getattr(optimizer, name) for name in names})
     try:
         config = _config(optimizer)
-        if forgotten := _forgotten(type(optimizer), config):
-            raise ValueError(f"its config leaves out {', '.join(forgotten)}")
+        if forgotten := left_out(type(optimizer), config):
+            told = ", ".join(f"`{argument}`" for argument in forgotten)
+            raise ValueError(f"its config leaves out {told}")
         fresh = (kind or type(optimizer)).from_config(config)
     except Exception as error:  # whatever a class of the user's own does
         raise ValueError(
@@ -117,16 +118,16 @@ def _of_its_own(metric: Any) -> Any:
         return metric
     try:
         config = metric.get_config()
-        return metric if _forgotten(type(metric), config) else type(metric).from_config(config)
+        return metric if left_out(type(metric), config) else type(metric).from_config(config)
     except Exception:  # whatever a class of the user's own does
         return metric
 
 
-def _forgotten(kind: Any, config: Config) -> list[str]:
-    """What a constructor takes and a config does not have."""
-    named = [
+def left_out(made: Any, config: Config) -> list[str]:
+    """The arguments of a class's constructor that a config does not have."""
+    return [
         name
-        for name, argument in inspect.signature(kind.__init__).parameters.items()
+        for name, argument in list(inspect.signature(made.__init__).parameters.items())[1:]
         if argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+        and name not in config
     ]
-    return [f"`{name}`" for name in named[1:] if name not in config]

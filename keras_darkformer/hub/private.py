@@ -12,6 +12,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_darkformer.compiling import left_out
 from keras_darkformer.types import Layer, Tensor
 
 WORKS_WITH = "keras-hub>=0.32,<0.33"
@@ -147,9 +148,9 @@ def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[s
     Mixtral's forgets only its blocks know.
     """
     found: dict[str, Any] = {}
-    for name in inspect.signature(stock_cls).parameters:
+    for name in left_out(stock_cls, config):
         for holder in (backbone, *backbone.transformer_layers):
-            if name not in config and hasattr(holder, name):
+            if hasattr(holder, name):
                 found.setdefault(name, getattr(holder, name))
     return found
 
@@ -164,9 +165,7 @@ def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
     broken = stock_cls in (LlamaTransformerDecoder, LlamaAttention)
     config = keras.layers.Layer.get_config(layer) if broken else stock_cls.get_config(layer)
     kept = _kept_by_smollm3(layer) if stock_cls is SmolLM3DecoderLayer else {}
-    for name, argument in inspect.signature(stock_cls.__init__).parameters.items():
-        if name in config or name == "self" or argument.kind is argument.VAR_KEYWORD:
-            continue
+    for name in left_out(stock_cls, config):
         try:
             value = kept[name] if name in kept else part(layer, name)
         except AttributeError as error:
