@@ -56,9 +56,8 @@ def linearize(
     `transfer_attention` and, for causal LMs, `distil`, from the model's own logits before it
     learns: there is no second copy of its weights. A segment of every row that a causal LM learns
     from comes in it twice, so that there is something to look up. Before and after each stage the
-    model is judged
-    on text held out from all of them; a stage that made it worse is undone, and each fit stops when
-    nothing is gained any more. Every stage can be called by itself instead.
+    model is judged on text held out from all of them; a stage that made it worse is undone, and
+    each fit stops when nothing is gained any more. Every stage can be called by itself instead.
 
     Args:
         model: a stock model that `convert_to_dark` takes. It is converted in place.
