@@ -43,7 +43,6 @@ class DarkHubAttention(FeatureAttention, DarkLayer):
     An instance is a stock attention layer that has become dark: same projections, norms and rotary
     embedding, same variable paths, and one new sublayer, `feature_map`. In linear mode its `cache`
     is a recurrent state; in exact mode it is the stock layer with M applied after the rotation.
-
     """
 
     # What the stock layer drops in training: single "weights", parts of the "output", or nothing.
