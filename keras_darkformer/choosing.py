@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import keras
 import numpy as np
 from rich.table import Table
 
@@ -11,6 +10,7 @@ from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.layers.core import exactly
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.printed import PrintedDict
+from keras_darkformer.progress import Progress
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import dark_layers
 from keras_darkformer.training.held_out import full_rows, inputs_of, token_loss, with_repeats
@@ -99,7 +99,7 @@ def choose_layers(
         repeat: int. Tokens that come again in a lookup.
         batch_size: int. For data without batches.
         probe_seed: int. Of the segments that are repeated.
-        verbose: bool. Shows a progress bar.
+        verbose: bool. Shows progress: a line that is written over, in a file one now and then.
         **kwargs: the options of `ConversionOptions` but `layers`, as they will be given to
             `convert_to_dark`.
 
@@ -149,7 +149,7 @@ def choose_layers(
             "lookups": token_loss(parts, lookups, length - repeat + 1),
         }
 
-    progress = keras.utils.Progbar(len(layers), verbose=int(verbose), unit_name="layer")
+    progress = Progress("choose_layers", "layers", len(layers), verbose=verbose)
     with exactly(layers.values()):
         before = losses()
     found = []
@@ -158,6 +158,7 @@ def choose_layers(
             after = losses()
         found.append({"index": index} | {kind: after[kind] - before[kind] for kind in before})
         progress.update(index + 1)
+    progress.finish()
     by_cost = sorted(found, key=lambda layer: -(layer["text"] + layer["lookups"]))
     exact = sorted(layer["index"] for layer in by_cost[:keep_exact])
     indices = [layer["index"] for layer in found if layer["index"] not in exact]

@@ -111,6 +111,22 @@ def differentiated(fn, has_aux=False):
     return both
 
 
+def hessian_product(fn, array, direction):
+    """The Hessian of `fn`, a scalar function of one tensor, times a direction, in NumPy."""
+    if BACKEND == "torch":
+        import torch
+
+        x = torch.from_numpy(array).requires_grad_()
+        (gradient,) = torch.autograd.grad(fn(x), x, create_graph=True)
+        return torch.autograd.grad(torch.sum(gradient * torch.from_numpy(direction)), x)[0].numpy()
+
+    def along(x):
+        (gradient,) = differentiated(fn)(x)[1]
+        return ops.sum(gradient * direction)
+
+    return value_and_gradients(along, array)[1][0]
+
+
 def value_and_gradients(fn, *arrays, jit=DEFAULT_JIT, has_aux=False):
     """The value of a scalar function and its gradients by all arguments, as NumPy arrays."""
     value, gradients = run(differentiated(fn, has_aux), *arrays, jit=jit)

@@ -249,10 +249,33 @@ def _rematerialized(step: Callable[..., Any]) -> Callable[..., Any]:
             for x, dtype in zip(everything, dtypes, strict=True)
             if x is not None
         ]
-        leaves = keras.remat(flat)(*leaves)  # which sets `result`
+        leaves = _recomputed(flat)(*leaves)  # which sets `result`
         return tree.pack_sequence_as(result, list(leaves))
 
     return rematerialized
+
+
+def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`keras.remat` of a function of tensors; on TensorFlow with derivatives of every order.
+
+    TensorFlow's own, which Keras takes, refuses the second.
+    """
+    if _BACKEND != "tensorflow":
+        return keras.remat(function)
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def recomputed(*inputs: Any) -> Any:
+        def gradient(*upstream: Any) -> Any:
+            with tf.GradientTape() as tape, tf.control_dependencies(upstream):
+                again = [tf.identity(x) for x in inputs]  # not before it is asked for
+                tape.watch([x for x in again if x.dtype.is_floating])
+                outputs = function(*again)
+            return tape.gradient(outputs, again, output_gradients=upstream)
+
+        return function(*map(tf.stop_gradient, inputs)), gradient  # nothing is noted down
+
+    return recomputed
 
 
 class SequenceAxis:

@@ -17,6 +17,7 @@ from keras_darkformer.fitting import CalibrationOptions, Fit, LayerStatistics
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
 from keras_darkformer.layers.heads import Heads
+from keras_darkformer.progress import Progress
 from keras_darkformer.training.data import (
     batches,
     check_position_offset,
@@ -93,7 +94,7 @@ def calibrate(
             what was not seen here is not fitted. `None` starts every batch at 0.
         batch_size: int. For data that does not come in batches.
         seed: int. Of draws, of the sample and of the offsets.
-        verbose: bool. Shows a progress bar.
+        verbose: bool. Shows progress: a line that is written over, in a file one now and then.
 
     Returns:
         The model, which is calibrated in place.
@@ -131,7 +132,7 @@ def calibrate(
     kept_exactly = max(layer.feature_map.memory.size for layer in layers.values())
     longest = 0
     kept: Kept = []
-    progress = keras.utils.Progbar(None, verbose=int(verbose), unit_name="batch")
+    progress = Progress("calibrate, looking", "batches", verbose=verbose)
     offsets = position_offsets(position_offset, seed)
     for count, inputs in enumerate(batches(model, data, batch_size)):
         if not count:
@@ -143,7 +144,7 @@ def calibrate(
         if kept_exactly and length > kept_exactly and more > 0:
             kept.append((_longest_rows(inputs, more), offset))
         progress.update(count + 1)
-    progress.update(count + 1, finalize=True)
+    progress.finish()
     if kept_exactly:
         _check_length(longest, kept_exactly)
     fits = _fit(layers, statistics, options, verbose)
@@ -248,7 +249,7 @@ def _fit(
     verbose: bool,
 ) -> list[Fit]:
     """Layers by themselves, as many at a time as there are processors."""
-    progress = keras.utils.Progbar(len(layers), verbose=int(verbose), unit_name="layer")
+    progress = Progress("calibrate, fitting", "layers", len(layers), verbose=verbose)
 
     def fit(number: int, name: str, layer: FeatureAttention) -> Fit:
         try:
@@ -262,6 +263,7 @@ def _fit(
         for found in pool.map(fit, range(len(layers)), layers, layers.values()):
             fits.append(found)
             progress.update(len(fits))
+    progress.finish()
     return fits
 
 

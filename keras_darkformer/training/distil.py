@@ -120,7 +120,8 @@ def distil(
         callbacks: Keras callbacks. Their `model` is the `Distillation`, and the model that is
             trained its `student`. `RedrawProjections` and `ApproximationLogger` look at the
             student, and `ModelCheckpoint` writes the student.
-        verbose: as for `keras.Model.fit`.
+        verbose: 0, `False`: nothing. 2: Keras' line an epoch. Else progress: a line that is written
+            over, in a file one now and then.
 
     Returns:
         The `History` of the fit, per epoch of `validate_every` steps. The model stays compiled, or

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.layers.core import FeatureAttention
+from keras_darkformer.progress import FitProgress
 from keras_darkformer.training.callbacks import RedrawProjections
 from keras_darkformer.training.data import KnownBatches
 from keras_darkformer.training.saved_arrays import load_arrays, save_arrays
@@ -44,7 +45,7 @@ def fit_steps(
         backup: a file. What is trained and its optimizer are noted down in it after every epoch; a
             fit that finds it goes on from there.
         callbacks: of the caller.
-        verbose: as for `keras.Model.fit`.
+        verbose: 0 for nothing, 2 for Keras' line an epoch, else a line of progress.
 
     Raises:
         ValueError: if an argument is out of range, or the file at `backup` is damaged or of another
@@ -68,6 +69,9 @@ def fit_steps(
         assert notes is not None
         best.put_back(fitted)
         return notes.history_so_far()
+    if verbose in ("auto", 1):
+        verbose, shown = 0, FitProgress(fitted.name, steps, done * every)
+        callbacks.append(shown)
     history = fitted.fit(
         (example for example in itertools.islice(examples, done * every, None)),
         shuffle=False,

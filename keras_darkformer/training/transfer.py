@@ -80,7 +80,8 @@ def transfer_attention(
             the fit goes on from there, to the same result.
         callbacks: Keras callbacks of the fit.
         seed: int. Of position offsets and redraws.
-        verbose: as for `keras.Model.fit`.
+        verbose: 0, `False`: nothing. 2: Keras' line an epoch. Else progress: a line that is written
+            over, in a file one now and then.
 
     Returns:
         The `History` of the fit: per epoch of `validate_every` steps, the mean loss and each

@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, MODES, differentiated, to_numpy, value_and_gradients
+from backends import BACKEND, MODES, differentiated, hessian_product, to_numpy, value_and_gradients
 from keras import ops
 
-from keras_darkformer.ops import dark_attention
+from keras_darkformer.ops import dark_attention, partition
 from keras_darkformer.ops.reference import dark_attention_reference
 
 from .cases import Case, assert_close, attend, attend_with_gradients, reference
@@ -95,6 +95,30 @@ def test_chunk_size_does_not_change_the_gradients():
     _, gradients = attend_with_gradients(case, chunk_size=7)
     for gradient, expected in zip(gradients, reference(case)[1], strict=True):
         assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("remat", [True, False], ids=["remat", "kept"])
+@pytest.mark.parametrize(
+    "causal",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["causal", "bidirectional"],
+)
+def test_second_derivatives_agree_with_differences_of_gradients(causal, remat, monkeypatch):
+    monkeypatch.setattr(partition, "block_length", lambda _: 8)  # some blocks
+    case = Case(length=40, causal=causal, num_features=8)
+    query, key, value, geometry = case.arrays
+    direction = np.random.default_rng(2).standard_normal(key.shape).astype("float32")
+
+    def scalar(key):
+        output = dark_attention(query, key, value, geometry, **case.options, remat=remat)
+        return ops.sum(output * ops.convert_to_tensor(case.upstream))
+
+    def gradient(step):
+        arrays = query, key.astype("float64") + step * direction, value, geometry
+        return dark_attention_reference(*arrays, **case.options, upstream=case.upstream)[1].key
+
+    expected = (gradient(1e-4) - gradient(-1e-4)) / 2e-4
+    assert_close(hessian_product(scalar, key, direction), expected)
 
 
 @pytest.mark.parametrize("jit", MODES)
