@@ -26,6 +26,7 @@ import compatibility_table
 import pretrained_tables as pretrained
 import quality_tables as quality
 import speed_tables as speed
+import study_tables as study
 from common import BENCHMARKS, RESULTS
 
 ROOT = BENCHMARKS.parent
@@ -66,6 +67,10 @@ TABLES = {
     "shapes": speed.shapes,
     "speed": speed.speed,
     "steps": quality.steps,
+    "study": study.study,
+    "study-features": study.features,
+    "study-stability": study.stability,
+    "study-variance": study.variance,
 }
 
 

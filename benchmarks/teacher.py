@@ -22,11 +22,15 @@ LENGTH = 256
 SEGMENT_TOKENS = np.arange(VOCABULARY - 128, VOCABULARY)
 
 
-def tokens_of(text):
-    """The text's parts as one array of token ids each; tokens learned on the training part."""
+def parts_of(path):
+    """A text's training, validation and test part, each a list of stretches."""
+    return split_text(load_text(path), 8192)
+
+
+def encoder_of(parts):
+    """Function of stretches to an array of token ids; tokens are learned on the training part."""
     import sentencepiece
 
-    parts = split_text(load_text(text), 8192)
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for part in parts["train"] for line in part.splitlines() if line),
@@ -39,10 +43,14 @@ def tokens_of(text):
         minloglevel=2,
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
-    return {
-        name: np.concatenate([np.array(tokenizer.encode(part), "int32") for part in stretches])
-        for name, stretches in parts.items()
-    }
+    return lambda part: np.concatenate([np.array(tokenizer.encode(x), "int32") for x in part])
+
+
+def tokens_of(path):
+    """The text's parts as one array of token ids each."""
+    parts = parts_of(path)
+    encode = encoder_of(parts)
+    return {name: encode(stretches) for name, stretches in parts.items()}
 
 
 def text_windows(tokens, count, length, seed):

@@ -20,13 +20,22 @@ from keras_darkformer import DarkTransformerBlock
 
 @keras.saving.register_keras_serializable(package="examples")
 class ByteDecoder(keras.Model):
-    def __init__(self, num_blocks=2, hidden_dim=128, num_heads=4, num_features=64, **kwargs):
+    def __init__(
+        self,
+        num_blocks=2,
+        hidden_dim=128,
+        num_heads=4,
+        num_features=64,
+        train_geometry=True,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.config = {
             "num_blocks": num_blocks,
             "hidden_dim": hidden_dim,
             "num_heads": num_heads,
             "num_features": num_features,
+            "train_geometry": train_geometry,
         }
         self.embedding = keras.layers.Embedding(256, hidden_dim)
         self.blocks = [
@@ -34,6 +43,7 @@ class ByteDecoder(keras.Model):
                 4 * hidden_dim,
                 num_heads,
                 num_features=num_features,
+                train_geometry=train_geometry,
                 rope_max_wavelength=10_000,
                 activation="gelu",
                 seed=seed,

@@ -35,6 +35,22 @@ def test_a_decoder_trains_on_text_and_writes():
     assert "The statement " in printed
 
 
+def test_projections_learn_another_text(tmp_path):
+    printed = run_example(
+        *("finetune_projections.py", "--model", tmp_path / "exact.keras", "--train-steps", 2),
+        *("--steps", 2, "--rates", 1e-3, "--sequence-length", 32, "--num-features", 16),
+    )
+    assert all(f"\n{name} " in printed for name in ("exact attention", "Performer", "DARKFormer"))
+
+
+def test_learning_rates_are_compared(tmp_path):
+    figure = tmp_path / "rates.png"
+    options = ("--steps", 3, "--length", 16, "--rates", 1e-3, "--output", figure)
+    printed = run_example("learning_rates.py", *options)
+    assert "Performer, rate 0.001: " in printed
+    assert figure.exists()
+
+
 def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {i} says {i * 7 % 13} times nothing." for i in range(3000)))

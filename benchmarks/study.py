@@ -1,0 +1,245 @@
+"""The paper's experiments: does a learned covariance close the gap to exact attention?
+
+    KERAS_BACKEND=jax python benchmarks/study.py --text book.txt --other another.txt
+
+A small Gemma is trained on the one text (`teacher.py`). Then every arm (`study_arms.py`) is trained
+in three ways on the other: from scratch, in all its weights from the trained model's, and in its
+projections of queries, keys and values alone. Every arm gets the same steps, batches, seeds and
+rates; its rate is the one of the least mean loss on the validation part, and figures are of the
+test part. All rates and seeds of an arm train side by side (`study_training.py`), so what each rate
+does to training is seen too.
+
+Runs are written to WORK one by one, and not made again; all that are there go to
+results/study.json. On a GPU a run takes a minute; on a CPU one rate with one seed takes a few, so
+name what is wanted: `--list` shows the names of all runs, `--runs`, `--rates` and `--seeds` choose.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+from typing import NamedTuple
+
+import common
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+COUNTS = (16, 32, 128, 256)  # of features, beside those of the shape
+MARGIN, TRAIL = 0.3, 10  # of a spike, as the paper counts them
+
+
+class Run(NamedTuple):
+    """What is trained: one arm at all rates and seeds."""
+
+    regime: str
+    arm: str
+    shape: str = "h64"
+    num_features: int = 64
+    guarded: bool = True
+
+    @property
+    def name(self):
+        words = [self.shape, str(self.num_features), self.regime, self.arm]
+        words += [] if self.guarded else ["bare"]
+        return "-".join(words).replace(", ", "_").replace(" ", "_")
+
+
+def plan():
+    """Every run, the most wanted first."""
+    from study_arms import ARMS, REGIMES
+
+    few = ("exact", "DARKFormer", "Performer", "learned features", "calibrated")
+    compared = ("DARKFormer", "Performer", "calibrated")
+    found = [Run(regime, arm) for regime in reversed(REGIMES) for arm in ARMS]
+    found += [Run(regime, arm, guarded=False) for regime in REGIMES[:2] for arm in few]
+    found += [Run("q, k, v", arm, num_features=m) for m in COUNTS for arm in compared]
+    found += [Run(regime, arm, "h256", 256) for regime in reversed(REGIMES) for arm in few]
+    found += [Run("all weights", arm, num_features=m) for m in COUNTS for arm in compared]
+    return found
+
+
+def spikes(losses):
+    """Steps whose loss is above the median of the ten before by 0.3, or not finite."""
+    count = 0
+    for step, loss in enumerate(losses):
+        before = losses[max(0, step - TRAIL) : step]
+        count += loss is None or (
+            len(before) == TRAIL
+            and None not in before
+            and loss > statistics.median(before) + MARGIN
+        )
+    return count
+
+
+def of_frequencies(tokens, windows):
+    """The loss of a model that knows how frequent tokens are, and nothing else."""
+    import numpy as np
+    from teacher import VOCABULARY
+
+    counts = 1 + np.bincount(tokens, minlength=VOCABULARY)
+    return float(-np.log(counts / counts.sum())[windows[:, 1:]].mean())
+
+
+def rounded(array):
+    import numpy as np
+
+    return np.where(np.isfinite(array), np.round(array.astype("float64"), 4), None).tolist()
+
+
+def make(run, args):
+    """Trains and judges one run; returns what is written."""
+    import keras
+    import numpy as np
+    import teacher
+    from models import only_trainable
+    from study_arms import Maker, is_redrawn
+    from study_training import Recipe, Replicas
+
+    started, tokens = time.perf_counter(), args.tokens
+    preset = args.presets[run.shape]
+    maker = Maker(run.arm, run.regime, run.shape, run.num_features, preset, tokens["train"])
+    recipe = Recipe(args.scratch_steps if run.regime == "from scratch" else args.steps)
+    recipe = recipe if run.guarded else Recipe(recipe.steps, guarded=False)
+    weights = []
+    for seed in reversed(args.seeds):
+        model = maker.model(seed)
+        with only_trainable(model, maker.trained(model)):
+            weights.insert(0, maker.weights(model))
+    with only_trainable(model, maker.trained(model)):
+        replicas = Replicas(model, weights, args.rates, recipe)
+
+        def redraw(steps):
+            by_seed = [maker.draws(model, 1000 * steps + seed) for seed in args.seeds]
+            for place in by_seed[0]:
+                replicas.replace(place, [draws[place] for draws in by_seed])
+
+        count = recipe.steps * recipe.batch_size
+        windows = [
+            teacher.text_windows(tokens["train"], count, teacher.LENGTH, seed)
+            for seed in args.seeds
+        ]
+        curves = replicas.train(windows, redraw if is_redrawn(run.arm) else None)
+        parts = {part: replicas.judge(held_out(part, args)) for part in ("validation", "test")}
+    shape = (len(args.rates), len(args.seeds), -1)
+    by_rate = parts["validation"][0].reshape(shape).mean((1, 2))
+    best = int(np.argmin(np.where(np.isfinite(by_rate), by_rate, np.inf)))
+    curves = rounded(curves.T)
+    keras.backend.clear_session()
+    return {
+        **run._asdict(),
+        "steps": recipe.steps,
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": common.environment("keras-hub"),
+        "best": best,
+        "validation": rounded(parts["validation"][0].mean(-1).reshape(shape[:2])),
+        "loss": rounded(parts["test"][0].mean(-1).reshape(shape[:2])),
+        "accuracy": rounded(parts["test"][1].mean(-1).reshape(shape[:2])),
+        "spikes": np.reshape([spikes(curve) for curve in curves], shape[:2]).tolist(),
+        # At the best rate, by seed: losses and accuracies by window, and the curve.
+        "losses": rounded(parts["test"][0].reshape(shape)[best]),
+        "accuracies": rounded(parts["test"][1].reshape(shape)[best]),
+        "curves": [curves[best * shape[1] + seed][::10] for seed in range(shape[1])],
+    }
+
+
+def held_out(part, args):
+    import teacher
+
+    return teacher.text_windows(args.tokens[part], args.test_windows, teacher.LENGTH, 7)
+
+
+def settle(args):
+    """Reads the texts and makes the trained models, once for all runs."""
+    import teacher
+
+    parts = teacher.parts_of(args.text)
+    encode = teacher.encoder_of(parts)
+    args.tokens = {name: encode(part) for name, part in parts.items()}
+    args.presets = {
+        shape: teacher.teacher(args, shape, seed=0) for shape in {run.shape for run in args.runs}
+    }
+    args.tokens = {name: encode(part) for name, part in teacher.parts_of(args.other).items()}
+    return args
+
+
+def run_one(run, args):
+    path = args.work / f"{run.name}.json"
+    found = make(run, args)
+    path.write_text(json.dumps(found))
+    best = found["loss"][found["best"]]
+    return f"{run.name}: {found['seconds']} s, loss {best}, rate {args.rates[found['best']]}"
+
+
+def collect(args):
+    """What is there, into one file."""
+    runs = [json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]
+    environments = []
+    for run in runs:
+        if run["environment"] not in environments:
+            environments.append(run["environment"])
+        run["environment"] = environments.index(run["environment"])
+    settings = {
+        "rates": list(args.rates),
+        "seeds": list(args.seeds),
+        "test_windows": args.test_windows,
+        "loss_of_frequencies": of_frequencies(args.tokens["train"], held_out("test", args)),
+        "text": pathlib.Path(args.text).name,
+        "other": pathlib.Path(args.other).name,
+    }
+    payload = {"environments": environments, "settings": settings, "runs": runs}
+    common.write_json(args.output, payload)
+
+
+def parse_arguments():
+    made = common.parser(__doc__)
+    made.add_argument("--text", required=True, help="a text file, to train the exact model on")
+    made.add_argument("--other", required=True, help="another, to finetune on and to judge by")
+    made.add_argument("--work", type=pathlib.Path, default=pathlib.Path("results/study"))
+    made.add_argument("--output", type=pathlib.Path, default=common.RESULTS / "study.json")
+    made.add_argument("--runs", nargs="*", help="by name; default: all")
+    made.add_argument("--rates", nargs="*", type=float, default=RATES)
+    made.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    made.add_argument("--steps", type=int, default=200, help="of finetuning")
+    made.add_argument("--scratch-steps", type=int, default=400)
+    made.add_argument("--test-windows", type=int, default=64)
+    made.add_argument("--workers", type=int, default=1, help="processes")
+    made.add_argument("--list", action="store_true", help="the names of the runs")
+    args = made.parse_args()
+    args.train_steps, args.repeat_steps = 1800, 900
+    if args.quick:
+        args.rates, args.seeds, args.steps, args.scratch_steps = [1e-3, 1e-2], [0, 1], 4, 4
+        args.train_steps = args.repeat_steps = 2
+        args.test_windows = 8
+        args.work = args.work / "quick"
+        args.output = args.work / "out" / "study.json"
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    runs = plan()
+    if args.list:
+        print(*(run.name for run in runs), sep="\n")
+        return
+    if args.runs:
+        runs = [run for run in runs if run.name in args.runs]
+    args.runs = [run for run in runs if not (args.work / f"{run.name}.json").exists()]
+    settle(args)
+    if args.workers == 1:
+        for run in args.runs:
+            print(run_one(run, args), flush=True)
+    else:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, context) as pool:
+            done = [pool.submit(run_one, run, args) for run in args.runs]
+            for future in concurrent.futures.as_completed(done):
+                print(future.exception() or future.result(), flush=True)
+    collect(args)
+
+
+if __name__ == "__main__":
+    main()

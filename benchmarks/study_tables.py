@@ -1,0 +1,282 @@
+"""The tables and figures made of what study.py and study_variance.py found.
+
+    python benchmarks/study_tables.py       # draws results/study.png and results/study_variance.png
+
+Each function of the tables takes the words behind its name in a page's mark and returns Markdown.
+"""
+
+import functools
+import json
+
+import numpy as np
+from common import RESULTS
+from formats import mean_and_range, table, unique
+
+RESAMPLES = 2_000
+REGIMES = {"scratch": "from scratch", "all": "all weights", "qkv": "q, k, v"}
+COLOURS = {  # Okabe and Ito's
+    "exact": "#000000",
+    "DARKFormer": "#0072B2",
+    "Performer": "#D55E00",
+    "learned features": "#CC79A7",
+    "uniform": "#999999",
+    "calibrated": "#009E73",
+}
+SETTING = ("h64", 64)
+
+
+@functools.cache
+def load(name):
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"there is no results/{path.name}")
+    return json.loads(path.read_text())
+
+
+def runs(**wanted):
+    """Those runs, in the order of the plan."""
+    wanted = {"guarded": True, "shape": "h64"} | wanted
+    order = ["exact", "DARKFormer", "Performer", "learned features", "uniform", "calibrated"]
+
+    def place(run):
+        first = run["arm"].split(",")[0]
+        return order.index(first), run["arm"], run["num_features"]
+
+    found = [x for x in load("study")["runs"] if all(x[k] == v for k, v in wanted.items())]
+    return sorted(found, key=place)
+
+
+def run_of(arm, **wanted):
+    found = runs(arm=arm, **wanted)
+    if len(found) != 1:
+        raise ValueError(f"there are {len(found)} runs of {arm!r} with {wanted}")
+    return found[0]
+
+
+# === The share of the gap that an arm closes ===
+
+
+def share(run, key="losses"):
+    """`R = 1 - (arm - exact) / (Performer - exact)`, and the bounds of its 95 % interval.
+
+    Bootstrapped over the windows of the test text, which are the same for all arms, and over the
+    seeds of each. `None` where the interval of Performer - exact holds zero.
+    """
+    same = {name: run[name] for name in ("regime", "shape", "guarded")}
+    size = {"num_features": run["num_features"]}
+    exact = run_of("exact", **same)
+    arms = [exact, run_of("Performer", **same | size), run]
+    losses = [np.array(arm[key]) for arm in arms]
+    rng = np.random.default_rng(0)
+    found, gaps = [], []
+    for _ in range(RESAMPLES):
+        windows = rng.integers(0, losses[0].shape[1], losses[0].shape[1])
+        means = []
+        for of_arm in losses:
+            seeds = rng.integers(0, len(of_arm), len(of_arm))
+            means.append(of_arm[seeds][:, windows].mean())
+        gaps.append(means[1] - means[0])
+        found.append(1 - (means[2] - means[0]) / gaps[-1])
+    low, high = np.quantile(gaps, (0.025, 0.975))
+    if low <= 0 <= high:
+        return None
+    means = [of_arm.mean() for of_arm in losses]
+    point = 1 - (means[2] - means[0]) / (means[1] - means[0])
+    return point, *np.quantile(found, (0.025, 0.975))
+
+
+def told(found):
+    if found is None:
+        return "withheld"
+    point, low, high = (f"{100 * x:.0f}" for x in found)
+    return f"{point} % ({low} to {high})"
+
+
+def of_seeds(values):
+    """Mean and range."""
+    return mean_and_range((np.mean(values), np.min(values), np.max(values)), 3)
+
+
+# === Tables ===
+
+
+def study(regime):
+    """Every arm of a way of training, at its best rate."""
+    lines = []
+    for run in runs(regime=REGIMES[regime], num_features=SETTING[1]):
+        best, is_arm = run["best"], run["arm"] not in ("exact", "Performer")
+        shares = [told(share(run, key)) for key in ("losses", "accuracies")] if is_arm else ["", ""]
+        accuracy = f"{100 * np.mean(run['accuracy'][best]):.1f} %"
+        rate = f"{load('study')['settings']['rates'][best]:g}"
+        lines.append([run["arm"], of_seeds(run["loss"][best]), accuracy, *shares, rate])
+    columns = ["arm", "loss", "accuracy", "R of the loss", "R of the accuracy", "rate"]
+    return table(columns, lines)
+
+
+def features(regime):
+    """R of the loss, by the number of features."""
+    name = REGIMES[regime]
+    counts = sorted({run["num_features"] for run in runs(regime=name, arm="DARKFormer")})
+    lines = []
+    for arm in ("Performer", "DARKFormer", "calibrated"):
+        cells = []
+        for m in counts:
+            found = runs(regime=name, arm=arm, num_features=m)
+            loss = of_seeds(found[0]["loss"][found[0]["best"]]) if found else ""
+            closes = f"<br>{told(share(found[0]))}" if found and arm != "Performer" else ""
+            cells.append(loss + closes)
+        lines.append([arm, *cells])
+    return table(["arm", *(f"m = {m}" for m in counts)], lines)
+
+
+def stability(guarded):
+    """Runs that failed, spikes, and how many rates do: with warm-up and clipping or without."""
+    rates = load("study")["settings"]["rates"]
+    lines = []
+    for regime in REGIMES.values():
+        wanted = {"regime": regime, "guarded": guarded == "guarded"}
+        kept = runs(num_features=SETTING[1], **wanted)
+        if not kept:
+            continue
+        trains = trained_rates(run_of("exact", num_features=SETTING[1], **wanted))
+        for run in kept:
+            loss = np.array(run["loss"], "float64").mean(axis=1)
+            near = int((loss <= np.nanmin(loss) + 0.2).sum())
+            spikes = 1000 * np.array(run["spikes"])[trains].mean() / run["steps"]
+            failed = f"{np.sum(has_failed(run))} of {np.size(run['loss'])}"
+            above = f"{1000 * np.array(run['spikes']).mean() / run['steps']:.1f}"
+            cells = [failed, f"{spikes:.1f}", above, f"{near} of {len(rates)}"]
+            lines.append([regime, run["arm"], *cells])
+    columns = ["trained", "arm", "failed", "spikes, stable rates", "spikes, all rates"]
+    return table([*columns, "rates within 0.2"], lines, words=2)
+
+
+def has_failed(run):
+    """By rate and seed, whether a run ended knowing nothing but how frequent tokens are."""
+    loss = np.array(run["loss"], "float64")
+    return ~(loss < load("study")["settings"]["loss_of_frequencies"] - 0.05)
+
+
+def trained_rates(exact):
+    """Places of the rates at which no run of exact attention failed."""
+    return np.flatnonzero(~has_failed(exact).any(axis=1))
+
+
+def variance():
+    """Medians over heads of the relative variance of one feature, in powers of ten."""
+    results = load("study_variance")["heads"]
+    ways = unique(way for heads in results.values() for head in heads for way in head)
+    ways = ["theorem 3.2" if way == "largest eigenvalue" else way for way in ways]
+    lines = []
+    for way in unique(["isotropic", "theorem 3.2", *ways]):
+        cells = []
+        for heads in results.values():
+            found = np.array([head[way] for head in heads if way in head])
+            cells.append(f"{len(found)} of {len(heads)}")
+            formula, drawn = np.median(found, axis=0) if len(found) else ("", "")
+            cells.append(f"{formula:.1f}" if len(found) else "")
+            # Drawn features that give the kernel none of its mean have missed it.
+            cells.append(("missed" if drawn < 0 else f"{drawn:.1f}") if len(found) else "")
+        lines.append([way, *cells])
+    columns = [
+        f"{name}: {what}" for name in results for what in ("heads", "by the formula", "drawn")
+    ]
+    return table(["w drawn from", *columns], lines)
+
+
+# === Figures ===
+
+
+def draw(path):
+    """Loss and spikes against the rate, and loss against the number of features."""
+    from matplotlib import pyplot as plt
+
+    rates = load("study")["settings"]["rates"]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    for column, regime in enumerate(REGIMES.values()):
+        for run in runs(regime=regime, num_features=SETTING[1]):
+            if run["arm"] not in COLOURS:
+                continue
+            loss = np.array(run["loss"], "float64")
+            line = {"color": COLOURS[run["arm"]], "label": run["arm"], "marker": "o", "ms": 4}
+            axis = axes[0, column]
+            axis.plot(rates, loss.mean(axis=1), **line)
+            axis.fill_between(rates, loss.min(1), loss.max(1), color=line["color"], alpha=0.15)
+            spikes = 1000 * np.mean(run["spikes"], axis=1) / run["steps"]
+            axes[1, column].plot(rates, spikes, **line)
+        axes[0, column].set(xscale="log", title=regime, xlabel="learning rate", ylabel="test loss")
+        axes[1, column].set(
+            xscale="log", yscale="symlog", xlabel="learning rate", ylabel="spikes in 1,000 steps"
+        )
+        axes[1, column].set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def draw_features(path):
+    """Loss against the number of features."""
+    from matplotlib import pyplot as plt
+
+    regimes = [x for x in REGIMES.values() if len(runs(regime=x, arm="DARKFormer")) > 1]
+    figure, axes = plt.subplots(
+        1, len(regimes), figsize=(4.6 * len(regimes), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, regime in zip(axes[0], regimes, strict=True):
+        for arm in ("Performer", "DARKFormer", "calibrated"):
+            found = runs(regime=regime, arm=arm)
+            counts = [run["num_features"] for run in found]
+            losses = np.array([run["loss"][run["best"]] for run in found])
+            axis.plot(counts, losses.mean(1), color=COLOURS[arm], label=arm, marker="o", ms=4)
+            axis.fill_between(counts, losses.min(1), losses.max(1), color=COLOURS[arm], alpha=0.15)
+        exact = run_of("exact", regime=regime)
+        axis.axhline(np.mean(exact["loss"][exact["best"]]), color="black", lw=1, label="exact")
+        axis.set(title=regime, xlabel="features m", ylabel="test loss")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(m) for m in counts])
+        axis.legend(fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def draw_variance(path):
+    """The relative variance of one feature, head by head: by the formula and drawn."""
+    from matplotlib import pyplot as plt
+
+    results = load("study_variance")["heads"]
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
+    for axis, (name, heads) in zip(axes[0], results.items(), strict=True):
+        ways = [x for x in heads[0] if x != "largest eigenvalue"]
+        for place, way in enumerate(ways):
+            found = np.array([head[way] for head in heads])
+            for shift, values, colour in (
+                (-0.17, found[:, 0], COLOURS["DARKFormer"]),
+                (0.17, found[:, 1][found[:, 1] > 0], COLOURS["Performer"]),
+            ):
+                label = ("formula", "drawn")[shift > 0] if not place else None
+                spread = np.random.default_rng(0).uniform(-0.1, 0.1, len(values))
+                axis.plot(place + shift + spread, values, ".", color=colour, ms=3, label=label)
+        axis.set_xticks(range(len(ways)), [x.replace(", ", ",\n") for x in ways], fontsize=8)
+        axis.set(title=name, ylabel="relative variance of a feature, power of ten")
+        axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure, path):
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path.name}")
+
+
+def main():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    draw(RESULTS / "study.png")
+    draw_features(RESULTS / "study_features.png")
+    draw_variance(RESULTS / "study_variance.png")
+
+
+if __name__ == "__main__":
+    main()
