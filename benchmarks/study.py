@@ -27,6 +27,7 @@ import common
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 COUNTS = (16, 32, 128, 256)  # of features, beside those of the shape
+PARTS = ("validation", "test")
 MARGIN, TRAIL = 0.3, 10  # of a spike, as the paper counts them
 
 
@@ -48,7 +49,7 @@ class Run(NamedTuple):
 
 def plan():
     """Every run, the most wanted first."""
-    from study_arms import ARMS, REGIMES
+    from study_arms import ARMS, REGIMES, SMOLLM2
 
     few = ("exact", "DARKFormer", "Performer", "learned features", "calibrated")
     compared = ("DARKFormer", "Performer", "calibrated")
@@ -57,6 +58,7 @@ def plan():
     found += [Run("q, k, v", arm, num_features=m) for m in COUNTS for arm in compared]
     found += [Run(regime, arm, "h256", 256) for regime in reversed(REGIMES) for arm in few]
     found += [Run("all weights", arm, num_features=m) for m in COUNTS for arm in compared]
+    found += [Run(regime, arm, SMOLLM2, 128) for regime in reversed(REGIMES[1:]) for arm in few]
     return found
 
 
@@ -94,14 +96,17 @@ def make(run, args):
     import numpy as np
     import teacher
     from models import only_trainable
-    from study_arms import Maker, is_redrawn
+    from study_arms import SMOLLM2, Maker, is_redrawn
     from study_training import Recipe, Replicas
 
-    started, tokens = time.perf_counter(), args.tokens
-    preset = args.presets[run.shape]
+    started, tokens = time.perf_counter(), args.tokens[vocabulary_of(run)]
+    preset = args.presets.get(run.shape)
     maker = Maker(run.arm, run.regime, run.shape, run.num_features, preset, tokens["train"])
-    recipe = Recipe(args.scratch_steps if run.regime == "from scratch" else args.steps)
-    recipe = recipe if run.guarded else Recipe(recipe.steps, guarded=False)
+    recipe = Recipe(
+        steps=args.scratch_steps if run.regime == "from scratch" else args.steps,
+        batch_size=2 if run.shape == SMOLLM2 else 8,
+        guarded=run.guarded,
+    )
     weights = []
     for seed in reversed(args.seeds):
         model = maker.model(seed)
@@ -121,7 +126,7 @@ def make(run, args):
             for seed in args.seeds
         ]
         curves = replicas.train(windows, redraw if is_redrawn(run.arm) else None)
-        parts = {part: replicas.judge(held_out(part, args)) for part in ("validation", "test")}
+        parts = {part: replicas.judge(held_out(tokens[part], args)) for part in PARTS}
     shape = (len(args.rates), len(args.seeds), -1)
     by_rate = parts["validation"][0].reshape(shape).mean((1, 2))
     best = int(np.argmin(np.where(np.isfinite(by_rate), by_rate, np.inf)))
@@ -144,24 +149,39 @@ def make(run, args):
     }
 
 
-def held_out(part, args):
+def held_out(tokens, args):
     import teacher
 
-    return teacher.text_windows(args.tokens[part], args.test_windows, teacher.LENGTH, 7)
+    return teacher.text_windows(tokens, args.test_windows, teacher.LENGTH, 7)
+
+
+def vocabulary_of(run):
+    """By what its tokens are known: the small models share theirs."""
+    from study_arms import SMOLLM2
+
+    return SMOLLM2 if run.shape == SMOLLM2 else "small"
 
 
 def settle(args):
     """Reads the texts and makes the trained models, once for all runs."""
+    import numpy as np
     import teacher
+    from study_arms import SMOLLM2
 
-    parts = teacher.parts_of(args.text)
+    parts, other = teacher.parts_of(args.text), teacher.parts_of(args.other)
     encode = teacher.encoder_of(parts)
     args.tokens = {name: encode(part) for name, part in parts.items()}
-    args.presets = {
-        shape: teacher.teacher(args, shape, seed=0) for shape in {run.shape for run in args.runs}
-    }
-    args.tokens = {name: encode(part) for name, part in teacher.parts_of(args.other).items()}
-    return args
+    shapes = {run.shape for run in args.runs} - {SMOLLM2}
+    args.presets = {shape: teacher.teacher(args, shape, seed=0) for shape in shapes}
+    args.tokens = {"small": {name: encode(part) for name, part in other.items()}}
+    if any(run.shape == SMOLLM2 for run in args.runs):
+        from pretrained import smollm2
+
+        ids = smollm2()[1]
+        args.tokens[SMOLLM2] = {
+            name: np.concatenate([np.array(ids.encode(x).ids, "int32") for x in part])
+            for name, part in other.items()
+        }
 
 
 def run_one(run, args):
@@ -175,7 +195,7 @@ def run_one(run, args):
 def collect(args):
     """What is there, into one file."""
     runs = [json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]
-    environments = []
+    environments, small = [], args.tokens["small"]
     for run in runs:
         if run["environment"] not in environments:
             environments.append(run["environment"])
@@ -184,7 +204,7 @@ def collect(args):
         "rates": list(args.rates),
         "seeds": list(args.seeds),
         "test_windows": args.test_windows,
-        "loss_of_frequencies": of_frequencies(args.tokens["train"], held_out("test", args)),
+        "loss_of_frequencies": of_frequencies(small["train"], held_out(small["test"], args)),
         "text": pathlib.Path(args.text).name,
         "other": pathlib.Path(args.other).name,
     }

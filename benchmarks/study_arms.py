@@ -26,6 +26,7 @@ ARMS = {
     "calibrated": {"tie_geometry": False},
 }
 REGIMES = ("from scratch", "all weights", "q, k, v")
+SMOLLM2 = "SmolLM2"  # a shape of its own: a decoder trained by others
 CALIBRATION_WINDOWS = 32
 
 
@@ -39,7 +40,7 @@ class Maker:
     Args:
         arm: of `ARMS`.
         regime: of `REGIMES`.
-        shape: of `models.SHAPES`.
+        shape: of `models.SHAPES`, or `SMOLLM2`.
         num_features: int.
         preset: of the trained exact model.
         tokens: of the training part of the text that it is finetuned on.
@@ -52,7 +53,11 @@ class Maker:
     def model(self, seed):
         """The model before training."""
         keras.utils.set_random_seed(seed)
-        if self.regime == "from scratch":
+        if self.shape == SMOLLM2:
+            from pretrained import smollm2
+
+            model = smollm2()[0]
+        elif self.regime == "from scratch":
             model = models.gemma(vocabulary_size=teacher.VOCABULARY, **models.SHAPES[self.shape])
         else:
             model = keras_hub.models.CausalLM.from_preset(self.preset)
