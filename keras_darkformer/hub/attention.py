@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-from keras_darkformer.hub.become import become, dark_subclass, give
-from keras_darkformer.hub.dark_layer import DarkLayer
+from keras_darkformer.hub.dark_layer import DarkHubLayer
 from keras_darkformer.hub.private import part, refuse_vllm
 from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
 from keras_darkformer.layers.heads import Heads
 from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.options import AttentionOptions
+from keras_darkformer.surgery.become import become, dark_subclass, give
 from keras_darkformer.types import Layer, Tensor
 
 # The name of the mark in a file of weights.
@@ -37,7 +37,7 @@ class Code(enum.IntEnum):
     WRITE = 2
 
 
-class DarkHubAttention(FeatureAttention, DarkLayer):
+class DarkHubAttention(FeatureAttention, DarkHubLayer):
     """Turns a KerasHub attention layer, its base class in Python, dark.
 
     An instance is a stock attention layer that has become dark: same projections, norms and rotary

@@ -7,7 +7,6 @@ from typing import Any
 
 from keras_darkformer.compiling import recompilation
 from keras_darkformer.hub.attention import DarkHubAttention
-from keras_darkformer.hub.become import Mixin, become, dark_subclass, put, undone_on_error
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import forgotten, get_preset_loader, renumbered_lora_layers
@@ -18,6 +17,7 @@ from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions
+from keras_darkformer.surgery.become import Mixin, become, dark_subclass, put, undone_on_error
 from keras_darkformer.types import Config, Layer, Model
 
 

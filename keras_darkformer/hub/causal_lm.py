@@ -9,12 +9,12 @@ from keras_hub.samplers import get as get_sampler
 
 from keras_darkformer.hub.attention import Code
 from keras_darkformer.hub.backbone import DarkBackbone, PresetLoading
-from keras_darkformer.hub.become import become
 from keras_darkformer.hub.private import any_stop
 from keras_darkformer.hub.record import Recorded
 from keras_darkformer.hub.transformers import TransformersExport
 from keras_darkformer.ops.state import nbytes
 from keras_darkformer.options import ConversionOptions
+from keras_darkformer.surgery.become import become
 from keras_darkformer.types import Layer, Model, Tensor
 
 

@@ -1,61 +1,30 @@
-"""Blocks and attention layers of KerasHub that are dark, also when they are made from a config."""
+"""Blocks and attention layers of KerasHub that are dark."""
 
-import functools
 from typing import Any
 
-from keras_darkformer.hub.become import Mixin, become, dark_subclass
 from keras_darkformer.hub.private import layer_config
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.options import AttentionOptions
-from keras_darkformer.types import Config, Layer
+from keras_darkformer.surgery.become import dark_subclass
+from keras_darkformer.surgery.dark_layer import DarkLayer
+from keras_darkformer.types import Config
 
 
-class DarkLayer(Mixin):
+class DarkHubLayer(DarkLayer):
     """Turns a KerasHub block or attention layer, its base class in Python, dark.
-
-    A stock layer becomes dark once it is built, in place; one made from the config of a dark layer
-    when it is built. A model of the user's own that holds it, be it by its tensors, is therefore
-    dark again when it is loaded or cloned.
 
     Attributes:
         family: the `Family` this layer is of.
-        stock_cls: the class of KerasHub or Keras that this one is made of.
     """
 
     family: Any
-    stock_cls: Any
-    _made_with: AttentionOptions
 
-    def __init__(self, *args: Any, dark: Config, **kwargs: Any) -> None:
-        self._made_with = AttentionOptions(**dark)  # first: some stock layers build themselves
-        super().__init__(*args, **kwargs)
-        self.autocast = False
-
-    @classmethod
-    def take_over(cls, stock: Layer, options: AttentionOptions) -> None:
-        """Makes a built stock layer dark, in place: no weight is copied or moved."""
-        # Or a recurrent state would arrive in half precision.
-        become(stock, cls, autocast=False)
-        stock.darken(options)
-
-    def darken(self, options: AttentionOptions) -> None:
-        """Puts in, once the stock layer is built, what a dark one has more."""
-        raise NotImplementedError
-
-    def get_attention(self) -> Any:
-        """The attention layer: this layer or one in it.
-
-        No property: Keras would save it under that name.
-        """
-        raise NotImplementedError
-
-    def get_config(self) -> Config:
-        """The stock layer's config, and as `dark` the options of the attention as they are now."""
-        options = self.get_attention().options if self.built else self._made_with
-        return {**layer_config(self, self.stock_cls), "dark": options.get_config()}
+    def stock_config(self) -> Config:
+        """The config of the stock layer, with what KerasHub's own leaves out."""
+        return layer_config(self, self.stock_cls)
 
 
-class DarkBlock(CheckedWeights, DarkLayer):
+class DarkBlock(CheckedWeights, DarkHubLayer):
     """Turns a KerasHub block dark: its attention, and the mask that it makes for it."""
 
     def get_attention(self) -> Any:
@@ -66,15 +35,3 @@ class DarkBlock(CheckedWeights, DarkLayer):
         """Has the block's attention layer become dark."""
         attention = self.get_attention()
         dark_subclass(self.family.dark_attention_cls, type(attention)).take_over(attention, options)
-
-
-def dark_layer_cls(base: Any, stock_cls: Any, **attributes: Any) -> Any:
-    """The subclass of a stock class that `base`, a `DarkLayer`, makes dark."""
-
-    @functools.wraps(stock_cls.build)  # Keras reads the names of its arguments
-    def build(layer: Layer, *args: Any, **kwargs: Any) -> None:
-        stock_cls.build(layer, *args, **kwargs)
-        layer.darken(layer._made_with)
-
-    attributes |= {"stock_cls": stock_cls, "build": build}
-    return type(stock_cls.__name__, (base, stock_cls), attributes)

@@ -8,9 +8,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_darkformer.hub.become import dark_subclass
-from keras_darkformer.hub.dark_layer import DarkBlock, dark_layer_cls
+from keras_darkformer.hub.dark_layer import DarkBlock
 from keras_darkformer.hub.private import part
+from keras_darkformer.surgery.become import dark_subclass
+from keras_darkformer.surgery.dark_layer import dark_layer_cls
 from keras_darkformer.types import Layer, Model, Tensor
 
 

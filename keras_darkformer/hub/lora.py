@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 from keras import ops
 
-from keras_darkformer.hub.become import Mixin
+from keras_darkformer.surgery.become import Mixin
 from keras_darkformer.types import Layer, Tensor
 
 # Group of a LoRA file that holds feature maps.

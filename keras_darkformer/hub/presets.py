@@ -8,9 +8,9 @@ from typing import Any
 
 import keras_hub
 
-from keras_darkformer.hub.become import Mixin
 from keras_darkformer.hub.card import model_card
 from keras_darkformer.hub.record import NAME, as_json
+from keras_darkformer.surgery.become import Mixin
 
 README = "README.md"
 HUGGING_FACE = "hf://"

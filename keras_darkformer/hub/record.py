@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_darkformer.hub.become import Mixin
+from keras_darkformer.surgery.become import Mixin
 from keras_darkformer.types import Config
 
 NAME = "linearization"

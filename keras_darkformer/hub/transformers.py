@@ -1,11 +1,10 @@
 """Checkpoints in the layout of Hugging Face's `transformers`: what is read of them, and export."""
 
-import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from keras_darkformer.hub.become import Mixin
+from keras_darkformer.surgery.become import Mixin, as_stock
 from keras_darkformer.types import Config, Model
 
 
@@ -76,16 +75,5 @@ class TransformersExport(Mixin):
         stock_cls = self.stock_cls
         if (reason := backbone.family.refuse_export(backbone)) is not None:
             raise ValueError(f"{type(self).__name__} can't be exported. {reason}")
-        with _stock_class(backbone):
+        with as_stock(backbone):
             stock_cls.export_to_transformers(self, path)
-
-
-@contextlib.contextmanager
-def _stock_class(backbone: Any) -> Iterator[None]:
-    """Has a dark backbone called by its stock class, which KerasHub's exporter goes by."""
-    dark_cls = type(backbone)
-    backbone.__class__ = dark_cls.stock_cls
-    try:
-        yield
-    finally:
-        backbone.__class__ = dark_cls

@@ -3,6 +3,7 @@
 from typing import Any
 
 from keras_darkformer.hub.private import copy_lora, forgotten
+from keras_darkformer.surgery.twin import make_alike
 from keras_darkformer.types import Layer, Model
 
 
@@ -24,24 +25,10 @@ def twin_of(model: Model) -> Any:
         backbone, of_backbone = model, config
     of_backbone |= forgotten(type(backbone), backbone, of_backbone)
     twin = type(model).from_config(config)
-    pairs = list(zip(_layers(model), _layers(twin), strict=False))
-    for layer, other in pairs:
+    layers, of_twin = _layers(model), _layers(twin)
+    for layer, other in zip(layers, of_twin, strict=False):
         copy_lora(layer, other)
-    here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
-    if here != there:
-        raise ValueError(
-            "`copy=True` rebuilds the model from its config, which does not describe all of its "
-            f"weights: {_difference(here, there)}. Convert the model in place."
-        )
-    twin.set_weights(model.get_weights())
-    for layer, other in pairs:
-        # From the outside in: a layer hands it on to those in it.
-        if other.trainable != layer.trainable:
-            other.trainable = layer.trainable
-        other.name = layer.name
-    for weight, other in zip(model.weights, twin.weights, strict=True):
-        if other.trainable != weight.trainable:
-            other.trainable = weight.trainable
+    make_alike(model, twin, layers, of_twin)
     if hasattr(model, "backbone"):
         twin.preprocessor = model.preprocessor
     if hasattr(model, "sampler"):
@@ -55,10 +42,3 @@ def _layers(model: Model) -> list[Layer]:
     flatten = getattr(preprocessor, "_flatten_layers", list)
     shared = {id(layer) for layer in flatten()}
     return [layer for layer in model._flatten_layers() if id(layer) not in shared]
-
-
-def _difference(here: list[Any], there: list[Any]) -> str:
-    if len(here) != len(there):
-        return f"{len(here)} against {len(there)}"
-    name, other = next((x, y) for x, y in zip(here, there, strict=True) if x != y)
-    return f"{name} against {other}"

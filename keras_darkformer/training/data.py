@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_darkformer.layers.core import FeatureAttention
+from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.ops.backend import no_gradients
 from keras_darkformer.types import Data, Model, Tensor
 
@@ -26,7 +27,7 @@ def dark_layers(model: Model) -> dict[str, FeatureAttention]:
     Raises:
         ValueError: if there are none.
     """
-    found = [layer for layer in _every_layer(model) if isinstance(layer, FeatureAttention)]
+    found = [layer for layer in every_layer(model) if isinstance(layer, FeatureAttention)]
     if not found:
         raise ValueError(
             "`model` must have dark attention layers: a model made by `convert_to_dark`, or one "
@@ -41,14 +42,6 @@ def dark_layers(model: Model) -> dict[str, FeatureAttention]:
         same = sum(x == name or x.startswith(f"{name}#") for x in named)
         named[f"{name}#{same + 1}" if same else name] = layer
     return named
-
-
-def _every_layer(model: Model) -> list[Any]:
-    """All layers in a model, those in layers too, in the order in which they are held."""
-    found = {id(model): model}
-    for layer in model._layers:
-        found |= {id(x): x for x in _every_layer(layer) if id(x) not in found}
-    return list(found.values())
 
 
 def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, FeatureAttention]:

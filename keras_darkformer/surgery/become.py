@@ -7,6 +7,7 @@ which saves itself as a softmax model.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,29 @@ def put(model: Any, **attributes: Any) -> None:
     _note(model, attributes)
     for name, value in attributes.items():
         setattr(model, name, value)
+
+
+def after_build(layer: Any, action: Callable[[], None]) -> None:
+    """Has `action()` follow once a layer, which is not built yet, has built itself."""
+    build = layer.build
+
+    @functools.wraps(build)  # Keras reads the names of its arguments
+    def build_and_act(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        action()
+
+    give(layer, build=build_and_act)
+
+
+@contextlib.contextmanager
+def as_stock(layer: Any) -> Iterator[None]:
+    """Has a dark object be of its stock class, as which Keras then takes it."""
+    dark_cls = type(layer)
+    layer.__class__ = dark_cls.stock_cls
+    try:
+        yield
+    finally:
+        layer.__class__ = dark_cls
 
 
 @contextlib.contextmanager
@@ -102,9 +126,10 @@ _MADE: dict[tuple[Callable[[Any], Any], Any], Any] = {}
 def dark_subclass(make: Callable[[Any], Any], stock_cls: Any) -> Any:
     """The subclass of a stock class that `make` gives, made once.
 
-    It has the stock class's name: a file of weights is read by the names of classes.
+    It has the stock class's name, as a file of weights is read by the names of classes, and the
+    package of `make`, which a user has to import before such a layer is loaded.
     """
     if (make, stock_cls) not in _MADE:
         _MADE[make, stock_cls] = make(stock_cls)
-        _MADE[make, stock_cls].__module__ = "keras_darkformer.hub"
+        _MADE[make, stock_cls].__module__ = ".".join(make.__module__.split(".")[:2])
     return _MADE[make, stock_cls]

@@ -1,0 +1,1 @@
+"""How stock layers and models become dark, in place; for KerasHub's and for Keras' own."""

@@ -1,0 +1,46 @@
+"""A second model like another one, for a conversion that leaves that one as it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_darkformer.types import Layer, Model
+
+
+def make_alike(
+    model: Model, twin: Model, layers: Sequence[Layer], of_twin: Sequence[Layer]
+) -> None:
+    """Gives a model made from the config of another one what is in no config.
+
+    That is the weights, names, and which layers and weights are frozen.
+
+    Args:
+        model: the other one.
+        twin: the model.
+        layers: those in the other one, from the outside in.
+        of_twin: those in the model, in the same order.
+
+    Raises:
+        ValueError: if the other one has weights that its config does not describe.
+    """
+    here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
+    if here != there:
+        raise ValueError(
+            "`copy=True` rebuilds the model from its config, which does not describe all of its "
+            f"weights: {_difference(here, there)}. Convert the model in place."
+        )
+    twin.set_weights(model.get_weights())
+    for layer, other in zip(layers, of_twin, strict=False):
+        # From the outside in: a layer hands it on to those in it.
+        if other.trainable != layer.trainable:
+            other.trainable = layer.trainable
+        other.name = layer.name
+    for weight, other in zip(model.weights, twin.weights, strict=True):
+        if other.trainable != weight.trainable:
+            other.trainable = weight.trainable
+
+
+def _difference(here: list[Any], there: list[Any]) -> str:
+    if len(here) != len(there):
+        return f"{len(here)} against {len(there)}"
+    name, other = next((x, y) for x, y in zip(here, there, strict=True) if x != y)
+    return f"{name} against {other}"
