@@ -1,14 +1,16 @@
 """Linear-time attention for Keras 3 whose random features fit the data.
 
 KerasHub models live in `keras_darkformer.hub`. The rest works without KerasHub, so `hub` is
-imported on first use: by `convert_to_dark`, or by name. Import it yourself before loading a dark
-KerasHub model, `import keras_darkformer.hub`: it tells Keras what the model's classes are.
+imported on first use: by `convert_to_dark` for a KerasHub model, or by name. Import it yourself
+before loading a dark KerasHub model, `import keras_darkformer.hub`: it tells Keras what the model's
+classes are.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_darkformer import layers, ops, training
+from keras_darkformer.conversion import convert_to_dark
 from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
 from keras_darkformer.options import AttentionOptions, ConversionOptions, FeatureOptions
 from keras_darkformer.training import (
@@ -25,7 +27,7 @@ from keras_darkformer.training import (
 if TYPE_CHECKING:
     from keras_darkformer import hub
     from keras_darkformer.choosing import LayerChoice, choose_layers
-    from keras_darkformer.hub import conversion_report, convert_to_dark
+    from keras_darkformer.hub import conversion_report
     from keras_darkformer.linearizing import LinearizationReport, Linearized, linearize
 
 __version__ = "0.1.0"
@@ -64,7 +66,6 @@ _LATE = {
     "LayerChoice": "keras_darkformer.choosing",
     "choose_layers": "keras_darkformer.choosing",
     "conversion_report": "keras_darkformer.hub",
-    "convert_to_dark": "keras_darkformer.hub",
     "LinearizationReport": "keras_darkformer.linearizing",
     "Linearized": "keras_darkformer.linearizing",
     "linearize": "keras_darkformer.linearizing",

@@ -137,13 +137,23 @@ class FeatureOptions:
             TypeError: for an argument that is neither; it names the nearest known one.
         """
         dark, others = cls.split(arguments)
+        cls.check_names(owner, others, besides)
+        return cls(**dark), others
+
+    @classmethod
+    def check_names(
+        cls,
+        owner: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        besides: Sequence[str] = KERAS_ARGUMENTS,
+    ) -> None:
+        """Raises a TypeError for an argument that is none; see `take`."""
         known = [*inspect.signature(owner).parameters, *besides]
-        for name in others:
+        for name in arguments:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean `{near[0]}`?" if near else ""
                 raise TypeError(f"`{owner.__name__}` has no argument `{name}`.{hint}")
-        return cls(**dark), others
 
     def of(self, kind: type["FeatureOptions"], **changes: Any) -> Any:
         """The part of these options that `kind` has, with changes."""
@@ -192,7 +202,8 @@ class ConversionOptions(AttentionOptions):
     Args:
         layers: `"global"` converts the layers without a sliding window, or all where each layer has
             one (Mistral's older models); `"all"` every layer, a sequence of indices just these.
-            Layers left keep softmax and their key/value cache.
+            Layers left keep softmax and their key/value cache. For models that are not KerasHub's
+            `convert_to_dark` takes more.
         geometry_scale: float. Each geometry starts at this times the identity. `None` for
             `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m features can just estimate the kernel
             for queries and keys of unit variance. 1.0 starts at softmax's own kernel, which is

@@ -19,6 +19,8 @@ BY_STOCK_CLASS = {stock: dark for classes in _OF_FAMILIES for stock, dark in cla
 def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model:
     """Replaces the softmax attention of a KerasHub model by DARKFormer attention.
 
+    `keras_darkformer.convert_to_dark` comes to this for models of KerasHub.
+
     The model is converted in place and returned: no second copy of its weights is made, and the
     object passed in is the dark model afterwards. Convert a causal LM whole, not by its backbone:
     the task around it would not know. Pass `copy=True` to leave it as it is and get a converted
@@ -71,11 +73,16 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
     options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
-    dark_cls = _dark_class(model)
+    dark_cls = dark_class_of(model)
     return convert(twin_of(model) if copy else model, dark_cls, options, like=model)
 
 
-def _dark_class(model: Model) -> Any:
+def dark_class_of(model: Model) -> Any:
+    """The class that a model becomes.
+
+    Raises:
+        ValueError: if there is none, or the model is dark already, with the reason.
+    """
     if isinstance(model, DarkBackbone | DarkTask) or isinstance(
         getattr(model, "backbone", None), DarkBackbone
     ):

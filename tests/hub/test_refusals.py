@@ -122,14 +122,14 @@ def test_a_subclass_is_refused_by_its_name():
 def test_a_model_of_another_kind_is_refused_by_its_name():
     inputs = {name: keras.Input((None,), name=name) for name in BATCH}
     model = keras.Model(inputs, inputs["token_ids"] * inputs["padding_mask"])
-    refused(model, ValueError, "Functional.*no conversion.*GemmaBackbone")
+    refused(model, ValueError, "Functional has no keras.layers.MultiHeadAttention or")
 
 
 def test_families_that_can_not_be_expressed_are_refused_with_the_reason():
     of_keras_hub = dir(keras_hub.models)
     for family, reason in INEXPRESSIBLE.items():
         assert any(name.startswith(family) for name in of_keras_hub), family
-        stand_in = type(f"{family}Backbone", (keras.Model,), {})()
+        stand_in = type(f"{family}Backbone", (keras.Model,), {"__module__": "keras_hub.models"})()
         with pytest.raises(ValueError, match=re.escape(reason)):
             convert_to_dark(stand_in)
 

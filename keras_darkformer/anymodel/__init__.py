@@ -1,0 +1,1 @@
+"""Keras models with `MultiHeadAttention` and `GroupQueryAttention` in them, made linear in time."""

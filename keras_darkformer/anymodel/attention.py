@@ -1,0 +1,240 @@
+"""Keras' own attention layers, with the dark kernel in place of softmax."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_darkformer.anymodel.stock import STOCK_CLASSES, head_sizes, refusal_of_axes, window_of
+from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
+from keras_darkformer.layers.heads import Heads
+from keras_darkformer.layers.masks import (
+    check_attention_mask,
+    merge_masks,
+    split_attention_mask,
+    with_head_axis,
+)
+from keras_darkformer.options import AttentionOptions
+from keras_darkformer.surgery.become import dark_subclass, give
+from keras_darkformer.surgery.dark_layer import DarkLayer, dark_layer_cls
+from keras_darkformer.types import Layer, Tensor
+
+# The name of the mark in a file of weights.
+MARK = "dark_attention"
+
+
+class DarkKerasAttention(FeatureAttention, DarkLayer):
+    """Turns a `MultiHeadAttention` or `GroupQueryAttention`, its base class in Python, dark.
+
+    An instance is a stock layer that has become dark: same projections, same variable paths, same
+    call, and one new sublayer, `feature_map`. In exact mode it is the stock layer with the learned
+    kernel.
+    """
+
+    @property
+    def is_rotary(self) -> bool:
+        """False: Keras' attention layers know no positions."""
+        return False
+
+    def get_attention(self) -> "DarkKerasAttention":
+        """This layer."""
+        return self
+
+    def dense_layers(self) -> tuple[Layer, Layer, Layer]:
+        """The projections to queries, keys and values."""
+        return self._query_dense, self._key_dense, self._value_dense
+
+    def darken(self, options: AttentionOptions) -> None:
+        """Puts the feature map in, frozen if the layer is."""
+        if (reason := refusal_of_axes(self)) is not None:
+            raise ValueError(f"Attention layer {self.path!r} can't be converted. {reason}")
+        num_query_heads, num_heads, head_dim = head_sizes(self)
+        feature_map = self.make_feature_map(num_heads, head_dim, num_query_heads, options)
+        give(self, options=options, feature_map=feature_map)
+        build_at(feature_map, f"{self.path}/feature_map")
+        feature_map.trainable = self.trainable
+        # This layer sees to masks; its parts need not warn that they don't.
+        for dense in (*self.dense_layers(), *self._gates()):
+            give(dense, supports_masking=True)
+        _mark(self._query_dense)
+
+    def _gates(self) -> list[Layer]:
+        """The projection to a gate, where there is one."""
+        return [self._gate_dense] if hasattr(self, "_gate_dense") else []
+
+    def _compute_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super()._compute_attention(self.feature_map.exact_query(query), *args, **kwargs)
+
+    def call(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor = None,
+        query_mask: Tensor = None,
+        value_mask: Tensor = None,
+        key_mask: Tensor = None,
+        attention_mask: Tensor = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Tensor:
+        """The stock layer's call.
+
+        Args:
+            query: `(b, t, d)`.
+            value: `(b, s, d')`.
+            key: `(b, s, d'')`; `None` for `value`.
+            query_mask, value_mask, key_mask: bool, `(b, t)`, `(b, s)` and `(b, s)`. In linear mode
+                masked queries give the output of attending to nothing.
+            attention_mask: bool. In linear mode only what is causal or padding; in exact mode as
+                for the stock layer.
+            return_attention_scores: bool. Exact mode only.
+            training: bool. Turns dropout on, in linear mode of whole tokens.
+            use_causal_mask: bool. Query t attends to keys up to t.
+
+        Raises:
+            ValueError: with the layer's path, for what linear attention can't express.
+        """
+        if not self.is_linear and self.observer is None:
+            return super().call(
+                query,
+                value,
+                key=key,
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                training=training,
+                use_causal_mask=use_causal_mask,
+            )
+        key = value if key is None else key
+        with _named(self):
+            check_attention_mask(attention_mask, query.shape[1], value.shape[1])
+            causal, padding, pairs = self._read_masks(
+                attention_mask, use_causal_mask, return_attention_scores
+            )
+        heads = Heads(
+            self._query_dense(query),
+            self._key_dense(key),
+            drop_tokens(self._dropout_layer, self._value_dense(value), training),
+            causal=causal,
+            key_mask=merge_masks(merge_masks(value_mask, key_mask), padding),
+            attention_mask=with_head_axis(pairs),
+        )
+        if self.observer is not None:
+            heads = self._within_window(heads)
+        output, _ = self.attend(heads)
+        if query_mask is not None:
+            output = ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
+        for gate in self._gates():
+            output = output * gate(query)
+        return self._output_dense(output)
+
+    def _read_masks(
+        self, attention_mask: Tensor, causal: bool, scores: bool
+    ) -> tuple[bool, Tensor, Tensor]:
+        """Causal or not, a mask of keys, and in exact mode one of pairs."""
+        if not self.is_linear:
+            return causal, None, attention_mask
+        if scores:
+            raise ValueError(
+                '`return_attention_scores=True` needs `attention_mode="exact"`: linear attention '
+                "never forms the scores."
+            )
+        padding = None
+        if attention_mask is not None:
+            is_causal, padding = split_attention_mask(attention_mask)
+            causal = causal or is_causal
+        if self.options.memory and not causal:
+            raise ValueError(
+                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they are of tokens "
+                f"before a query. Received: {self.options.memory}"
+            )
+        return causal, padding, None
+
+    def _within_window(self, heads: Heads) -> Heads:
+        """What the stock layer let a query see, for those who compare with it."""
+        if (window := window_of(self)) is None:
+            return heads
+        places = [ops.arange(ops.shape(x)[1], dtype="int32") for x in (heads.query, heads.key)]
+        near = (ops.abs(places[0][:, None] - places[1][None, :]) < window)[None, None]
+        if heads.attention_mask is not None:
+            near = ops.logical_and(near, heads.attention_mask)
+        return dataclasses.replace(heads, attention_mask=near)
+
+    def compute_output_spec(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor = None,
+        query_mask: Tensor = None,
+        value_mask: Tensor = None,
+        key_mask: Tensor = None,
+        attention_mask: Tensor = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Tensor:
+        """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
+        with _named(self):
+            self._read_masks(attention_mask, use_causal_mask, return_attention_scores)
+        return super().compute_output_spec(
+            query, value, key=key, return_attention_scores=return_attention_scores
+        )
+
+
+def _mark(dense: Layer) -> None:
+    """Marks the weights of a projection in files, which a stock layer then refuses to load.
+
+    Without a mark it would: it finds all of its own among those of a dark layer. The mark is on a
+    layer that has weights: of one that has none Keras forgets the failure where it looks for it a
+    second time. It is set on the object, as Keras does not quantize a subclass.
+    """
+    save, load = dense.save_own_variables, dense.load_own_variables
+
+    def save_marked(store: Any) -> None:
+        save(store)
+        store[MARK] = np.ones((), "int8")
+
+    def load_marked(store: Any) -> None:
+        load({name: store[name] for name in store.keys() - {MARK}})
+
+    give(dense, save_own_variables=save_marked, load_own_variables=load_marked)
+
+
+@contextlib.contextmanager
+def _named(layer: Layer) -> Iterator[None]:
+    """Has an error say which layer it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Attention layer {layer.path!r}: {error}") from error
+
+
+def dark_attention_cls(stock_cls: type) -> Any:
+    """What a layer of one of Keras' attention classes becomes."""
+    return dark_layer_cls(DarkKerasAttention, stock_cls)
+
+
+def take_over(layer: Layer, stock_cls: type, options: AttentionOptions) -> None:
+    """Makes an attention layer dark, in place.
+
+    Args:
+        layer: of that class, or of a subclass that is only made otherwise, which it then is no
+            more: a saved model needs no class of the user's own for it.
+        stock_cls: `keras.layers.MultiHeadAttention` or `keras.layers.GroupQueryAttention`.
+        options: of the attention.
+    """
+    dark_subclass(dark_attention_cls, stock_cls).take_over(layer, options)
+
+
+for _stock_cls in STOCK_CLASSES:
+    # Has Keras find the dark layers when it loads a model that holds them.
+    keras.saving.register_keras_serializable("keras_darkformer", f"Dark{_stock_cls.__name__}")(
+        dark_subclass(dark_attention_cls, _stock_cls)
+    )

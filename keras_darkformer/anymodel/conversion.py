@@ -1,0 +1,149 @@
+"""Any Keras model made dark: every attention layer of Keras' own that it holds."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_darkformer.anymodel.attention import take_over
+from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice
+from keras_darkformer.anymodel.holder import hold, holders
+from keras_darkformer.anymodel.stock import (
+    head_sizes,
+    is_of_keras_hub,
+    refusal,
+    stock_class,
+    window_of,
+)
+from keras_darkformer.anymodel.twin import twin_of
+from keras_darkformer.compiling import recompilation
+from keras_darkformer.layers.feature_maps import BY_KIND
+from keras_darkformer.layers.feature_maps.placement import placement_of
+from keras_darkformer.layers.tree import every_layer
+from keras_darkformer.options import (
+    AttentionOptions,
+    ConversionOptions,
+    default_geometry_scale,
+)
+from keras_darkformer.surgery.become import undone_on_error
+from keras_darkformer.surgery.dark_layer import DarkLayer
+from keras_darkformer.types import Config, Layer, Model
+
+
+def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
+    """Makes the attention layers of a Keras model, or a layer, dark, and compiles it as it was.
+
+    On any error it is what it was.
+
+    Args:
+        model: a Keras model or layer.
+        arguments: options of the conversion by name; `layers` may be a predicate or names, too.
+        copy: bool. Whether a copy is converted, and `model` stays.
+
+    Returns:
+        The model, or the copy.
+    """
+    if not isinstance(model, keras.Layer):
+        raise ValueError(f"`model` can't be converted, as it is no Keras model: {model!r}")
+    found = attention_layers(model)
+    _check_model(model, found)
+    if is_choice(layers := arguments.get("layers")):
+        arguments = {**arguments, "layers": chosen(found, layers)}
+    options = ConversionOptions(**arguments)
+    by_layer = _options_by_layer(found, options)
+    converted = twin_of(model) if copy else model
+    compilations = [
+        recompilation(part, source)
+        for part, source in zip(_models(converted), _models(model), strict=True)
+    ]
+    with undone_on_error():
+        layers = attention_layers(converted)
+        for index, of_layer in by_layer.items():
+            take_over(layers[index], stock_class(layers[index]), of_layer)
+        for holder in holders(converted):
+            hold(holder)
+        if options.attention_mode == "linear":
+            _warn_of_dropped(converted, [layers[index] for index in by_layer])
+    for compile_anew in compilations:
+        compile_anew()
+    return converted
+
+
+def _check_model(model: Model, found: Sequence[Layer]) -> None:
+    """Raises a ValueError unless this is a model that has attention layers, none of them dark."""
+    if dark := [layer.path for layer in found if isinstance(layer, DarkLayer)]:
+        raise ValueError(
+            f"`model` is dark already, in {dark}. A second conversion would lose what the feature "
+            "maps have learned. Convert layers that were left by themselves: "
+            "`convert_to_dark(layer)`."
+        )
+    if not found:
+        unbuilt = "" if model.built else " It is not built yet: call it on a batch first."
+        raise ValueError(
+            f"`model` can't be converted: {type(model).__module__}.{type(model).__name__} has no "
+            f"keras.layers.MultiHeadAttention or keras.layers.GroupQueryAttention in it.{unbuilt}"
+        )
+    if hub := [x.name for x in every_layer(model) if is_of_keras_hub(x) and attention_layers(x)]:
+        raise ValueError(
+            f"`model` holds models of KerasHub, {hub}. Convert these first, by themselves: "
+            "`convert_to_dark(backbone)`."
+        )
+    if waiting := [x.path or x.name for x in found if not x.built and x is not model]:
+        raise ValueError(
+            f"`model` must be built, so that all its layers are there. Call it on a batch first. "
+            f"Not built are: {waiting}"
+        )
+
+
+def _options_by_layer(
+    found: Sequence[Layer], options: ConversionOptions
+) -> dict[int, AttentionOptions]:
+    """The options of every layer to convert, by its index, once all is checked."""
+    windows = [window_of(layer) for layer in found]
+    resolved = options.resolve([window is not None for window in windows], 1)
+    placement = placement_of(resolved)
+    if placement.needs_rotation:
+        raise ValueError(
+            f"`rope_geometry={placement.name!r}` needs rotary positions, which the attention "
+            "layers of Keras do not have."
+        )
+    by_layer = resolved.by_layer()
+    for index, of_layer in by_layer.items():
+        layer = found[index]
+        if (reason := refusal(layer)) is not None:
+            raise ValueError(
+                f"Attention layer {layer.path!r} can't be converted. {reason} Leave it out with "
+                "`layers=`."
+            )
+        head_dim = head_sizes(layer)[2]
+        if options.geometry_scale is None:
+            scale = default_geometry_scale(head_dim, of_layer.num_features)
+            of_layer = dataclasses.replace(of_layer, geometry_scale=scale)
+        if windows[index] is not None:
+            # Which is just what the layer sees, in linear time.
+            of_layer = dataclasses.replace(
+                of_layer,
+                feature_map="none",
+                sliding_window=windows[index],
+                num_sinks=0,
+                cache_size=0,
+            )
+        BY_KIND[of_layer.feature_map].check(of_layer, head_dim)
+        by_layer[index] = of_layer
+    return by_layer
+
+
+def _models(model: Model) -> list[Any]:
+    """The models in a model, from the inside out: itself comes last."""
+    return [x for x in reversed(every_layer(model)) if isinstance(x, keras.Model)]
+
+
+def _warn_of_dropped(model: Model, layers: Sequence[Layer]) -> None:
+    if paths := [layer.path for layer in layers if layer.dropout]:
+        warnings.warn(
+            f"Converting {model.name!r} drops from layers {paths}: dropout of single attention "
+            "weights. Linear attention forms none; whole tokens are dropped at the same rate.",
+            stacklevel=4,
+        )

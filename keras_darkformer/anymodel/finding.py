@@ -1,0 +1,57 @@
+"""Which attention layers a Keras model has, and which of them are meant."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard
+
+from keras_darkformer.anymodel.attention import DarkKerasAttention
+from keras_darkformer.anymodel.stock import STOCK_CLASSES
+from keras_darkformer.layers.tree import every_layer
+from keras_darkformer.surgery.dark_layer import DarkLayer
+from keras_darkformer.types import Layer
+
+# What `layers` may be besides what `ConversionOptions` takes.
+Choice = Callable[[Layer], bool] | Sequence[str]
+
+
+def attention_layers(root: Layer) -> list[Any]:
+    """All `MultiHeadAttention` and `GroupQueryAttention` layers in a layer, in the tree's order.
+
+    Those too that are dark, but for those of KerasHub models, which became it otherwise.
+    """
+    found = [layer for layer in every_layer(root) if isinstance(layer, STOCK_CLASSES)]
+    return [x for x in found if not isinstance(x, DarkLayer) or isinstance(x, DarkKerasAttention)]
+
+
+def is_choice(layers: Any) -> TypeGuard[Choice]:
+    """Whether `layers` is a predicate or names."""
+    if callable(layers):
+        return True
+    is_sequence = isinstance(layers, Iterable) and not isinstance(layers, str)
+    return is_sequence and any(isinstance(name, str) for name in layers)
+
+
+def chosen(found: Sequence[Layer], layers: Choice) -> list[int]:
+    """Indices of the attention layers that a predicate or names mean.
+
+    Args:
+        found: attention layers.
+        layers: a function of a layer, or names or paths of layers; a name that several layers have
+            means all of them.
+
+    Raises:
+        ValueError: if a name means no layer, or nothing is chosen.
+    """
+    if callable(layers):
+        indices = [index for index, layer in enumerate(found) if layers(layer)]
+    else:
+        names = set(layers)
+        known = {name for layer in found for name in (layer.name, layer.path)}
+        if unknown := sorted(names - known, key=str):
+            raise ValueError(
+                f"`layers` must name attention layers. Received: {unknown}; the model has "
+                f"{[layer.path for layer in found]}"
+            )
+        indices = [i for i, layer in enumerate(found) if names & {layer.name, layer.path}]
+    if not indices:
+        raise ValueError("`layers` chooses none of the attention layers of the model.")
+    return indices

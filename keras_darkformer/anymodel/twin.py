@@ -1,0 +1,33 @@
+"""A second Keras model like another one, for a conversion that leaves that one as it is."""
+
+from typing import Any
+
+import keras
+
+from keras_darkformer.layers.tree import every_layer
+from keras_darkformer.surgery.twin import make_alike
+from keras_darkformer.types import Model
+
+
+def twin_of(model: Model) -> Any:
+    """A model or layer of the same class, config and weights, with variables of its own.
+
+    It is not compiled. Classes of the model's layers need not be registered with Keras.
+
+    Raises:
+        ValueError: if it can't be made again from its config.
+    """
+    layers = every_layer(model)
+    classes = {type(layer).__name__: type(layer) for layer in layers}
+    own = {name: x for name, x in classes.items() if not x.__module__.startswith("keras.")}
+    try:
+        config = keras.saving.serialize_keras_object(model)
+        config.pop("compile_config", None)
+        twin = keras.saving.deserialize_keras_object(config, custom_objects=own)
+    except Exception as error:  # whatever a class of the user's own does
+        raise ValueError(
+            f"`copy=True` makes {model.name!r} again from its config, and that failed. Convert the "
+            f"model in place. The error was: {error}"
+        ) from error
+    make_alike(model, twin, layers, every_layer(twin))
+    return twin

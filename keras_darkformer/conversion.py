@@ -1,0 +1,77 @@
+"""`convert_to_dark`: softmax attention out, linear attention in."""
+
+import importlib
+from typing import Any
+
+from keras_darkformer.anymodel.conversion import convert
+from keras_darkformer.anymodel.stock import is_of_keras_hub
+from keras_darkformer.options import ConversionOptions, shows_options
+from keras_darkformer.types import Model
+
+
+@shows_options(ConversionOptions)
+def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model:
+    """Replaces the softmax attention of a Keras model by DARKFormer attention.
+
+    In a functional, Sequential or subclassed model every `keras.layers.MultiHeadAttention` and
+    `keras.layers.GroupQueryAttention` becomes dark, wherever it is held: in nested models, in
+    layers of your own, in wrappers; so does such a layer by itself. Models of KerasHub are
+    converted with the task and the generation around them, see `hub.convert_to_dark`.
+
+    The model is converted in place and returned: no second copy of its weights is made, all stock
+    weights stay under their paths, and each converted layer gains those of a feature map, under
+    `feature_map/`, in float32. A freshly converted model estimates a different kernel and is worse
+    than the one it came from: `calibrate` it, then `transfer_attention`, or train it.
+
+    Layers of your own classes that make their attention themselves change class, to a subclass
+    whose config says which of it is dark, so that they are saved, loaded and cloned dark.
+
+    If the model was compiled, it is compiled again, as `hub.convert_to_dark` says. A model around
+    it has to be compiled again, too.
+
+    Args:
+        model: a built Keras model or layer with attention layers in it, or such a layer, built or
+            not.
+        copy: bool. Convert a copy, made from the model's config; needs memory for two models.
+        **kwargs: the options of `ConversionOptions`: `num_features`, `attention_mode`,
+            `geometry_scale`, `sliding_window` and others. The indices of `layers` count the
+            attention layers as they are held; it may also be names or paths of them, or a function
+            that says of a layer whether it is meant. A layer with a sliding window is left unless
+            it is named or `layers="all"`, and then has just this window, exactly.
+
+    Returns:
+        The dark model, of the class that it was; for KerasHub's, of the one in
+        `keras_darkformer.hub`.
+
+    Raises:
+        TypeError: for an option that is unknown.
+        ValueError: with the reason, if the model has no attention layer that can be converted, is
+            dark already, or is not built; if an attention layer attends along other axes than that
+            of the tokens, or is of a subclass that computes something else; if an argument is out
+            of range or `rope_geometry="before"`; or an optimizer has to be made anew and its config
+            does not tell how. After any error the model is as it was. Masks are judged when the
+            model is called.
+
+    Warns:
+        UserWarning: where dropout of single attention weights becomes dropout of whole tokens.
+
+    Example:
+
+    >>> x = inputs = keras.Input((None, 16))
+    >>> for _ in range(2):
+    ...     x = x + keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)(x, x)
+    >>> model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    >>> model = keras_darkformer.convert_to_dark(model, num_features=32)
+    >>> model(np.ones((1, 100, 16), "float32")).shape
+    (1, 100, 1)
+
+    References:
+        - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
+    """
+    if not is_of_keras_hub(model):
+        ConversionOptions.check_names(convert_to_dark, kwargs, besides=())
+        return convert(model, kwargs, copy=copy)
+    options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
+    hub = importlib.import_module("keras_darkformer.hub.conversion")
+    dark_cls = hub.dark_class_of(model)
+    return hub.convert(hub.twin_of(model) if copy else model, dark_cls, options, like=model)

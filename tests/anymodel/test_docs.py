@@ -1,0 +1,23 @@
+"""The code of docs/any_model.md runs."""
+
+import re
+
+import pytest
+from backends import BACKEND
+from fresh_process import ROOT
+
+from .models import dark_layers_of
+
+CODE = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "any_model.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in CODE:
+        exec(code, names)
+    assert len(dark_layers_of(names["loaded"])) == 2
+    assert len(dark_layers_of(names["Block"]())) == 1
