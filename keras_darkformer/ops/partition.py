@@ -19,8 +19,13 @@ def block_partition(length: Tensor) -> tuple[int, Tensor]:
 
 
 def at_least_one(length: Tensor) -> Tensor:
-    """`length`, or 1: a sequence without tokens goes through as one that is padding."""
-    return max(1, length) if isinstance(length, int) else ops.maximum(1, length)
+    """`length`, or 1: a sequence without tokens goes through as one that is padding.
+
+    A size that stands for any, where Keras asks JAX for shapes alone, is at least 2.
+    """
+    if isinstance(length, int):
+        return max(1, length)
+    return ops.maximum(1, length) if ops.is_tensor(length) else length
 
 
 def pick_chunk_size(head_dim: int, groups: int) -> int:
