@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from keras_darkformer.anymodel.conversion import convert
-from keras_darkformer.anymodel.stock import is_of_keras_hub
+from keras_darkformer.anymodel.finding import is_of_keras_hub
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Model
 

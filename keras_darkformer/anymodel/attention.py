@@ -9,7 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_darkformer.anymodel.stock import STOCK_CLASSES, head_sizes, refusal_of_axes, window_of
 from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
 from keras_darkformer.layers.heads import Heads
 from keras_darkformer.layers.masks import (
@@ -18,6 +17,7 @@ from keras_darkformer.layers.masks import (
     split_attention_mask,
     with_head_axis,
 )
+from keras_darkformer.layers.stock import STOCK_CLASSES, head_sizes, refusal_of_axes, window_of
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.surgery.become import dark_subclass, give
 from keras_darkformer.surgery.dark_layer import DarkLayer, dark_layer_cls

@@ -8,19 +8,18 @@ from typing import Any
 import keras
 
 from keras_darkformer.anymodel.attention import take_over
-from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice
+from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice, is_of_keras_hub
 from keras_darkformer.anymodel.holder import hold, holders
-from keras_darkformer.anymodel.stock import (
-    head_sizes,
-    is_of_keras_hub,
-    refusal,
-    stock_class,
-    window_of,
-)
 from keras_darkformer.anymodel.twin import twin_of
 from keras_darkformer.compiling import recompilation
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
+from keras_darkformer.layers.stock import (
+    head_sizes,
+    refusal,
+    stock_class,
+    window_of,
+)
 from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.options import (
     AttentionOptions,

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
+import keras
+
 from keras_darkformer.anymodel.attention import DarkKerasAttention
-from keras_darkformer.anymodel.stock import STOCK_CLASSES
+from keras_darkformer.layers.stock import STOCK_CLASSES
 from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.surgery.dark_layer import DarkLayer
 from keras_darkformer.types import Layer
@@ -20,6 +22,12 @@ def attention_layers(root: Layer) -> list[Any]:
     """
     found = [layer for layer in every_layer(root) if isinstance(layer, STOCK_CLASSES)]
     return [x for x in found if not isinstance(x, DarkLayer) or isinstance(x, DarkKerasAttention)]
+
+
+def is_of_keras_hub(model: Any) -> bool:
+    """Whether a layer is a model of KerasHub, or of a subclass of one."""
+    is_hub = any(cls.__module__.startswith("keras_hub.") for cls in type(model).__mro__)
+    return is_hub and isinstance(model, keras.Model)
 
 
 def is_choice(layers: Any) -> TypeGuard[Choice]:

@@ -6,7 +6,7 @@ import keras
 
 from keras_darkformer.anymodel.attention import DarkKerasAttention, take_over
 from keras_darkformer.anymodel.finding import attention_layers
-from keras_darkformer.anymodel.stock import stock_class
+from keras_darkformer.layers.stock import stock_class
 from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.surgery.become import Mixin, after_build, as_stock, become, dark_subclass

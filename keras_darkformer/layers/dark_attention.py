@@ -16,6 +16,7 @@ from keras_darkformer.layers.masks import (
     split_attention_mask,
     with_head_axis,
 )
+from keras_darkformer.layers.stock import equivalent
 from keras_darkformer.ops import PositionedState, exact_dark_attention_scores, rotary_embedding
 from keras_darkformer.ops.state import AttentionState, StateShapes
 from keras_darkformer.options import AttentionOptions, shows_options
@@ -138,6 +139,41 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         self.feature_map = self.make_feature_map(
             num_key_value_heads, head_dim, num_query_heads, options
         )
+
+    @classmethod
+    def from_attention(cls, layer: Layer, **kwargs: Any) -> "DarkAttention":
+        """A layer with the weights of one of Keras' own.
+
+        It is called as that one is. One with a sliding window keeps just this window, exactly. To
+        have a layer become dark where it is held, see `keras_darkformer.convert_to_dark`.
+
+        Args:
+            layer: a built `keras.layers.MultiHeadAttention` or `GroupQueryAttention`.
+            **kwargs: the options of `AttentionOptions`, and `name`.
+
+        Returns:
+            A built `DarkAttention`.
+
+        Raises:
+            TypeError: for an argument that is unknown.
+            ValueError: with the reason, if the layer has a gate, values or outputs of another size,
+                or other axes than that of the tokens.
+
+        Example:
+
+        >>> layer = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)
+        >>> layer.build((None, None, 16), (None, None, 16))
+        >>> dark = keras_darkformer.DarkAttention.from_attention(layer, num_features=32)
+        >>> dark.num_query_heads
+        2
+        """
+        dark = cls(**equivalent(layer) | kwargs)
+        stock = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
+        query, key, value = ((None, None, dense.kernel.shape[0]) for dense in stock[:3])
+        dark.build(query, value, key)
+        for dense, source in zip((*dark.dense_layers(), dark.output_dense), stock, strict=True):
+            dense.set_weights(source.get_weights())
+        return dark
 
     @property
     def is_rotary(self) -> bool:

@@ -7,7 +7,7 @@ from backends import BACKEND, compiled, to_numpy
 from keras import ops
 from layers.helpers import assert_close, differ, keras_mask, weight_gradients
 
-from keras_darkformer import convert_to_dark
+from keras_darkformer import DarkAttention, convert_to_dark
 
 from .models import (
     CAUSAL,
@@ -234,3 +234,33 @@ def test_a_layer_that_is_not_built_becomes_dark_when_it_is():
     assert layer.feature_map.path == "late/feature_map"
     assert_close(output, reference(layer, X, X, causal=True), 1e-4)
     assert_close(layer.feature_map.projection, expected.feature_map.projection)
+
+
+@pytest.mark.parametrize("kind", ["multi-head", "grouped"])
+def test_dark_attention_takes_the_weights_of_a_stock_layer(kind):
+    layer = built(kind)
+    layer.trainable = False
+    alike = DarkAttention.from_attention(layer, attention_mode="exact", num_features=4, name="new")
+    assert (alike.name, alike.trainable, alike.built) == ("new", False, True)
+    for options in ({}, {"use_causal_mask": True, "value_mask": PADDING}):
+        assert_close(outputs(alike, X, X, **options), outputs(layer, X, X, **options))
+    local = built(kind, sliding_window=2)
+    alike, causal = DarkAttention.from_attention(local), {"use_causal_mask": True}
+    assert_close(outputs(alike, X, X, **causal), outputs(local, X, X, **causal))
+    again = DarkAttention.from_config(alike.get_config())
+    assert again.options == alike.options
+
+
+def test_dark_attention_refuses_layers_that_it_can_not_be():
+    for layer, reason in (
+        (built("gated"), "has a gate"),
+        (KINDS["multi-head"](), "must be a built"),
+        (keras.layers.Dense(2), "must be a built"),
+        (built("of other sizes"), "values are of another size"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            DarkAttention.from_attention(layer)
+    narrow = keras.layers.MultiHeadAttention(2, 4, output_shape=3)
+    narrow.build(X.shape, X.shape)
+    with pytest.raises(ValueError, match=r"its queries \(`output_shape`\). Use `keras_darkformer"):
+        DarkAttention.from_attention(narrow)

@@ -1,20 +1,16 @@
-"""What conversion has to know of Keras' own attention layers."""
+"""What there is to know of Keras' own attention layers."""
 
+import dataclasses
 from typing import Any
 
 import keras
 
-from keras_darkformer.types import Layer
+from keras_darkformer.layers.dense import DenseOptions
+from keras_darkformer.types import Config, Layer
 
 STOCK_CLASSES = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 # What a subclass may have of its own beside a constructor: a dark layer has these itself.
 _HARMLESS = {"get_config", "from_config"}
-
-
-def is_of_keras_hub(model: Any) -> bool:
-    """Whether a layer is a model of KerasHub, or of a subclass of one."""
-    is_hub = any(cls.__module__.startswith("keras_hub.") for cls in type(model).__mro__)
-    return is_hub and isinstance(model, keras.Model)
 
 
 def stock_class(layer: Layer) -> Any:
@@ -64,3 +60,42 @@ def _overridden(cls: type, stock_cls: type) -> list[str]:
     own = [vars(x) for x in cls.__mro__[: cls.__mro__.index(stock_cls)]]
     names = {name for found in own for name in found if hasattr(stock_cls, name)}
     return sorted(name for name in names - _HARMLESS if name == "__call__" or name[:2] != "__")
+
+
+def equivalent(layer: Layer) -> Config:
+    """The arguments of a `DarkAttention` that takes the weights of an attention layer.
+
+    Raises:
+        ValueError: if there is none, with the reason.
+    """
+    if not isinstance(layer, STOCK_CLASSES) or not layer.built:
+        raise ValueError(
+            "`layer` must be a built keras.layers.MultiHeadAttention or GroupQueryAttention. "
+            f"Received: {layer!r}"
+        )
+    num_query_heads, num_heads, head_dim = head_sizes(layer)
+    reason = refusal(layer)
+    if hasattr(layer, "_gate_dense"):
+        reason = "It has a gate (`use_gate=True`)."
+    elif layer._value_dense.partial_output_shape[-1] != head_dim:
+        reason = f"Its values are of another size than its keys, {head_dim}."
+    elif layer._output_dense.kernel.shape[2:] != layer._query_dense.kernel.shape[:1]:
+        reason = "Its output is of another size than its queries (`output_shape`)."
+    if reason is not None:
+        raise ValueError(
+            f"`DarkAttention` can't take the place of {layer.path!r}. {reason} Use "
+            "`keras_darkformer.convert_to_dark(layer)`."
+        )
+    config = layer.get_config()
+    dense = {field.name for field in dataclasses.fields(DenseOptions)}
+    arguments = {name: config[name] for name in dense & config.keys()}
+    if (window := window_of(layer)) is not None:
+        arguments |= {"feature_map": "none", "sliding_window": window}
+    return arguments | {
+        "head_dim": head_dim,
+        "num_query_heads": num_query_heads,
+        "num_key_value_heads": num_heads,
+        "dropout": layer.dropout,
+        "trainable": layer.trainable,
+        "dtype": layer.dtype_policy,
+    }
