@@ -266,12 +266,14 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @tf.custom_gradient
     def recomputed(*inputs: Any) -> Any:
-        def gradient(*upstream: Any) -> Any:
+        def gradient(*upstream: Any, variables: Any = ()) -> Any:
             with tf.GradientTape() as tape, tf.control_dependencies(upstream):
                 again = [tf.identity(x) for x in inputs]  # not before it is asked for
                 tape.watch([x for x in again if x.dtype.is_floating])
                 outputs = function(*again)
-            return tape.gradient(outputs, again, output_gradients=upstream)
+            found = tape.gradient(outputs, [*again, *variables], output_gradients=upstream)
+            # Of variables that the function uses they are handed over apart.
+            return (found[: len(again)], found[len(again) :]) if variables else found
 
         return function(*map(tf.stop_gradient, inputs)), gradient  # nothing is noted down
 
