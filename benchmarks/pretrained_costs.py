@@ -29,11 +29,11 @@ def measure(what, options, text):
     """Seconds (of a step, where there are steps), and bytes above what the model takes."""
     import keras
     from pretrained import batch_of, encoded, smollm2
-    from retrieval import FOUR_EXACT, but
+    from retrieval import FOUR_EXACT, MEMORY, but
 
     import keras_darkformer as kd
-    from keras_darkformer.options import LINEARIZED
 
+    memory = MEMORY | {"num_features": 128}
     model, tokenizer = smollm2()
     batch = batch_of(encoded(tokenizer, text), 8, LENGTH)
     row = {name: value[:1] for name, value in batch.items()}
@@ -42,9 +42,9 @@ def measure(what, options, text):
         on_train_batch_end=lambda batch, logs=None: ends.append(time.perf_counter())
     )
     if options == "exact":
-        kd.convert_to_dark(model, **but(FOUR_EXACT), **LINEARIZED)
+        kd.convert_to_dark(model, **but(FOUR_EXACT), **memory)
     elif options != "source":
-        kd.convert_to_dark(model, **(PLAIN if options == "plain" else LINEARIZED))
+        kd.convert_to_dark(model, **(PLAIN if options == "plain" else memory))
     teacher = smollm2()[0] if what == "distil" else None
     reset_peak()
     before, started = peak(), time.perf_counter()

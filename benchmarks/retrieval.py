@@ -54,6 +54,7 @@ def arms(choose):
             for count, exact in by_count.items()
         },
         "188 kept, 4 layers exact, chosen": hybrid | {"cache_size": 188} | but(chosen[4]),
+        "188 kept, 4 layers exact, evenly spaced": hybrid | {"cache_size": 188} | but(even[4]),
     }
 
 

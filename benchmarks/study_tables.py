@@ -5,12 +5,9 @@
 Each function of the tables takes the words behind its name in a page's mark and returns Markdown.
 """
 
-import functools
-import json
-
 import numpy as np
 from common import RESULTS
-from formats import mean_and_range, table, unique
+from formats import load, mean_and_range, table, unique
 
 RESAMPLES = 2_000
 REGIMES = {"scratch": "from scratch", "all": "all weights", "qkv": "q, k, v"}
@@ -22,15 +19,7 @@ COLOURS = {  # Okabe and Ito's
     "uniform": "#999999",
     "calibrated": "#009E73",
 }
-SETTING = ("h64", 64)
-
-
-@functools.cache
-def load(name):
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"there is no results/{path.name}")
-    return json.loads(path.read_text())
+NUM_FEATURES = 64  # of what is told by arm
 
 
 def runs(**wanted):
@@ -103,7 +92,7 @@ def of_seeds(values):
 def study(regime):
     """Every arm of a way of training, at its best rate."""
     lines = []
-    for run in runs(regime=REGIMES[regime], num_features=SETTING[1]):
+    for run in runs(regime=REGIMES[regime], num_features=NUM_FEATURES):
         best, is_arm = run["best"], run["arm"] not in ("exact", "Performer")
         shares = [told(share(run, key)) for key in ("losses", "accuracies")] if is_arm else ["", ""]
         accuracy = f"{100 * np.mean(run['accuracy'][best]):.1f} %"
@@ -135,10 +124,10 @@ def stability(guarded):
     lines = []
     for regime in REGIMES.values():
         wanted = {"regime": regime, "guarded": guarded == "guarded"}
-        kept = runs(num_features=SETTING[1], **wanted)
+        kept = runs(num_features=NUM_FEATURES, **wanted)
         if not kept:
             continue
-        trains = trained_rates(run_of("exact", num_features=SETTING[1], **wanted))
+        trains = trained_rates(run_of("exact", num_features=NUM_FEATURES, **wanted))
         for run in kept:
             loss = np.array(run["loss"], "float64").mean(axis=1)
             near = int((loss <= np.nanmin(loss) + 0.2).sum())
@@ -194,7 +183,7 @@ def draw(path):
     rates = load("study")["settings"]["rates"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for column, regime in enumerate(REGIMES.values()):
-        for run in runs(regime=regime, num_features=SETTING[1]):
+        for run in runs(regime=regime, num_features=NUM_FEATURES):
             if run["arm"] not in COLOURS:
                 continue
             loss = np.array(run["loss"], "float64")
