@@ -3,9 +3,10 @@
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-from keras_darkformer.compiling import recompilation
+from keras_darkformer.compiling import recompilation, recompilations
 from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.become import Mixin, become, dark_subclass, put, undone_on_error
 from keras_darkformer.hub.family import Family
@@ -190,7 +191,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
 def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = None) -> Any:
     """Makes a stock task or backbone dark, in place, and compiles it as it, or `like`, was.
 
-    On any error it is what it was.
+    So are other models that hold its layers. On any error all is what it was.
 
     Args:
         model: the stock model.
@@ -201,14 +202,21 @@ def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = N
     Returns:
         The model.
     """
-    pairs = zip(_parts(model), _parts(model if like is None else like), strict=True)
-    compilations = [recompilation(part, source) for part, source in pairs]
     with undone_on_error():
         dark_cls.take_over(model, options)
+        compilations = _compilations(model, like)
         _warn_of_dropped(model)
     for compile_anew in compilations:
         compile_anew()
     return model
+
+
+def _compilations(model: Any, like: Any) -> list[Callable[[], None]]:
+    """How to compile again what a conversion has changed; none but its parts know of a twin."""
+    parts = _parts(model)
+    if like is None:
+        return [recompilations(parts, parts[0].dark_layers.values())]
+    return [recompilation(*pair) for pair in zip(parts, _parts(like), strict=True)]
 
 
 def _parts(model: Any) -> list[Any]:

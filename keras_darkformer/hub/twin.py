@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import keras
+
 from keras_darkformer.hub.private import copy_lora, forgotten
 from keras_darkformer.types import Layer, Model
 
@@ -26,6 +28,7 @@ def twin_of(model: Model) -> Any:
     twin = type(model).from_config(config)
     pairs = list(zip(_layers(model), _layers(twin), strict=False))
     for layer, other in pairs:
+        other._dtype_policy = _dtype_policy(layer)
         copy_lora(layer, other)
     here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
     if here != there:
@@ -55,6 +58,13 @@ def _layers(model: Model) -> list[Layer]:
     flatten = getattr(preprocessor, "_flatten_layers", list)
     shared = {id(layer) for layer in flatten()}
     return [layer for layer in model._flatten_layers() if id(layer) not in shared]
+
+
+def _dtype_policy(layer: Layer) -> Any:
+    """A layer's own policy. With a map of those of all layers Keras can't save one of few bits."""
+    policy = layer.dtype_policy
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    return policy[layer.path or ""] if is_map else policy
 
 
 def _difference(here: list[Any], there: list[Any]) -> str:

@@ -122,6 +122,17 @@ def test_a_copy_of_a_fitted_model_and_its_source_are_fitted_on():
     source.fit(BATCH, BATCH["token_ids"], batch_size=3, verbose=0)
 
 
+def test_copies_of_a_model_with_layers_of_few_bits_are_saved(tmp_path):
+    source, path = gemma(num_layers=1), tmp_path / "model.keras"
+    source.backbone.transformer_layers[0].attention.query_dense.quantize("int8")
+    source.save(path)
+    for model in (source, keras.saving.load_model(path, compile=False)):
+        copy = convert_to_dark(model, copy=True, **EXACT)
+        copy.save(path)
+        loaded = keras.saving.load_model(path, compile=False)
+        np.testing.assert_array_equal(outputs(loaded, BATCH), outputs(copy, BATCH))
+
+
 def test_a_copy_is_compiled_only_if_its_source_is():
     source = GemmaCausalLM(gemma().backbone, compile=False)
     assert not convert_to_dark(source, copy=True).compiled

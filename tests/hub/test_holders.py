@@ -267,6 +267,79 @@ def test_layers_are_calibrated_as_in_the_backbone_itself():
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-5)
 
 
+def stepped(model, optimizer=None):
+    """The model compiled, and fitted without moving anything, and what it predicted."""
+    model.compile(optimizer or keras.optimizers.SGD(0.0, momentum=0.9), "mse")
+    return fitted_and_predicted(model)
+
+
+def fitted_and_predicted(model):
+    model.fit(BATCH, np.zeros((*BATCH["token_ids"].shape, 3)), batch_size=3, verbose=0)
+    return model.predict(BATCH, verbose=0)
+
+
+@pytest.mark.parametrize("how", ["over its tensors", "around it"])
+def test_a_model_that_was_fitted_before_goes_on_with_what_it_holds_as_that_is_now(how):
+    """Without features there is no new variable that a backend could see the change by."""
+    options = {"num_features": 8} if how == "over its tensors" else OPTIONS[3]
+    backbone = gemma(1).backbone
+    build = around if how == "around it" else (lambda x: on_top_of(x.output, x.input))
+    model, beside = build(backbone), on_top_of(backbone.token_embedding.output, backbone.input)
+    stock, optimizer = stepped(model), model.optimizer
+    stepped(beside)
+    others = beside.optimizer
+    convert_to_dark(backbone, copy=True, **options)
+    assert model.optimizer is optimizer
+    convert_to_dark(backbone, **options)
+    expected = outputs(model, BATCH)
+    assert np.abs(expected - stock).max() > 0.1
+    predicted = fitted_and_predicted(model)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
+    assert type(model.optimizer) is type(optimizer)
+    assert beside.optimizer is others  # holds nothing that has changed
+
+
+def test_a_model_fitted_before_its_inner_one_is_calibrated_goes_on_with_the_new_maps():
+    backbone = dark(gemma(1)).backbone
+    model = around(backbone)
+    before = stepped(model)
+    calibrate(backbone, BATCH, method="clusters", refine=False, verbose=False)
+    expected = outputs(model, BATCH)
+    assert np.abs(expected - before).max() > 0.01
+    predicted = fitted_and_predicted(model)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_another_task_of_a_backbone_is_compiled_anew():
+    task = gemma(1)
+    other = type(task)(task.backbone)
+    stock = other.predict(BATCH, verbose=0)
+    convert_to_dark(task, num_features=8)
+    predicted = other.predict(BATCH, verbose=0)
+    np.testing.assert_allclose(predicted, outputs(other, BATCH), rtol=1e-3, atol=1e-3)
+    assert np.abs(predicted - stock).max() > 0.1
+
+
+class Forgetful(keras.optimizers.SGD):
+    """An optimizer whose config forgets an argument."""
+
+    def __init__(self, mine=0.0, **kwargs):
+        super().__init__(**{"learning_rate": mine} | kwargs)
+
+
+def test_a_conversion_is_refused_that_a_model_around_could_not_follow():
+    backbone = gemma(1).backbone
+    model = around(backbone)
+    model.compile(Forgetful(), "mse")
+    model.optimizer.build(model.trainable_variables)
+    cls, weights = type(backbone), [id(x) for x in backbone.weights]
+    with pytest.raises(ValueError, match=rf"{model.name!r} holds .*Forgetful has to be made anew"):
+        convert_to_dark(backbone)
+    assert (type(backbone), [id(x) for x in backbone.weights]) == (cls, weights)
+    model.compile("sgd", "mse")
+    convert_to_dark(backbone)
+
+
 def test_a_dark_layer_that_is_held_and_not_called_is_named():
     class Part(keras.Model):
         def __init__(self):
