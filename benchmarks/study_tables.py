@@ -221,6 +221,7 @@ def draw_features(path):
         axis.axhline(np.mean(exact["loss"][exact["best"]]), color="black", lw=1, label="exact")
         axis.set(title=regime, xlabel="features m", ylabel="test loss")
         axis.set_xscale("log", base=2)
+        counts = sorted({run["num_features"] for run in runs(regime=regime, arm="Performer")})
         axis.set_xticks(counts, [str(m) for m in counts])
         axis.legend(fontsize=8, frameon=False)
     save(figure, path)
