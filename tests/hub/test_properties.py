@@ -221,7 +221,7 @@ def everything(case):
 def flags(model):
     """Names and flags of a model's layers, names and flags of its weights, less feature maps."""
     layers = [x for x in model._flatten_layers() if "feature_map" not in str(x.path)]
-    weights = [v for v in model.variables if "feature_map" not in v.path]
+    weights = [v for v in model.weights if "feature_map" not in v.path]
     return [(x.name, x.trainable) for x in layers], [(v.path, v.trainable) for v in weights]
 
 
