@@ -231,8 +231,8 @@ def halves(sample):
 
 def assert_near(found, expected, rounded):
     error, size = np.abs(found - expected), np.abs(expected)
-    if rounded:  # one sharp choice may fall otherwise
-        assert error.mean() <= 0.15 * size.mean()
+    if rounded:  # a sharp choice may fall otherwise; of another model it is more than all of it
+        assert error.mean() <= 0.3 * size.mean()
     else:
         assert error.max() <= 1e-3 * max(1.0, size.max())
 
@@ -251,8 +251,8 @@ def assert_saved_whole(model, batch, sample):
     if sample.compiled == "own":
         return
     expected = outputs(model, batch)
-    # Keras merges LoRA into few bits, and loads what stands beside these as float32.
-    rounded = sample.adapted == "int8 lora" or (sample.adapted == "int8" and halves(sample))
+    # Keras merges LoRA into the kernels, and loads what stands beside few bits as float32.
+    rounded = sample.adapted == "int8 lora" or bool(sample.adapted and halves(sample))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.keras")
         model.save(path)
