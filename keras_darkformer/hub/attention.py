@@ -59,6 +59,7 @@ class DarkHubAttention(FeatureAttention, DarkLayer):
         # A bounded logit is no kernel of this kind. The block keeps the value.
         give(self, options=options, feature_map=feature_map, logit_soft_cap=None)
         build_at(feature_map, f"{self.path}/feature_map")
+        _mark(part(self, "key_dense"))
         if self.family.rotary is not None:
             rotary = getattr(self, self.family.rotary)
             rotary_cls = dark_subclass(self.family.dark_rotary_cls, type(rotary))
@@ -67,7 +68,7 @@ class DarkHubAttention(FeatureAttention, DarkLayer):
     def save_own_variables(self, store: Any) -> None:
         """Marks the weights as those of dark attention, which a stock layer then refuses to load.
 
-        Without a mark it would: it finds all of its own among them.
+        Without a mark it would: it finds all of its own among them. See `_mark` for another one.
         """
         super().save_own_variables(store)
         store[MARK] = np.ones((), "int8")
@@ -279,3 +280,22 @@ class MultiHeadAttention(DarkHubAttention):
                     mask = mask * ops.cast(attention_mask, "int32")
                 attention_mask = mask
         return self.attend_cached(query, attention_mask, **kwargs)
+
+
+def _mark(dense: Layer) -> None:
+    """Marks the weights of a projection, too, as those of dark attention.
+
+    Keras looks for a layer's weights in all places that a model holds it at, and a stock attention
+    layer, which has none of its own, is content with nothing at the second. A projection is not. It
+    is set on the object, as Keras does not quantize layers of a subclass.
+    """
+    save, load = dense.save_own_variables, dense.load_own_variables
+
+    def save_marked(store: Any) -> None:
+        save(store)
+        store[MARK] = np.ones((), "int8")
+
+    def load_marked(store: Any) -> None:
+        load({name: store[name] for name in store.keys() - {MARK}})
+
+    give(dense, save_own_variables=save_marked, load_own_variables=load_marked)

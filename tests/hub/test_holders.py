@@ -168,6 +168,35 @@ def test_a_stock_model_refuses_weights_of_an_exact_memory_alone(tmp_path):
         stock.load_weights(tmp_path / "dark.weights.h5")
 
 
+class OfBlocks(keras.Model):
+    """A model of the user's own that is made of a backbone's blocks."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.embedding, self.blocks = backbone.token_embedding, backbone.transformer_layers
+
+    def call(self, inputs):
+        x = self.embedding(inputs["token_ids"])
+        for block in self.blocks:
+            x = block(x, padding_mask=inputs["padding_mask"])
+        return x
+
+
+@pytest.mark.parametrize("options", [ONE, {"feature_map": "none", "sliding_window": 3}], ids=str)
+def test_stock_blocks_in_a_subclassed_model_refuse_weights_of_dark_ones(options, tmp_path):
+    """Keras looks twice for what a list of blocks holds, and forgets the first failure."""
+    path, stock = tmp_path / "dark.weights.h5", OfBlocks(gemma(1).backbone)
+    source, twin = (OfBlocks(convert_to_dark(gemma(1), **options).backbone) for _ in range(2))
+    for model in (stock, source, twin):
+        model(BATCH)
+    source.save_weights(path)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        stock.load_weights(path)
+    twin.set_weights([0.0 * x for x in twin.get_weights()])
+    twin.load_weights(path)
+    np.testing.assert_array_equal(outputs(twin, BATCH), outputs(source, BATCH))
+
+
 def test_weights_say_what_differs_before_any_is_set(tmp_path):
     task, fitted = (convert_to_dark(gemma(1), num_features=8) for _ in range(2))
     calibrate(fitted, BATCH, method="clusters", refine=False, verbose=False)
