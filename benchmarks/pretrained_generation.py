@@ -39,7 +39,7 @@ def measure(arm, length):
     """Seconds to the first token, tokens a second behind it, bytes above the model."""
     import numpy as np
     from pretrained import smollm2
-    from retrieval import FOUR_EXACT, MEMORY, but
+    from retrieval import FITTED, FOUR_EXACT, but
 
     import keras_darkformer as kd
     from keras_darkformer.options import LINEARIZED
@@ -47,7 +47,7 @@ def measure(arm, length):
     model, _ = smollm2()
     if arm != "exact":
         exact = FOUR_EXACT if arm.endswith("exact") else ()
-        options = LINEARIZED if arm.startswith("188") else MEMORY | {"num_features": 128}
+        options = LINEARIZED if arm.startswith("188") else FITTED
         kd.convert_to_dark(model, **but(exact), **options)
     model.compile(sampler="greedy")
     prompt = np.random.default_rng(0).integers(100, 40_000, length).astype("int32")

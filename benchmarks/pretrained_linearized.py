@@ -17,10 +17,10 @@ import time
 import warnings
 
 from common import environment, parser, print_table, read, write
+from retrieval import FITTED
 
 LENGTH, DRAWS = 512, 3
 SIZES = (16, 64)
-FITTED = {"num_features": 128, "sliding_window": 64, "num_sinks": 4, "cache_size": 60}
 # Layers that are left exact, and options; `None` for those that it takes unless told otherwise.
 ARMS = {
     "all layers": (0, None),
@@ -52,12 +52,11 @@ def written(model, tokenizer):
 
 def linearized(arm, texts, tokenizer, data, args):
     """The report, and what the test text says of every stage."""
-    keep_exact, options = arm
     from pretrained import smollm2
 
     import keras_darkformer as kd
 
-    stages = {}
+    (keep_exact, options), stages = arm, {}
 
     def look(name, model):
         stages[name] = {"losses": losses_of(model, texts), "written": written(model, tokenizer)}
