@@ -1,9 +1,8 @@
 """Results of attention.py, decode.py and model.py as ratios: their time or memory over ours."""
 
 import functools
-import json
 
-from common import RESULTS
+import formats
 from formats import PACKAGES
 
 BOTH = "forward + backward"
@@ -33,13 +32,8 @@ WAYS = {
 @functools.cache
 def load(kind, source):
     """results/KIND_SOURCE.json, such as attention_torch_gpu, with its backend and a label."""
-    path = RESULTS / f"{kind}_{source}.json"
-    if not path.exists():
-        raise ValueError(f"there is no results/{path.name}")
-    payload = json.loads(path.read_text())
-    payload["backend"] = source.split("_")[0]
-    payload["label"] = label_of(payload)
-    return payload
+    payload = {**formats.load(f"{kind}_{source}"), "backend": source.split("_")[0]}
+    return payload | {"label": label_of(payload)}
 
 
 def label_of(payload):

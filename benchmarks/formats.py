@@ -1,8 +1,21 @@
 """Tables and figures as the pages write them."""
 
+import functools
+import json
 import statistics
 
+from common import RESULTS
+
 PACKAGES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+
+
+@functools.cache
+def load(name):
+    """results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"there is no results/{path.name}")
+    return json.loads(path.read_text())
 
 
 def table(columns, rows, words=1):

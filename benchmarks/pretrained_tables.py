@@ -3,8 +3,7 @@
 Each function takes the words behind its name in a page's mark and returns Markdown.
 """
 
-from formats import table, unique
-from quality_tables import load
+from formats import load, table, unique
 
 
 def retrieval(backend):

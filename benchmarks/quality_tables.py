@@ -3,22 +3,10 @@
 Each function takes the words behind its name in a page's mark and returns Markdown.
 """
 
-import functools
 import itertools
-import json
 import statistics
 
-from common import RESULTS
-from formats import mean_and_range, median_and_range, span, table, unique
-
-
-@functools.cache
-def load(name):
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"there is no results/{path.name}")
-    return json.loads(path.read_text())
-
+from formats import load, mean_and_range, median_and_range, span, table, unique
 
 # === quality.py ===
 

@@ -20,6 +20,7 @@ from common import backend, bytes_of, environment, parser, print_table, read, wr
 SIZES = (4, 8, 16, 32, 64, 128)
 WRITTEN = 48  # tokens, where the context is long
 MEMORY = {"sliding_window": 64, "num_sinks": 4, "cache_size": 60}
+FITTED = MEMORY | {"num_features": 128}
 FEATURES_OFF = {"feature_map": "none"}
 PERFORMER = {"num_features": 128, "train_geometry": False, "geometry_scale": 1.0}
 FOUR_EXACT = (16, 18, 19, 20)  # what the probe chooses
@@ -34,7 +35,7 @@ def but(exact):
 def arms(choose):
     """By name: options of the conversion."""
     chosen, even = choose
-    hybrid, fitted = MEMORY | FEATURES_OFF, MEMORY | {"num_features": 128}
+    hybrid = MEMORY | FEATURES_OFF
     return {
         "exact": None,
         "window 64": FEATURES_OFF | {"sliding_window": 64},
@@ -46,14 +47,15 @@ def arms(choose):
         "window 252, 4 sinks": FEATURES_OFF | {"sliding_window": 252, "num_sinks": 4},
         "window 128, 4 sinks, 124 kept": hybrid | {"sliding_window": 128, "cache_size": 124},
         "window 64, 4 sinks, 188 kept": hybrid | {"cache_size": 188},
-        "window 64, 4 sinks, m = 128": fitted | {"cache_size": 0},
-        "window 64, 4 sinks, 60 kept, m = 128": fitted,
+        "window 64, 4 sinks, m = 128": FITTED | {"cache_size": 0},
+        "window 64, 4 sinks, 60 kept, m = 128": FITTED,
         **{
             f"60 kept, {count} layers exact, {how}": hybrid | but(exact)
             for how, by_count in (("chosen", chosen), ("evenly spaced", even))
             for count, exact in by_count.items()
         },
         "188 kept, 4 layers exact, chosen": hybrid | {"cache_size": 188} | but(chosen[4]),
+        "188 kept, 4 layers exact, evenly spaced": hybrid | {"cache_size": 188} | but(even[4]),
     }
 
 

@@ -20,9 +20,18 @@ import warnings
 from typing import NamedTuple
 
 from common import RESULTS, environment, parser, read, write
-from retrieval import FEATURES_OFF, MEMORY, PERFORMER, SIZES, Texts, but, chosen_layers, judge
+from retrieval import (
+    FEATURES_OFF,
+    FITTED,
+    MEMORY,
+    PERFORMER,
+    SIZES,
+    Texts,
+    but,
+    chosen_layers,
+    judge,
+)
 
-FITTED = MEMORY | {"num_features": 128}
 LOOKS = (25, 50, 100, 200, 300)  # steps of distillation
 DRAWS = 3  # of what the last model of an arm is judged on
 

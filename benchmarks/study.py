@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import statistics
 import time
 from typing import NamedTuple
 
@@ -28,7 +27,6 @@ import common
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 COUNTS = (16, 32, 128, 256)  # of features, beside those of the shape
 PARTS = ("validation", "test")
-MARGIN, TRAIL = 0.3, 10  # of a spike, as the paper counts them
 
 
 class Run(NamedTuple):
@@ -63,16 +61,14 @@ def plan():
 
 
 def spikes(losses):
-    """Steps whose loss is above the median of the ten before by 0.3, or not finite."""
-    count = 0
-    for step, loss in enumerate(losses):
-        before = losses[max(0, step - TRAIL) : step]
-        count += loss is None or (
-            len(before) == TRAIL
-            and None not in before
-            and loss > statistics.median(before) + MARGIN
-        )
-    return count
+    """How many of a training's losses jump, as `LossSpikeCounter` counts them."""
+    from keras_darkformer import LossSpikeCounter
+
+    counter = LossSpikeCounter()
+    for loss in losses:
+        counter.on_epoch_begin(0)  # or losses would be means since one began
+        counter.on_train_batch_end(0, {"loss": loss})
+    return len(counter.spikes)
 
 
 def of_frequencies(tokens, windows):
@@ -100,18 +96,17 @@ def make(run, args):
     from study_training import Recipe, Replicas
 
     started, tokens = time.perf_counter(), args.tokens[vocabulary_of(run)]
-    preset = args.presets.get(run.shape)
-    maker = Maker(run.arm, run.regime, run.shape, run.num_features, preset, tokens["train"])
+    maker = Maker(run, args.presets.get(run.shape), tokens["train"])
     recipe = Recipe(
         steps=args.scratch_steps if run.regime == "from scratch" else args.steps,
         batch_size=2 if run.shape == SMOLLM2 else 8,
         guarded=run.guarded,
     )
     weights = []
-    for seed in reversed(args.seeds):
+    for seed in args.seeds:
         model = maker.model(seed)
         with only_trainable(model, maker.trained(model)):
-            weights.insert(0, maker.weights(model))
+            weights.append(maker.weights(model))
     with only_trainable(model, maker.trained(model)):
         replicas = Replicas(model, weights, args.rates, recipe)
 
@@ -130,6 +125,7 @@ def make(run, args):
     shape = (len(args.rates), len(args.seeds), -1)
     by_rate = parts["validation"][0].reshape(shape).mean((1, 2))
     best = int(np.argmin(np.where(np.isfinite(by_rate), by_rate, np.inf)))
+    found_spikes = [spikes(curve) for curve in curves.T]
     curves = rounded(curves.T)
     keras.backend.clear_session()
     return {
@@ -141,7 +137,7 @@ def make(run, args):
         "validation": rounded(parts["validation"][0].mean(-1).reshape(shape[:2])),
         "loss": rounded(parts["test"][0].mean(-1).reshape(shape[:2])),
         "accuracy": rounded(parts["test"][1].mean(-1).reshape(shape[:2])),
-        "spikes": np.reshape([spikes(curve) for curve in curves], shape[:2]).tolist(),
+        "spikes": np.reshape(found_spikes, shape[:2]).tolist(),
         # At the best rate, by seed: losses and accuracies by window, and the curve.
         "losses": rounded(parts["test"][0].reshape(shape)[best]),
         "accuracies": rounded(parts["test"][1].reshape(shape)[best]),

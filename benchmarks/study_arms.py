@@ -38,38 +38,35 @@ class Maker:
     """Makes the models of one arm.
 
     Args:
-        arm: of `ARMS`.
-        regime: of `REGIMES`.
-        shape: of `models.SHAPES`, or `SMOLLM2`.
-        num_features: int.
+        run: `study.Run`.
         preset: of the trained exact model.
         tokens: of the training part of the text that it is finetuned on.
     """
 
-    def __init__(self, arm, regime, shape, num_features, preset, tokens):
-        self.arm, self.regime, self.shape = arm, regime, shape
-        self.num_features, self.preset, self.tokens = num_features, preset, tokens
+    def __init__(self, run, preset, tokens):
+        self.run, self.preset, self.tokens = run, preset, tokens
 
     def model(self, seed):
         """The model before training."""
+        run = self.run
         keras.utils.set_random_seed(seed)
-        if self.shape == SMOLLM2:
+        if run.shape == SMOLLM2:
             from pretrained import smollm2
 
             model = smollm2()[0]
-        elif self.regime == "from scratch":
-            model = models.gemma(vocabulary_size=teacher.VOCABULARY, **models.SHAPES[self.shape])
+        elif run.regime == "from scratch":
+            model = models.gemma(vocabulary_size=teacher.VOCABULARY, **models.SHAPES[run.shape])
         else:
             model = keras_hub.models.CausalLM.from_preset(self.preset)
-        if ARMS[self.arm] is None:
+        if ARMS[run.arm] is None:
             return model
-        kd.convert_to_dark(model, num_features=self.num_features, seed=seed, **ARMS[self.arm])
-        if self.arm == "calibrated" and self.regime != "from scratch":
+        kd.convert_to_dark(model, num_features=run.num_features, seed=seed, **ARMS[run.arm])
+        if run.arm == "calibrated" and run.regime != "from scratch":
             windows = teacher.text_windows(
                 self.tokens, CALIBRATION_WINDOWS, teacher.LENGTH, 10_000 + seed
             )
             kd.calibrate(model, teacher.inputs(windows), seed=seed, verbose=False)
-        if self.arm == "uniform":
+        if run.arm == "uniform":
             for layer in models.dark_layers(model):
                 geometry = layer.feature_map.geometry
                 geometry.assign(np.zeros(geometry.shape))
@@ -77,7 +74,7 @@ class Maker:
 
     def trained(self, model):
         """The variables that this regime trains."""
-        if self.regime != "q, k, v":
+        if self.run.regime != "q, k, v":
             return list(model.trainable_variables)
         parts = ("query/kernel", "key/kernel", "value/kernel")
         return [

@@ -1,36 +1,14 @@
-"""The tables and figures made of what study.py and study_variance.py found.
-
-    python benchmarks/study_tables.py       # draws results/study.png and results/study_variance.png
+"""The tables made of what study.py and study_variance.py found.
 
 Each function of the tables takes the words behind its name in a page's mark and returns Markdown.
 """
 
-import functools
-import json
-
 import numpy as np
-from common import RESULTS
-from formats import mean_and_range, table, unique
+from formats import load, mean_and_range, table, unique
 
 RESAMPLES = 2_000
 REGIMES = {"scratch": "from scratch", "all": "all weights", "qkv": "q, k, v"}
-COLOURS = {  # Okabe and Ito's
-    "exact": "#000000",
-    "DARKFormer": "#0072B2",
-    "Performer": "#D55E00",
-    "learned features": "#CC79A7",
-    "uniform": "#999999",
-    "calibrated": "#009E73",
-}
-SETTING = ("h64", 64)
-
-
-@functools.cache
-def load(name):
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"there is no results/{path.name}")
-    return json.loads(path.read_text())
+NUM_FEATURES = 64  # of what is told by arm
 
 
 def runs(**wanted):
@@ -103,7 +81,7 @@ def of_seeds(values):
 def study(regime):
     """Every arm of a way of training, at its best rate."""
     lines = []
-    for run in runs(regime=REGIMES[regime], num_features=SETTING[1]):
+    for run in runs(regime=REGIMES[regime], num_features=NUM_FEATURES):
         best, is_arm = run["best"], run["arm"] not in ("exact", "Performer")
         shares = [told(share(run, key)) for key in ("losses", "accuracies")] if is_arm else ["", ""]
         accuracy = f"{100 * np.mean(run['accuracy'][best]):.1f} %"
@@ -135,10 +113,10 @@ def stability(guarded):
     lines = []
     for regime in REGIMES.values():
         wanted = {"regime": regime, "guarded": guarded == "guarded"}
-        kept = runs(num_features=SETTING[1], **wanted)
+        kept = runs(num_features=NUM_FEATURES, **wanted)
         if not kept:
             continue
-        trains = trained_rates(run_of("exact", num_features=SETTING[1], **wanted))
+        trains = trained_rates(run_of("exact", num_features=NUM_FEATURES, **wanted))
         for run in kept:
             loss = np.array(run["loss"], "float64").mean(axis=1)
             near = int((loss <= np.nanmin(loss) + 0.2).sum())
@@ -182,101 +160,3 @@ def variance():
         f"{name}: {what}" for name in results for what in ("heads", "by the formula", "drawn")
     ]
     return table(["w drawn from", *columns], lines)
-
-
-# === Figures ===
-
-
-def draw(path):
-    """Loss and spikes against the rate, and loss against the number of features."""
-    from matplotlib import pyplot as plt
-
-    rates = load("study")["settings"]["rates"]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-    for column, regime in enumerate(REGIMES.values()):
-        for run in runs(regime=regime, num_features=SETTING[1]):
-            if run["arm"] not in COLOURS:
-                continue
-            loss = np.array(run["loss"], "float64")
-            line = {"color": COLOURS[run["arm"]], "label": run["arm"], "marker": "o", "ms": 4}
-            axis = axes[0, column]
-            axis.plot(rates, loss.mean(axis=1), **line)
-            axis.fill_between(rates, loss.min(1), loss.max(1), color=line["color"], alpha=0.15)
-            spikes = 1000 * np.mean(run["spikes"], axis=1) / run["steps"]
-            axes[1, column].plot(rates, spikes, **line)
-        axes[0, column].set(xscale="log", title=regime, xlabel="learning rate", ylabel="test loss")
-        axes[1, column].set(
-            xscale="log", yscale="symlog", xlabel="learning rate", ylabel="spikes in 1,000 steps"
-        )
-        axes[1, column].set_ylim(bottom=0)
-    axes[0, 0].legend(fontsize=8, frameon=False)
-    save(figure, path)
-
-
-def draw_features(path):
-    """Loss against the number of features."""
-    from matplotlib import pyplot as plt
-
-    regimes = [x for x in REGIMES.values() if len(runs(regime=x, arm="DARKFormer")) > 1]
-    figure, axes = plt.subplots(
-        1, len(regimes), figsize=(4.6 * len(regimes), 3.6), layout="constrained", squeeze=False
-    )
-    for axis, regime in zip(axes[0], regimes, strict=True):
-        for arm in ("Performer", "DARKFormer", "calibrated"):
-            found = runs(regime=regime, arm=arm)
-            counts = [run["num_features"] for run in found]
-            losses = np.array([run["loss"][run["best"]] for run in found])
-            axis.plot(counts, losses.mean(1), color=COLOURS[arm], label=arm, marker="o", ms=4)
-            axis.fill_between(counts, losses.min(1), losses.max(1), color=COLOURS[arm], alpha=0.15)
-        exact = run_of("exact", regime=regime)
-        axis.axhline(np.mean(exact["loss"][exact["best"]]), color="black", lw=1, label="exact")
-        axis.set(title=regime, xlabel="features m", ylabel="test loss")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, [str(m) for m in counts])
-        axis.legend(fontsize=8, frameon=False)
-    save(figure, path)
-
-
-def draw_variance(path):
-    """The relative variance of one feature, head by head: by the formula and drawn."""
-    from matplotlib import pyplot as plt
-
-    results = load("study_variance")["heads"]
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
-    for axis, (name, heads) in zip(axes[0], results.items(), strict=True):
-        ways = [x for x in heads[0] if x != "largest eigenvalue"]
-        for place, way in enumerate(ways):
-            found = np.array([head[way] for head in heads])
-            for shift, values, colour in (
-                (-0.17, found[:, 0], COLOURS["DARKFormer"]),
-                (0.17, found[:, 1][found[:, 1] > 0], COLOURS["Performer"]),
-            ):
-                label = ("formula", "drawn")[shift > 0] if not place else None
-                spread = np.random.default_rng(0).uniform(-0.1, 0.1, len(values))
-                axis.plot(place + shift + spread, values, ".", color=colour, ms=3, label=label)
-        axis.set_xticks(range(len(ways)), [x.replace(", ", ",\n") for x in ways], fontsize=8)
-        axis.set(title=name, ylabel="relative variance of a feature, power of ten")
-        axis.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    save(figure, path)
-
-
-def save(figure, path):
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    print(f"wrote {path.name}")
-
-
-def main():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    draw(RESULTS / "study.png")
-    draw_features(RESULTS / "study_features.png")
-    draw_variance(RESULTS / "study_variance.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -130,17 +130,22 @@ class Replicas:
             found.append(np.asarray(of_steps))
         return np.concatenate(found)
 
-    def judge(self, windows):
-        """Loss and share of tokens right in every window, each `(replicas, windows)`."""
+    @functools.cached_property
+    def judged(self):
+        """The program: weights and windows `(b, length + 1)` to losses and shares of tokens right,
+        each `(replicas, b)`."""
 
         def one(trained, others, window):
             logits, _ = self.model.stateless_call(trained, others, inputs(window), training=False)
             right = jnp.argmax(logits, -1) == window[:, 1:]
             return losses(logits, window).mean(-1), right.mean(-1)
 
-        judged = jax.jit(jax.vmap(one, (0, 0, None)))
+        return jax.jit(jax.vmap(one, (0, 0, None)))
+
+    def judge(self, windows):
+        """Loss and share of tokens right in every window, each `(replicas, windows)`."""
         parts = np.split(windows, range(8, len(windows), 8))
-        found = [judged(*self.state[:2], jnp.asarray(part)) for part in parts]
+        found = [self.judged(*self.state[:2], jnp.asarray(part)) for part in parts]
         return [np.concatenate([np.asarray(x) for x in of], 1) for of in zip(*found, strict=True)]
 
 

@@ -81,11 +81,12 @@ def by_formula(way, z):
 
 def by_draws(way, z, rng):
     """The same as drawn features find it."""
+    from keras_darkformer.ops import proposal_log_weight
+
     scale, total = np.sqrt(way.variances), np.full(len(z), -np.inf)
     for _ in range(DRAWS // BLOCK):
-        normal = rng.standard_normal((BLOCK, len(scale)))
-        w = scale * normal
-        ratio = np.log(scale).sum() + 0.5 * (normal**2 - w**2).sum(axis=1)
+        w = scale * rng.standard_normal((BLOCK, len(scale)))
+        ratio = 2 * proposal_log_weight(w, scale)  # of queries and of keys
         # Of a feature over the kernel: exp(w . z - |z|^2 / 2), times the ratio of densities.
         logs = 2 * (w @ z.T - 0.5 * (z**2).sum(axis=1) + ratio[:, None])
         top = logs.max(axis=0)

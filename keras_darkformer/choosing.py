@@ -8,6 +8,7 @@ from rich.table import Table
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.layers.core import exactly
+from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.printed import PrintedDict
 from keras_darkformer.progress import Progress
@@ -65,14 +66,29 @@ class LayerChoice(PrintedDict):
         return figure
 
 
+def probe_length(memory: Memory) -> int:
+    """Tokens of a row that is long enough for an exact memory to lose something."""
+    return max(256, 2 * memory.size)
+
+
+def check_length(length: int, memory: Memory) -> None:
+    """Raises a ValueError for rows that an exact memory holds as a whole."""
+    if length <= memory.size:
+        raise ValueError(
+            f"`length` must be more than the {memory.size} tokens that the exact memory holds "
+            f"({memory}): a shorter row loses nothing, and shows nothing. Received: "
+            f"length={length}. Give longer rows or a smaller memory."
+        )
+
+
 @shows_options(ConversionOptions, but=("layers",))
 def choose_layers(
     model: Model,
     data: Data,
     *,
     keep_exact: int,
-    max_tokens: int = 1024,
-    length: int = 256,
+    max_tokens: int = 2048,
+    length: int | None = None,
     repeat: int = 32,
     batch_size: int = 4,
     probe_seed: int = 0,
@@ -95,7 +111,8 @@ def choose_layers(
         data: as for `calibrate`; rows at least `length` tokens long.
         keep_exact: int. Layers to leave exact.
         max_tokens: int. Tokens that the probe reads for each layer, half of them lookups.
-        length: int. Tokens of a row of the probe; more than an exact memory holds.
+        length: int. Tokens of a row of the probe, more than the exact memory holds, since what it
+            holds costs nothing; `None` for twice as many, at least 256.
         repeat: int. Tokens that come again in a lookup.
         batch_size: int. For data without batches.
         probe_seed: int. Of the segments that are repeated.
@@ -114,7 +131,7 @@ def choose_layers(
 
     Example:
 
-        options = {"num_features": 128, "sliding_window": 64, "num_sinks": 4, "cache_size": 60}
+        options = {"feature_map": "none", "sliding_window": 64, "num_sinks": 4, "cache_size": 60}
         choice = choose_layers(model, texts, keep_exact=4, **options)
         print(choice)
         convert_to_dark(model, layers=choice.indices, **options)
@@ -122,7 +139,8 @@ def choose_layers(
     References:
         - [Retrieval Heads](https://arxiv.org/abs/2404.15574), few of which look things up
     """
-    ConversionOptions.take(choose_layers, kwargs, besides=())
+    options, _ = ConversionOptions.take(choose_layers, kwargs, besides=())
+    length = probe_length(options.memory) if length is None else length
     for name, value in (("keep_exact", keep_exact), ("max_tokens", max_tokens), ("repeat", repeat)):
         positive_integer(name, value)
     if positive_integer("length", length) < 3 * repeat:
@@ -130,6 +148,7 @@ def choose_layers(
             "`length` must be at least three times `repeat`, for a segment, what comes between and "
             f"the segment again. Received: length={length}, repeat={repeat}"
         )
+    check_length(length, options.memory)
     rows = max(1, max_tokens // (2 * length))
     text = full_rows(model, data, batch_size, length, rows)
     lookups = with_repeats(text, repeat, np.random.default_rng(probe_seed))

@@ -1,12 +1,63 @@
-"""Compiling a model again after its layers have changed."""
+"""Compiling models again after their layers have changed."""
 
+import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 
-from keras_darkformer.types import Config
+from keras_darkformer.types import Config, Layer, Model
+
+
+def recompilations(
+    models: Iterable[Model], layers: Iterable[Layer], like: Iterable[Model] | None = None
+) -> Callable[[], None]:
+    """As `recompilation`, of models and of all others that hold some of these layers of theirs.
+
+    What another model has compiled would go on as if its layers had not changed, silently.
+
+    Args:
+        models: the models.
+        layers: those of their layers that change.
+        like: the models that these are twins of, which are then held by no others, in their order.
+
+    Raises:
+        ValueError: if an optimizer has to be made anew and its config does not tell how.
+    """
+    models = list(models)
+    if like is not None:
+        compilations = [recompilation(*pair) for pair in zip(models, like, strict=True)]
+    else:
+        compilations = [recompilation(model) for model in models]
+        for model in _holders(layers):
+            if any(model is x for x in models):
+                continue
+            try:
+                compilations.append(recompilation(model))
+            except ValueError as error:
+                raise ValueError(
+                    f"{model.name!r} holds layers that would change: {error}"
+                ) from error
+
+    def compile_anew() -> None:
+        for compile_one in compilations:
+            compile_one()
+
+    return compile_anew
+
+
+def _holders(layers: Iterable[Layer]) -> Iterator[Model]:
+    """All models there are that hold some of these layers, be it deep in other layers.
+
+    A layer does not know what holds it.
+    """
+    wanted = {id(layer) for layer in layers}
+    for found in gc.get_objects():
+        # By its type: asked for its class, a proxy of anything may do anything.
+        is_made = issubclass(type(found), keras.Model) and hasattr(found, "_layers")
+        if is_made and not wanted.isdisjoint(map(id, found._flatten_layers())):
+            yield found
 
 
 def recompilation(model: Any, like: Any = None) -> Callable[[], None]:

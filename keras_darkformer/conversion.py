@@ -26,8 +26,8 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     Layers of your own classes that make their attention themselves change class, to a subclass
     whose config says which of it is dark, so that they are saved, loaded and cloned dark.
 
-    If the model was compiled, it is compiled again, as `hub.convert_to_dark` says. A model around
-    it has to be compiled again, too.
+    If the model was compiled, it is compiled again, as `hub.convert_to_dark` says, and so are all
+    models that hold it.
 
     Args:
         model: a built Keras model or layer with attention layers in it, or such a layer, built or
@@ -68,10 +68,8 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    if not is_of_keras_hub(model):
-        ConversionOptions.check_names(convert_to_dark, kwargs, besides=())
-        return convert(model, kwargs, copy=copy)
-    options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
-    hub = importlib.import_module("keras_darkformer.hub.conversion")
-    dark_cls = hub.dark_class_of(model)
-    return hub.convert(hub.twin_of(model) if copy else model, dark_cls, options, like=model)
+    if is_of_keras_hub(model):
+        hub = importlib.import_module("keras_darkformer.hub.conversion")
+        return hub.convert_to_dark(model, copy=copy, **kwargs)
+    ConversionOptions.check_names(convert_to_dark, kwargs, besides=())
+    return convert(model, kwargs, copy=copy)

@@ -9,6 +9,9 @@ import pytest
 from fresh_process import ROOT
 
 pytestmark = pytest.mark.slow
+only_torch = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="what it calls is tested on all backends"
+)
 
 
 def run_example(name, *args):
@@ -35,6 +38,7 @@ def test_a_decoder_trains_on_text_and_writes():
     assert "The statement " in printed
 
 
+@only_torch
 def test_projections_learn_another_text(tmp_path):
     printed = run_example(
         *("finetune_projections.py", "--model", tmp_path / "exact.keras", "--train-steps", 2),
@@ -43,6 +47,7 @@ def test_projections_learn_another_text(tmp_path):
     assert all(f"\n{name} " in printed for name in ("exact attention", "Performer", "DARKFormer"))
 
 
+@only_torch
 def test_learning_rates_are_compared(tmp_path):
     figure = tmp_path / "rates.png"
     options = ("--steps", 3, "--length", 16, "--rates", 1e-3, "--output", figure)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
@@ -21,10 +20,8 @@ from keras_darkformer.layers.stock import STOCK_CLASSES, head_sizes, refusal_of_
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.surgery.become import dark_subclass, give
 from keras_darkformer.surgery.dark_layer import DarkLayer, dark_layer_cls
+from keras_darkformer.surgery.mark import mark_weights
 from keras_darkformer.types import Layer, Tensor
-
-# The name of the mark in a file of weights.
-MARK = "dark_attention"
 
 
 class DarkKerasAttention(FeatureAttention, DarkLayer):
@@ -60,7 +57,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         # This layer sees to masks; its parts need not warn that they don't.
         for dense in (*self.dense_layers(), *self._gates()):
             give(dense, supports_masking=True)
-        _mark(self._query_dense)
+        mark_weights(self._key_dense)
 
     def _gates(self) -> list[Layer]:
         """The projection to a gate, where there is one."""
@@ -186,25 +183,6 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         return super().compute_output_spec(
             query, value, key=key, return_attention_scores=return_attention_scores
         )
-
-
-def _mark(dense: Layer) -> None:
-    """Marks the weights of a projection in files, which a stock layer then refuses to load.
-
-    Without a mark it would: it finds all of its own among those of a dark layer. The mark is on a
-    layer that has weights: of one that has none Keras forgets the failure where it looks for it a
-    second time. It is set on the object, as Keras does not quantize a subclass.
-    """
-    save, load = dense.save_own_variables, dense.load_own_variables
-
-    def save_marked(store: Any) -> None:
-        save(store)
-        store[MARK] = np.ones((), "int8")
-
-    def load_marked(store: Any) -> None:
-        load({name: store[name] for name in store.keys() - {MARK}})
-
-    give(dense, save_own_variables=save_marked, load_own_variables=load_marked)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from keras_darkformer.anymodel.attention import take_over
 from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice, is_of_keras_hub
 from keras_darkformer.anymodel.holder import hold, holders
 from keras_darkformer.anymodel.twin import twin_of
-from keras_darkformer.compiling import recompilation
+from keras_darkformer.compiling import recompilations
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.layers.stock import (
@@ -53,20 +53,20 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
     options = ConversionOptions(**arguments)
     by_layer = _options_by_layer(found, options)
     converted = twin_of(model) if copy else model
-    compilations = [
-        recompilation(part, source)
-        for part, source in zip(_models(converted), _models(model), strict=True)
-    ]
+    layers = attention_layers(converted)
+    compile_anew = recompilations(
+        _models(converted),
+        [layers[index] for index in by_layer],
+        like=_models(model) if copy else None,
+    )
     with undone_on_error():
-        layers = attention_layers(converted)
         for index, of_layer in by_layer.items():
             take_over(layers[index], stock_class(layers[index]), of_layer)
         for holder in holders(converted):
             hold(holder)
         if options.attention_mode == "linear":
             _warn_of_dropped(converted, [layers[index] for index in by_layer])
-    for compile_anew in compilations:
-        compile_anew()
+    compile_anew()
     return converted
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import enum
 from typing import Any
 
-import numpy as np
 from keras import ops, tree
 
 from keras_darkformer.hub.dark_layer import DarkHubLayer
@@ -18,10 +17,8 @@ from keras_darkformer.layers.heads import Heads
 from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.surgery.become import become, dark_subclass, give
+from keras_darkformer.surgery.mark import mark_weights
 from keras_darkformer.types import Layer, Tensor
-
-# The name of the mark in a file of weights.
-MARK = "dark_attention"
 
 
 class Code(enum.IntEnum):
@@ -59,22 +56,11 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         # A bounded logit is no kernel of this kind. The block keeps the value.
         give(self, options=options, feature_map=feature_map, logit_soft_cap=None)
         build_at(feature_map, f"{self.path}/feature_map")
+        mark_weights(part(self, "key_dense"))
         if self.family.rotary is not None:
             rotary = getattr(self, self.family.rotary)
             rotary_cls = dark_subclass(self.family.dark_rotary_cls, type(rotary))
             become(rotary, rotary_cls, before_exact=self.before_exact)
-
-    def save_own_variables(self, store: Any) -> None:
-        """Marks the weights as those of dark attention, which a stock layer then refuses to load.
-
-        Without a mark it would: it finds all of its own among them.
-        """
-        super().save_own_variables(store)
-        store[MARK] = np.ones((), "int8")
-
-    def load_own_variables(self, store: Any) -> None:
-        """As the stock layer, past the mark."""
-        super().load_own_variables({name: store[name] for name in store.keys() - {MARK}})
 
     def before_exact(self, x: Tensor) -> Tensor:
         """What the rotary embedding rotates of queries or keys that the stock layer hands it."""

@@ -5,7 +5,7 @@ import inspect
 import warnings
 from typing import Any
 
-from keras_darkformer.compiling import recompilation
+from keras_darkformer.compiling import recompilations
 from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
@@ -190,7 +190,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
 def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = None) -> Any:
     """Makes a stock task or backbone dark, in place, and compiles it as it, or `like`, was.
 
-    On any error it is what it was.
+    So are other models that hold its layers. On any error all is what it was.
 
     Args:
         model: the stock model.
@@ -201,13 +201,15 @@ def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = N
     Returns:
         The model.
     """
-    pairs = zip(_parts(model), _parts(model if like is None else like), strict=True)
-    compilations = [recompilation(part, source) for part, source in pairs]
     with undone_on_error():
         dark_cls.take_over(model, options)
+        compile_anew = recompilations(
+            _parts(model),
+            getattr(model, "backbone", model).dark_layers.values(),
+            like=None if like is None else _parts(like),
+        )
         _warn_of_dropped(model)
-    for compile_anew in compilations:
-        compile_anew()
+    compile_anew()
     return model
 
 

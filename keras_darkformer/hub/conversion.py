@@ -32,8 +32,8 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
 
     If the model was compiled, it is compiled again with the same loss, metrics, sampler and
     learning rate, your own objects too. An optimizer that has been built is made anew, as it does
-    not know the new weights. A copy has an optimizer of its own, and metrics of its own where their
-    configs tell how to make them.
+    not know the new weights. Other models that hold its layers are compiled again, too. A copy has
+    an optimizer of its own, and metrics of its own where their configs tell how to make them.
 
     Args:
         model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
@@ -74,7 +74,9 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     """
     options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
     dark_cls = dark_class_of(model)
-    return convert(twin_of(model) if copy else model, dark_cls, options, like=model)
+    if copy:
+        return convert(twin_of(model), dark_cls, options, like=model)
+    return convert(model, dark_cls, options)
 
 
 def dark_class_of(model: Model) -> Any:

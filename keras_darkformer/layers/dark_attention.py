@@ -18,6 +18,7 @@ from keras_darkformer.layers.masks import (
 )
 from keras_darkformer.layers.stock import equivalent
 from keras_darkformer.ops import PositionedState, exact_dark_attention_scores, rotary_embedding
+from keras_darkformer.ops.backend import numbers
 from keras_darkformer.ops.state import AttentionState, StateShapes
 from keras_darkformer.options import AttentionOptions, shows_options
 from keras_darkformer.types import Config, Layer, Shape, Tensor
@@ -238,7 +239,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         with_state = return_state or initial_state is not None
         self._check_call(use_causal_mask, return_attention_scores, with_state)
         is_self_attention = use_causal_mask or query is value
-        key = value if key is None else key
+        query, key, value = numbers(query, value if key is None else key, value)
 
         state, start = self._split_state(initial_state, query)
         query, key = self.query_dense(query), self.key_dense(key)

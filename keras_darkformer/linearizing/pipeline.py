@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_darkformer.choosing import choose_layers
+from keras_darkformer.choosing import choose_layers, probe_length
 from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.hub.record import FACTS, versions
 from keras_darkformer.layers.core import exactly
@@ -15,6 +15,7 @@ from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, values_of
 from keras_darkformer.linearizing.report import LinearizationReport
 from keras_darkformer.linearizing.texts import TOP_K, Decoder, Figures, Kind, Rows
+from keras_darkformer.options import ConversionOptions
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import dark_layers, look
 from keras_darkformer.training.distil import (
@@ -85,7 +86,7 @@ class Pipeline:
                 self.model,
                 [some],
                 keep_exact=keep_exact,
-                length=min(256, self.kind.length),
+                length=min(probe_length(ConversionOptions(**options).memory), self.kind.length),
                 repeat=min(32, self.kind.length // 3),
                 verbose=self.verbose,
                 **options,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_darkformer.checks import not_negative_integer, positive_integer
+from keras_darkformer.choosing import check_length
 from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, fingerprint
 from keras_darkformer.linearizing.pipeline import Pipeline, first
@@ -70,7 +71,7 @@ def linearize(
             `None` for 150,000 unless `minutes` are given.
         minutes: float. About how long it may take. Turned into tokens from the time of a forward
             pass when a fit begins.
-        length: int. Tokens of a row.
+        length: int. Tokens of a row, more than the exact memory holds.
         batch_size: int. Rows of a step.
         train: what `distil` trains beside the feature maps.
         validation_data: texts to judge by; `None` holds the last tenth of the rows back.
@@ -81,7 +82,8 @@ def linearize(
             `"exact"`, before anything is converted, and after every stage of this run.
         verbose: bool. Shows progress and a line on what each stage won.
         **kwargs: the options of `ConversionOptions`. `None` of them given, a causal LM gets
-            `num_features=128, sliding_window=64, num_sinks=4, cache_size=60`.
+            `feature_map="none", sliding_window=64, num_sinks=4, cache_size=188`: a memory of 256
+            tokens, and nothing to calibrate. Features are worth their bytes in smaller memories.
 
     Returns:
         `Linearized`: the model, and a report to print, read as a dict and `plot`. The report is
@@ -109,6 +111,7 @@ def linearize(
     kind = kind_of(model, length)
     if kind.distils and not kwargs:
         kwargs = {**LINEARIZED}
+    check_length(length, ConversionOptions(**kwargs).memory)
     training, held_out = _split(model, kind, data, validation_data)
     plan = {
         "model": type(model).__name__,

@@ -45,6 +45,30 @@ def _accelerated() -> bool:
     return bool(tf.config.list_logical_devices("GPU"))
 
 
+def tensors(*arrays: Any) -> tuple[Any, ...]:
+    """Arrays as tensors; `None` stays."""
+    return tuple(None if x is None else _tensor(x) for x in arrays)
+
+
+def numbers(*arrays: Any) -> tuple[Any, ...]:
+    """As `tensors`, integers and booleans in the default float type: results are no integers."""
+    return tuple(x if x is None else _number(x) for x in tensors(*arrays))
+
+
+def _number(x: Any) -> Any:
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return x if "float" in dtype else ops.cast(x, keras.config.floatx())
+
+
+def _tensor(x: Any) -> Any:
+    x = ops.convert_to_tensor(x)
+    if _BACKEND != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(x)  # a variable is none, and lacks some attributes of one
+
+
 def power(exponent: Any) -> Any:
     """`BASE ** exponent`."""
     return ops.exp(exponent) if _BACKEND == "tensorflow" else ops.exp2(exponent)
@@ -266,12 +290,14 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @tf.custom_gradient
     def recomputed(*inputs: Any) -> Any:
-        def gradient(*upstream: Any) -> Any:
+        def gradient(*upstream: Any, variables: Any = ()) -> Any:
             with tf.GradientTape() as tape, tf.control_dependencies(upstream):
                 again = [tf.identity(x) for x in inputs]  # not before it is asked for
                 tape.watch([x for x in again if x.dtype.is_floating])
                 outputs = function(*again)
-            return tape.gradient(outputs, again, output_gradients=upstream)
+            found = tape.gradient(outputs, [*again, *variables], output_gradients=upstream)
+            # Of variables that the function uses they are handed over apart.
+            return (found[: len(again)], found[len(again) :]) if variables else found
 
         return function(*map(tf.stop_gradient, inputs)), gradient  # nothing is noted down
 

@@ -1,9 +1,8 @@
 """Attention with the dark kernel, estimated by random features in linear time."""
 
-from keras import ops
-
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import are_few, attend
+from keras_darkformer.ops.backend import numbers, tensors
 from keras_darkformer.ops.checks import (
     check_attention,
     check_far_offset,
@@ -78,7 +77,7 @@ def dark_attention(
     scale the geometry down for queries and keys that large.
 
     Args:
-        query: float tensor of shape `(b, t, n, h)`.
+        query: float tensor of shape `(b, t, n, h)`; integers are taken as floats, here and below.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s, k, v)`.
         geometry: M, of shape `(k, r, h)`; `None` for the identity, which is Performer and saves a
@@ -150,10 +149,11 @@ def dark_attention(
         - [StreamingLLM](https://arxiv.org/abs/2309.17453), for sinks
         - [H2O](https://arxiv.org/abs/2306.14048), for keeping keys by the attention they receive
     """
-    query, key, value, key_mask, write_mask = tensors(query, key, value, key_mask, write_mask)
+    query, key, value = numbers(query, key, value)
+    key_mask, write_mask = tensors(key_mask, write_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
     parameters = DarkParameters(
-        *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
+        *numbers(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
     memory = Memory(sliding_window, num_sinks, cache_size)
     memory.check()
@@ -184,7 +184,7 @@ def folded(
     goes_on: bool = False,
 ) -> FoldedFeatures | None:
     """The parameters folded for these queries and keys, which may go on from a state."""
-    (far_offset,) = tensors(far_offset)
+    (far_offset,) = numbers(far_offset)
     has_features = parameters.projection is not None
     check_far_offset(far_offset, has_features and bool(memory), query.shape[2])
     if not has_features:
@@ -196,8 +196,3 @@ def folded(
         return features
     scale = fold_query_scale(parameters, *sizes, query.shape[2], far_offset)
     return features._replace(query_scale=scale)
-
-
-def tensors(*arrays: Tensor) -> tuple[Tensor, ...]:
-    """Arrays as tensors; `None` stays."""
-    return tuple(None if x is None else ops.convert_to_tensor(x) for x in arrays)

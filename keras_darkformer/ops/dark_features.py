@@ -2,12 +2,13 @@
 
 from keras import ops
 
-from keras_darkformer.ops.backend import reshape
+from keras_darkformer.ops.backend import numbers, reshape
 from keras_darkformer.types import Tensor
 
 
 def apply_geometry(inputs: Tensor, geometry: Tensor) -> Tensor:
     """`M x` in float32: `(b, t, n, h) -> (b, t, n, r)`, head i by M of head i // (n / k)."""
+    inputs, geometry = numbers(inputs, geometry)
     shape = tuple(ops.shape(inputs))
     kv_heads, rank, head_dim = geometry.shape
     inputs = reshape(inputs, (*shape[:2], kv_heads, shape[2] // kv_heads, head_dim))
@@ -60,8 +61,9 @@ def dark_features(
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
         - [Rethinking Attention with Performers](https://arxiv.org/abs/2009.14794), lemma 1
     """
-    inputs, geometry = ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
-    projection = ops.cast(projection, "float32")
+    inputs, geometry, projection = (
+        ops.cast(x, "float32") for x in numbers(inputs, geometry, projection)
+    )
     shift, tilt = (None if x is None else ops.cast(x, "float32") for x in (shift, tilt))
     scaled = inputs * inputs.shape[-1] ** -0.25
     projected = apply_geometry(scaled if shift is None else scaled - shift, geometry)

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_darkformer.ops.attention import output_dtype
+from keras_darkformer.ops.backend import numbers, tensors
 from keras_darkformer.ops.checks import check_attention, check_geometry
 from keras_darkformer.ops.dark_features import apply_geometry
 from keras_darkformer.types import Tensor
@@ -50,10 +51,8 @@ def exact_dark_attention(
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
-    if key_mask is not None:
-        key_mask = ops.convert_to_tensor(key_mask)
+    query, key, value, geometry = numbers(query, key, value, geometry)
+    (key_mask,) = tensors(key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
     check_geometry("geometry", geometry, *key.shape[2:])
     dtype = output_dtype(query, key, value)
@@ -110,8 +109,8 @@ def exact_dark_attention_scores(
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
     """
-    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    geometry = None if geometry is None else ops.convert_to_tensor(geometry)
+    query, key, geometry = numbers(query, key, geometry)
+    (key_mask,) = tensors(key_mask)
     check_attention(query, key, key, causal=causal, key_mask=key_mask)
     check_geometry("geometry", geometry, *key.shape[2:])
     head_dim, groups = query.shape[-1], query.shape[2] // key.shape[2]

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_darkformer.ops.backend import numbers
 from keras_darkformer.types import Tensor
 
 
@@ -25,6 +26,7 @@ def rotary_embedding(inputs: Tensor, positions: Tensor, max_wavelength: float = 
     References:
         - [RoFormer](https://arxiv.org/abs/2104.09864), equation 34
     """
+    inputs, positions = numbers(inputs, positions)
     head_dim = inputs.shape[-1]
     if head_dim % 2:
         raise ValueError(

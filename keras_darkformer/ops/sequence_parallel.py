@@ -14,14 +14,14 @@ from keras import ops, tree
 
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import attend, output_dtype
-from keras_darkformer.ops.backend import SequenceAxis, reshape
+from keras_darkformer.ops.backend import SequenceAxis, numbers, reshape, tensors
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import (
     check_attention,
     check_causal,
     check_parameters,
 )
-from keras_darkformer.ops.dark_attention import folded, tensors
+from keras_darkformer.ops.dark_attention import folded
 from keras_darkformer.ops.exact_memory import find_sinks, leaving, nothing_like, tokens_of
 from keras_darkformer.ops.features import DarkParameters, FoldedFeatures
 from keras_darkformer.ops.parallel import absorb, read
@@ -125,13 +125,14 @@ def sequence_parallel_dark_attention(
         - [Transformers are RNNs](https://arxiv.org/abs/2006.16236), for the state
     """
     axis = SequenceAxis(axis_name)
-    query, key, value, key_mask = tensors(query, key, value, key_mask)
+    query, key, value = numbers(query, key, value)
+    (key_mask,) = tensors(key_mask)
     check_attention(query, key, value, causal=causal, key_mask=key_mask)
     memory = Memory(sliding_window, num_sinks)
     memory.check()
     check_causal(memory, None, causal=causal)
     parameters = DarkParameters(
-        *tensors(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
+        *numbers(geometry, projection, query_geometry, log_weight, query_shift, key_shift)
     )
     check_parameters(parameters, key, memory)
     features = folded(parameters, query, key, memory, far_offset)

@@ -8,6 +8,7 @@ which saves itself as a softmax model.
 import contextlib
 import contextvars
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,8 +94,14 @@ _MISSING = object()
 def _note(layer: Any, names: Iterable[str]) -> None:
     undo = _UNDO.get()
     if undo is not None:
-        before = {name: getattr(layer, name, _MISSING) for name in names}
+        before = {name: _value(layer, name) for name in names}
         undo.append(lambda: _put_back(layer, before))
+
+
+def _value(layer: Any, name: str) -> Any:
+    """An attribute; a method of the class is none of the object's own."""
+    value = getattr(layer, name, _MISSING)
+    return _MISSING if inspect.ismethod(value) and name not in vars(layer) else value
 
 
 def _put_back(layer: Any, before: dict[str, Any]) -> None:

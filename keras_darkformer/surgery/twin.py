@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from keras_darkformer.types import Layer, Model
 
 
@@ -22,6 +24,8 @@ def make_alike(
     Raises:
         ValueError: if the other one has weights that its config does not describe.
     """
+    for layer, other in zip(layers, of_twin, strict=False):
+        other._dtype_policy = _dtype_policy(layer)
     here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
     if here != there:
         raise ValueError(
@@ -44,3 +48,10 @@ def _difference(here: list[Any], there: list[Any]) -> str:
         return f"{len(here)} against {len(there)}"
     name, other = next((x, y) for x, y in zip(here, there, strict=True) if x != y)
     return f"{name} against {other}"
+
+
+def _dtype_policy(layer: Layer) -> Any:
+    """A layer's own policy. With a map of those of all layers Keras can't save one of few bits."""
+    policy = layer.dtype_policy
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    return policy[layer.path or ""] if is_map else policy

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -12,7 +12,7 @@ from keras import ops
 from threadpoolctl import threadpool_limits
 
 from keras_darkformer.checks import positive_integer
-from keras_darkformer.compiling import recompilation
+from keras_darkformer.compiling import recompilations
 from keras_darkformer.fitting import CalibrationOptions, Fit, LayerStatistics
 from keras_darkformer.layers.core import FeatureAttention, observed
 from keras_darkformer.layers.feature_maps.far_offset import FarMass
@@ -124,8 +124,9 @@ def calibrate(
     layers = layers_with_features(every_layer)
     for layer in layers.values():
         layer.feature_map.check_calibration(options)
-    if method == "clusters" and any(x.feature_map.kind != "exponential" for x in layers.values()):
-        recompilation(model)  # better now than after the pass
+    if method == "clusters":
+        # Better now than after the pass.
+        _recompilation(model, [x for x in layers.values() if x.feature_map.kind != "exponential"])
     statistics = {
         id(layer): layer.feature_map.statistics(options, max_tokens) for layer in layers.values()
     }
@@ -149,8 +150,8 @@ def calibrate(
         _check_length(longest, kept_exactly)
     fits = _fit(layers, statistics, options, verbose)
     pairs = list(zip(layers.values(), fits, strict=True))
-    swapped = sum(layer.feature_map.kind != fit.kind for layer, fit in pairs)
-    compile_anew = recompilation(model) if swapped else None
+    swapped = [layer for layer, fit in pairs if layer.feature_map.kind != fit.kind]
+    compile_anew = _recompilation(model, swapped)
     with _put_back_on_error(layers):
         for layer, fit in pairs:
             layer.swap_feature_map(fit.kind)
@@ -158,9 +159,14 @@ def calibrate(
         if kept_exactly:
             _fit_far_offsets(model, every_layer, kept)
     if compile_anew is not None:
-        _say_swapped(model, swapped, len(layers), verbose)
+        _say_swapped(model, len(swapped), len(layers), verbose)
         compile_anew()
     return model
+
+
+def _recompilation(model: Model, swapped: list[FeatureAttention]) -> Callable[[], None] | None:
+    """How to compile again what holds layers that get maps of another class, if any do."""
+    return recompilations([model], swapped) if swapped else None
 
 
 @contextlib.contextmanager
@@ -183,8 +189,8 @@ def _say_swapped(model: Model, swapped: int, total: int, verbose: bool) -> None:
     if model.compiled and verbose:
         print(
             f"{swapped} of {total} feature maps are of another class now, with other weights: "
-            f"{model.name!r} was compiled anew, with a fresh optimizer. Compile models around it "
-            "again."
+            f"{model.name!r} was compiled anew, with a fresh optimizer, and so were the models "
+            "that hold its layers."
         )
 
 

@@ -17,6 +17,9 @@ from keras_darkformer.types import Config, Data, Model
 class _CountsSteps(keras.callbacks.Callback):
     """Knows how many steps there were, of which Keras may take several in one execution.
 
+    They are counted as Keras numbers them: an execution that the end of the data cuts short counts
+    whole.
+
     Attributes:
         steps: steps taken.
     """
@@ -32,6 +35,8 @@ class _CountsSteps(keras.callbacks.Callback):
 
     def count(self, batch: int) -> int:
         """Counts the steps up to and with number `batch` of the epoch; returns how many came."""
+        if batch < self._in_epoch:  # a loop of the caller's own that does not say where one begins
+            self.on_epoch_begin(0)
         new = batch + 1 - self._in_epoch
         self._in_epoch += new
         self.steps += new
@@ -85,6 +90,7 @@ class LossSpikeCounter(_CountsSteps):
     Keras shows the mean loss of an epoch so far, weighted by rows; the loss of a step is what it
     adds to that. With `steps_per_execution` of `compile` only the mean over an execution can be
     seen: it stands for each of its steps, and where it jumps, the first of them is counted.
+    After `train_on_batch`, which begins its mean anew, the loss is what it returned.
 
     Args:
         margin: float. In nats.
@@ -100,6 +106,11 @@ class LossSpikeCounter(_CountsSteps):
         self.recent: deque[float] = deque(maxlen=positive_integer("window", window))
         self.spikes: list[int] = []
         self._seen = (0.0, 0.0)
+        self._begins_anew = False
+
+    def on_train_begin(self, logs: Config | None = None) -> None:
+        """`fit` reports means over an epoch."""
+        self._begins_anew = False
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Keras reports the mean since here."""
@@ -110,7 +121,9 @@ class LossSpikeCounter(_CountsSteps):
         """Takes the step's own loss from the running mean."""
         new = self.count(batch)
         total, weight = self._total(logs or {})
-        loss = (total - self._seen[0]) / max(weight - self._seen[1], 1e-30)
+        self._begins_anew |= weight <= self._seen[1]
+        before = (0.0, 0.0) if self._begins_anew else self._seen
+        loss = (total - before[0]) / max(weight - before[1], 1e-30)
         if math.isfinite(loss):
             self._seen = total, weight
         full = len(self.recent) == self.recent.maxlen

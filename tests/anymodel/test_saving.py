@@ -49,7 +49,7 @@ def test_files_of_weights_belong_to_a_model_converted_alike(which, tmp_path):
     twin = dark(MODELS[which]())
     twin.load_weights(path)
     assert_close(outputs(twin, X), outputs(model, X))
-    with pytest.raises(ValueError, match="object <EinsumDense name=query"):
+    with pytest.raises(ValueError, match="object <EinsumDense name=key"):
         MODELS[which]().load_weights(path)
     MODELS[which]().save_weights(path)
     with pytest.raises(ValueError, match="Weights of a softmax model are loaded into that model"):

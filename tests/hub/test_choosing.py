@@ -90,6 +90,13 @@ def test_a_copy_keeps_tied_embeddings():
     np.testing.assert_allclose(to_numpy(dark(batch)), to_numpy(tied(batch)), atol=1e-4)
 
 
+@pytest.mark.parametrize(("window", "length"), [(61, 256), (397, 800)])
+def test_rows_are_longer_than_what_the_memory_holds(window, length):
+    options = SIZES | OPTIONS | {"sliding_window": window, "length": None}
+    with pytest.raises(ValueError, match=f"rows of at least `length={length}`"):
+        choose_layers(gemma(), DATA, keep_exact=1, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -97,11 +104,12 @@ def test_a_copy_keeps_tied_embeddings():
         ({"keep_exact": 0}, ValueError, "`keep_exact` must be a positive integer"),
         ({"repeat": 9}, ValueError, "`length` must be at least three times `repeat`"),
         ({"length": 99}, ValueError, "rows of at least `length=99`"),
+        ({"sliding_window": LENGTH - 3}, ValueError, f"more than the {LENGTH} tokens"),
         ({"num_feature": 8}, TypeError, "Did you mean `num_features`"),
         ({"layers": [0]}, TypeError, "layers"),
     ],
 )
 def test_arguments_that_can_not_be_are_refused(options, error, message):
-    arguments = {"keep_exact": 1} | SIZES | options
+    arguments = {"keep_exact": 1} | SIZES | OPTIONS | options
     with pytest.raises(error, match=message):
         choose_layers(gemma(), DATA, **arguments)

@@ -122,6 +122,29 @@ def test_a_copy_of_a_fitted_model_and_its_source_are_fitted_on():
     source.fit(BATCH, BATCH["token_ids"], batch_size=3, verbose=0)
 
 
+def test_copies_of_a_model_with_layers_of_few_bits_are_saved(tmp_path):
+    source, path = gemma(num_layers=1), tmp_path / "model.keras"
+    source.backbone.transformer_layers[0].attention.query_dense.quantize("int8")
+    source.save(path)
+    for model in (source, keras.saving.load_model(path, compile=False)):
+        copy = convert_to_dark(model, copy=True, **EXACT)
+        copy.save(path)
+        loaded = keras.saving.load_model(path, compile=False)
+        np.testing.assert_array_equal(outputs(loaded, BATCH), outputs(copy, BATCH))
+
+
+def test_a_copy_with_layers_of_few_bits_computes_in_the_types_of_its_source():
+    source = gemma(num_layers=1, dtype="mixed_bfloat16")
+    source.backbone.transformer_layers[0].attention.query_dense.quantize("int8")
+    copy = convert_to_dark(source, copy=True, **EXACT)
+    types = [
+        {x.path: x.compute_dtype for x in model._flatten_layers() if x.built and x.path}
+        for model in (source.backbone, copy.backbone)
+    ]
+    assert types[1].items() >= types[0].items()
+    assert "bfloat16" in types[0].values()
+
+
 def test_a_copy_is_compiled_only_if_its_source_is():
     source = GemmaCausalLM(gemma().backbone, compile=False)
     assert not convert_to_dark(source, copy=True).compiled

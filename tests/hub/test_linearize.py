@@ -231,6 +231,7 @@ def test_another_run_and_damaged_ones_are_refused(tmp_path):
         ({"minutes": 3.0}, "`tokens` or `minutes`"),
         ({"tokens": 0}, "tokens"),
         ({"length": 15}, "length=15"),
+        ({"sliding_window": 13}, "`length` must be more than the 14 tokens"),
     ],
 )
 def test_bad_arguments_leave_the_model_as_it_was(wrong, message):

@@ -3,7 +3,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from backends import MODES
+from backends import BACKEND, MODES
 
 from keras_darkformer import DarkAttention
 from keras_darkformer.ops import exact_dark_attention_scores
@@ -345,3 +345,11 @@ def test_config_holds_every_argument():
         "bias_constraint": keras.constraints.NonNeg(),
     } | ATTENTION_OPTIONS
     assert_config_is_complete(DarkAttention, arguments, OTHER_OPTIONS, EXPONENTIAL_OPTIONS)
+
+
+@pytest.mark.parametrize("mode", ["exact"] if BACKEND == "jax" else ATTENTION_MODES)
+def test_integers_are_floats_to_it(mode):
+    layer, whole = attention(attention_mode=mode), np.round(3 * X).astype("int64")
+    found = layer(whole, whole, use_causal_mask=True)
+    as_floats = whole.astype("float32")
+    assert_close(arrays(found), arrays(layer(as_floats, as_floats, use_causal_mask=True)), 1e-6)

@@ -167,6 +167,44 @@ def test_batches_of_any_size_have_their_own_losses():
     assert counter.spikes == [4]
 
 
+def stepped(model, callbacks, data, epochs=2, says_begin=True):
+    """A loop of one's own over `train_on_batch` that numbers the batches of each epoch."""
+    for callback in callbacks:
+        callback.set_model(model)
+    for epoch in range(epochs):
+        for callback in callbacks if says_begin else ():
+            callback.on_epoch_begin(epoch)
+        for batch, arrays in enumerate(data):
+            logs = model.train_on_batch(*arrays, return_dict=True)
+            for callback in callbacks:
+                callback.on_train_batch_end(batch, logs)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("says_begin", [True, False])
+def test_steps_of_a_loop_over_train_on_batch_have_their_own_losses(says_begin):
+    model = keras.Sequential([keras.Input((14,), dtype="int32"), keras.layers.Embedding(64, 4)])
+    model.compile(keras.optimizers.SGD(0.0), loss=Label())
+    losses, rows = [1.0, 1.2, 5.0, 1.1], [2, 2, 2, 1]
+    data = [(tokens(rows=n), np.full((n, 1), x)) for n, x in zip(rows, losses, strict=True)]
+    counter = LossSpikeCounter(window=4)
+    stepped(model, [counter], data, says_begin=says_begin)
+    assert counter.steps == 8
+    assert counter.spikes == [6]
+    assert list(counter.recent) == pytest.approx(losses, abs=1e-4)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+def test_projections_are_drawn_anew_in_a_loop_that_does_not_say_where_an_epoch_begins():
+    model, watch = compiled(), Watch()
+    start, ids = projections(model)[0], tokens()
+    data = [(ids, np.roll(ids, -1, axis=1))] * 3
+    stepped(model, [RedrawProjections(every=2), watch], data, says_begin=False)
+    changed = np.diff([x.sum() for x in [start, *watch.projections]]) != 0
+    assert changed.tolist() == [False, True] * 3
+
+
 executions = pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution there")
 
 

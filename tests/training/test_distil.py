@@ -616,6 +616,27 @@ def test_gradients_are_of_one_step_alone(few_steps):
 
 
 @pytest.mark.usefixtures("few_steps")
+def test_a_step_in_slices_learns_what_a_whole_one_learns(monkeypatch):
+    """Each slice reads the embeddings, a variable, to make its logits."""
+    after = []
+    for tokens_of_a_slice in (TOKENS, 12):
+        monkeypatch.setattr("keras_darkformer.training.positions.TOKENS", tokens_of_a_slice)
+        stock, model = dark_gemma(lambda: gemma(num_layers=1))
+        distil(
+            model,
+            stock,
+            DATA[:1],
+            steps=1,
+            train="all",
+            optimizer=keras.optimizers.SGD(0.1),
+            verbose=0,
+        )
+        after.append(values(model))
+    for path, value in after[0].items():
+        np.testing.assert_allclose(after[1][path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 def test_half_precision_is_distilled_in_half_precision(dtype):

@@ -22,6 +22,7 @@ from keras_darkformer.layers.feature_maps.placement import AfterRotation, placem
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights, check_stored
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import are_few, attend
+from keras_darkformer.ops.backend import numbers
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.scores import exact_pairs, log_scores
 from keras_darkformer.ops.state import AttentionState, StateShapes
@@ -160,7 +161,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
             The output `(b, t, n, v)`, with `return_state` also the state.
         """
         self.ensure_built()
-        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+        query, key, value = numbers(query, key, value)
         factored = initial_state is not None and are_few(query, self.num_features)
         features = self.fold(factored=factored)
         call |= {"initial_state": initial_state, "memory": self.memory}
