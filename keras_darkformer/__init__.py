@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_darkformer import layers, ops, training
-from keras_darkformer.conversion import convert_to_dark
+from keras_darkformer.conversion import conversion_report, convert_to_dark
 from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
 from keras_darkformer.options import AttentionOptions, ConversionOptions, FeatureOptions
 from keras_darkformer.training import (
@@ -27,7 +27,6 @@ from keras_darkformer.training import (
 if TYPE_CHECKING:
     from keras_darkformer import hub
     from keras_darkformer.choosing import LayerChoice, choose_layers
-    from keras_darkformer.hub import conversion_report
     from keras_darkformer.linearizing import LinearizationReport, Linearized, linearize
 
 __version__ = "0.1.0"
@@ -65,7 +64,6 @@ __all__ = [
 _LATE = {
     "LayerChoice": "keras_darkformer.choosing",
     "choose_layers": "keras_darkformer.choosing",
-    "conversion_report": "keras_darkformer.hub",
     "LinearizationReport": "keras_darkformer.linearizing",
     "Linearized": "keras_darkformer.linearizing",
     "linearize": "keras_darkformer.linearizing",

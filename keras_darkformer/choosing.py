@@ -6,7 +6,7 @@ import numpy as np
 from rich.table import Table
 
 from keras_darkformer.checks import positive_integer
-from keras_darkformer.hub.conversion import convert_to_dark
+from keras_darkformer.hub.conversion import convert_to_dark, dark_class
 from keras_darkformer.layers.core import exactly
 from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions, shows_options
@@ -140,6 +140,7 @@ def choose_layers(
         - [Retrieval Heads](https://arxiv.org/abs/2404.15574), few of which look things up
     """
     options, _ = ConversionOptions.take(choose_layers, kwargs, besides=())
+    dark_class(type(model))  # or the error says what is wrong with it
     length = probe_length(options.memory) if length is None else length
     for name, value in (("keep_exact", keep_exact), ("max_tokens", max_tokens), ("repeat", repeat)):
         positive_integer(name, value)

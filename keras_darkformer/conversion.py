@@ -1,11 +1,13 @@
-"""`convert_to_dark`: softmax attention out, linear attention in."""
+"""`convert_to_dark`: softmax attention out, linear attention in; and the report of what changed."""
 
 import importlib
 from typing import Any
 
 from keras_darkformer.anymodel.conversion import convert
 from keras_darkformer.anymodel.finding import is_of_keras_hub
+from keras_darkformer.anymodel.report import conversion_report as report_of_keras_model
 from keras_darkformer.options import ConversionOptions, shows_options
+from keras_darkformer.surgery.report import ConversionReport
 from keras_darkformer.types import Model
 
 
@@ -73,3 +75,25 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
         return hub.convert_to_dark(model, copy=copy, **kwargs)
     ConversionOptions.check_names(convert_to_dark, kwargs, besides=())
     return convert(model, kwargs, copy=copy)
+
+
+def conversion_report(model: Model) -> ConversionReport:
+    """Says what `convert_to_dark` changed in a model, also after saving and loading it.
+
+    Args:
+        model: a converted Keras model, or a dark causal LM, task or backbone of KerasHub.
+
+    Returns:
+        A `ConversionReport`: print it, or read it as a dict.
+
+    Raises:
+        ValueError: if the model is not dark.
+
+    Example:
+
+        print(conversion_report(model))
+        conversion_report(model)["dropped"]
+    """
+    if is_of_keras_hub(model):
+        return importlib.import_module("keras_darkformer.hub.report").conversion_report(model)
+    return report_of_keras_model(model)

@@ -202,8 +202,9 @@ class ConversionOptions(AttentionOptions):
 
     Args:
         layers: `"global"` converts the layers without a sliding window, or all where each layer has
-            one (Mistral's older models); `"all"` every layer, a sequence of indices just these.
-            Layers left keep softmax and their key/value cache. For models that are not KerasHub's
+            one (Mistral's older models); `"auto"` those of these that can be converted, with a
+            warning for others; `"all"` every layer, a sequence of indices just these. Layers left
+            keep softmax and their key/value cache. For models that are not KerasHub's
             `convert_to_dark` takes more.
         geometry_scale: float. Each geometry starts at this times the identity. `None` for
             `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m features can just estimate the kernel
@@ -222,13 +223,13 @@ class ConversionOptions(AttentionOptions):
         """Checks what can be checked before a model is touched."""
         super().__post_init__()
         if isinstance(self.layers, str):
-            if self.layers in ("global", "all"):
+            if self.layers in ("global", "auto", "all"):
                 return
         elif isinstance(self.layers, Iterable) and all(map(is_integer, self.layers)):
             self._settle("layers", tuple(int(index) for index in self.layers))
             return
         raise ValueError(
-            '`layers` must be "global", "all" or a sequence of layer indices. '
+            '`layers` must be "global", "auto", "all" or a sequence of layer indices. '
             f"Received: layers={self.layers!r}"
         )
 

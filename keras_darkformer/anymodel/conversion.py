@@ -10,6 +10,7 @@ import keras
 from keras_darkformer.anymodel.attention import take_over
 from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice, is_of_keras_hub
 from keras_darkformer.anymodel.holder import hold, holders
+from keras_darkformer.anymodel.report import dropped
 from keras_darkformer.anymodel.twin import twin_of
 from keras_darkformer.compiling import recompilations
 from keras_darkformer.layers.feature_maps import BY_KIND
@@ -48,8 +49,11 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
         raise ValueError(f"`model` can't be converted, as it is no Keras model: {model!r}")
     found = attention_layers(model)
     _check_model(model, found)
-    if is_choice(layers := arguments.get("layers")):
+    layers = arguments.get("layers")
+    if is_choice(layers):
         arguments = {**arguments, "layers": chosen(found, layers)}
+    elif layers == "auto":
+        arguments = {**arguments, "layers": _convertible(model, found)}
     options = ConversionOptions(**arguments)
     by_layer = _options_by_layer(found, options)
     converted = twin_of(model) if copy else model
@@ -64,8 +68,7 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
             take_over(layers[index], stock_class(layers[index]), of_layer)
         for holder in holders(converted):
             hold(holder)
-        if options.attention_mode == "linear":
-            _warn_of_dropped(converted, [layers[index] for index in by_layer])
+        _warn_of_dropped(converted)
     compile_anew()
     return converted
 
@@ -94,6 +97,25 @@ def _check_model(model: Model, found: Sequence[Layer]) -> None:
             f"`model` must be built, so that all its layers are there. Call it on a batch first. "
             f"Not built are: {waiting}"
         )
+
+
+def _convertible(model: Model, found: Sequence[Layer]) -> list[int]:
+    """Indices of the attention layers that can be converted; warns of the others.
+
+    Those with a window are none of them, unless all have one.
+    """
+    reasons = [refusal(layer) for layer in found]
+    able = [index for index, reason in enumerate(reasons) if reason is None]
+    told = " ".join(
+        f"{layer.path!r}: {reason}"
+        for layer, reason in zip(found, reasons, strict=True)
+        if reason is not None
+    )
+    if not able:
+        raise ValueError(f"No attention layer of {model.name!r} can be converted. {told}")
+    if told:
+        warnings.warn(f"Layers of {model.name!r} keep softmax attention. {told}", stacklevel=4)
+    return [index for index in able if window_of(found[index]) is None] or able
 
 
 def _options_by_layer(
@@ -139,10 +161,10 @@ def _models(model: Model) -> list[Any]:
     return [x for x in reversed(every_layer(model)) if isinstance(x, keras.Model)]
 
 
-def _warn_of_dropped(model: Model, layers: Sequence[Layer]) -> None:
-    if paths := [layer.path for layer in layers if layer.dropout]:
+def _warn_of_dropped(model: Model) -> None:
+    for drop in dropped(model):
         warnings.warn(
-            f"Converting {model.name!r} drops from layers {paths}: dropout of single attention "
-            "weights. Linear attention forms none; whole tokens are dropped at the same rate.",
+            f"Converting {model.name!r} drops from attention layers {drop['layers']}: "
+            f"{drop['what']}. {drop['why']}",
             stacklevel=4,
         )

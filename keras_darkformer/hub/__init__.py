@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_darkformer.hub.conversion import DARK_CLASSES, convert_to_dark
 from keras_darkformer.hub.presets import upload_preset
-from keras_darkformer.hub.report import ConversionReport, conversion_report
+from keras_darkformer.hub.report import conversion_report
 from keras_darkformer.hub.stream import Stream
 
 globals().update(DARK_CLASSES)
@@ -24,5 +24,5 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> Any: ...
 
 
-__all__ = ["ConversionReport", "Stream", "conversion_report", "convert_to_dark", "upload_preset"]
+__all__ = ["Stream", "conversion_report", "convert_to_dark", "upload_preset"]
 __all__ += sorted(DARK_CLASSES)

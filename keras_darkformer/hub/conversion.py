@@ -117,4 +117,9 @@ def _reason(cls: type) -> str:
     for family, reason in INEXPRESSIBLE.items():
         if cls.__name__.startswith(family):
             return reason
+    if not cls.__module__.startswith("keras_hub."):
+        return (
+            "It is no model of KerasHub. `keras_darkformer.convert_to_dark`, `calibrate` and "
+            "`transfer_attention` take other Keras models, too."
+        )
     return "There is no conversion for this class."

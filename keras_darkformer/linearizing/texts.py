@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_darkformer.hub.conversion import BY_STOCK_CLASS
+from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.hub.causal_lm import DarkTask
+from keras_darkformer.hub.conversion import dark_class
 from keras_darkformer.training.data import batches, look, texts_of
 from keras_darkformer.training.distil import TeacherTargets, teacher_targets
 from keras_darkformer.training.held_out import (
@@ -29,12 +31,14 @@ TOP_K = 64
 
 
 def kind_of(model: Model, length: int) -> "Kind":
-    """How a model, stock or dark, is dealt with."""
-    dark = BY_STOCK_CLASS.get(type(model), type(model))
-    family = getattr(getattr(dark, "backbone_cls", dark), "family", None)
-    if family is None or not family.causal:
-        return Encoder(length)  # `convert_to_dark` says what is wrong
-    return Decoder(length)
+    """How a model, stock or dark, is dealt with.
+
+    Raises:
+        ValueError: if it is neither, with the reason.
+    """
+    dark = type(model) if isinstance(model, DarkBackbone | DarkTask) else dark_class(type(model))
+    family = getattr(dark, "backbone_cls", dark).family
+    return Decoder(length) if family.causal else Encoder(length)
 
 
 class Kind(abc.ABC):

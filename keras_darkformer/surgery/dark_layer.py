@@ -51,14 +51,18 @@ class DarkLayer(Mixin):
         """
         raise NotImplementedError
 
+    @property
+    def made_with(self) -> AttentionOptions:
+        """The options of the attention as they are now, also before the layer is built."""
+        return self.get_attention().options if self.built else self._made_with
+
     def stock_config(self) -> Config:
         """The config of the stock layer."""
         return self.stock_cls.get_config(self)
 
     def get_config(self) -> Config:
         """The stock layer's config, and as `dark` the options of the attention as they are now."""
-        options = self.get_attention().options if self.built else self._made_with
-        return {**self.stock_config(), "dark": options.get_config()}
+        return {**self.stock_config(), "dark": self.made_with.get_config()}
 
 
 def dark_layer_cls(base: Any, stock_cls: Any, **attributes: Any) -> Any:

@@ -196,7 +196,7 @@ def test_a_window_of_the_conversion_meets_the_last_tokens_exactly():
 
 def test_dropout_drops_whole_tokens_the_same_for_every_query():
     layer = built("multi-head", dropout=0.5, seed=1)
-    with pytest.warns(UserWarning, match=r"drops from layers \['multi_head.*whole tokens"):
+    with pytest.warns(UserWarning, match=r"drops from attention layers \[0\]: .*whole tokens"):
         dark(layer)
     same = np.broadcast_to(X[:, :1], X.shape)  # a query like any other
     dropped = outputs(layer, same, X, training=True)

@@ -15,7 +15,10 @@ from keras_darkformer import (
     RedrawProjections,
     approximation_report,
     calibrate,
+    choose_layers,
+    conversion_report,
     convert_to_dark,
+    linearize,
     transfer_attention,
 )
 
@@ -94,6 +97,21 @@ def test_layers_with_a_window_are_left_unless_they_are_meant():
     every = dark(model(), layers="all")
     kinds = [(x.name, x.feature_map.kind) for x in dark_layers_of(every)]
     assert kinds == [("local", "none"), ("global", "dark")]
+
+
+def test_auto_converts_what_can_be_and_warns_of_the_rest():
+    x = inputs = keras.Input((None, WIDTH))
+    for layer in (
+        Scaled(2, 4, name="scaled"),
+        MultiHeadAttention(2, 4, name="plain"),
+        MultiHeadAttention(2, 4, name="local", sliding_window=2),
+    ):
+        x = layer(x, x)
+    model = keras.Model(inputs, x)
+    with pytest.warns(UserWarning, match="keep softmax attention. 'scaled': Scaled has its own"):
+        dark(model, layers="auto")
+    assert [x.path for x in dark_layers_of(model)] == ["plain"]
+    refused(with_attention(Scaled(2, 4)), "No attention layer .* Scaled has", layers="auto")
 
 
 @pytest.mark.parametrize("which", MODELS)
@@ -178,11 +196,11 @@ def test_after_an_error_all_is_as_it_was():
     paths = [w.path for w in model.weights]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused(model, "drops from layers", UserWarning)
+        refused(model, "drops from attention layers", UserWarning)
     assert [type(x) for x in model._flatten_layers()] == layers
     assert [w.path for w in model.weights] == paths
     assert_close(outputs(model, X), expected)
-    with pytest.warns(UserWarning, match="drops from layers"):
+    with pytest.warns(UserWarning, match="drops from attention layers"):
         assert len(dark_layers_of(dark(model))) == 3
 
 
@@ -267,3 +285,54 @@ def test_keras_hub_is_not_needed_and_not_imported():
         print(layer(keras.ops.ones((1, 3, 8)), keras.ops.ones((1, 3, 8))).shape[2])
     """
     assert run_python(code).split()[-1] == "8"
+
+
+def test_the_report_says_what_was_converted(tmp_path):
+    x = inputs = keras.Input((None, WIDTH))
+    x = MultiHeadAttention(2, 4, name="plain", dropout=0.5)(x, x)
+    x = MultiHeadAttention(2, 8, name="local", sliding_window=2)(x, x, use_causal_mask=True)
+    model = keras.Model(inputs, x)
+    with pytest.raises(ValueError, match="be a model converted by `convert_to_dark`"):
+        conversion_report(model)
+    with pytest.warns(UserWarning, match=r"drops from attention layers \[0\]: dropout"):
+        dark(model, num_features=8)
+    model.save(tmp_path / "model.keras")
+    report = conversion_report(keras.saving.load_model(tmp_path / "model.keras"))
+    assert (report["converted"], report["left"], report["num_features"]) == ([0], [1], 8)
+    assert [(x["name"], x["kind"]) for x in report["layers"]] == [
+        ("plain", "global"),
+        ("local", "local"),
+    ]
+    (drop,) = report["dropped"]
+    assert drop["layers"] == [0]
+    every = conversion_report(dark(keras.models.clone_model(model).get_layer("local")))
+    assert (every["sliding_window"], every["num_features"]) == (2, 0)
+
+
+def test_the_report_lists_what_differs_between_layers():
+    x = inputs = keras.Input((None, WIDTH))
+    for key_dim in (4, 16):
+        x = MultiHeadAttention(2, key_dim)(x, x)
+    report = conversion_report(dark(keras.Model(inputs, x), num_features=[4, 8]))
+    assert report["num_features"] == [4, 8]
+    assert len(set(report["geometry_scale"])) == 2
+    told = " I and ".join(f"{scale:.3g}" for scale in report["geometry_scale"])
+    assert f"geometry starts at {told} I" in str(report)
+
+
+def test_models_around_a_converted_one_are_compiled_again():
+    inner = functional()
+    outer = keras.Sequential([keras.Input((None, WIDTH)), inner])
+    outer.compile("sgd", "mse")
+    before = outer.predict(X, verbose=0)
+    dark(inner)
+    after = outer.predict(X, verbose=0)
+    assert np.abs(after - before).max() > 1e-4
+    assert_close(after, outputs(inner, X))
+
+
+def test_what_needs_keras_hub_says_so():
+    for function in (choose_layers, linearize):
+        options = {"keep_exact": 1} if function is choose_layers else {}
+        with pytest.raises(ValueError, match="It is no model of KerasHub"):
+            function(functional(), X, **options)
