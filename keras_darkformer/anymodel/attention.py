@@ -46,14 +46,13 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         return self._query_dense, self._key_dense, self._value_dense
 
     def darken(self, options: AttentionOptions) -> None:
-        """Puts the feature map in, frozen if the layer is."""
+        """Puts the feature map in; it is trainable also where the layer is frozen."""
         if (reason := refusal_of_axes(self)) is not None:
             raise ValueError(f"Attention layer {self.path!r} can't be converted. {reason}")
         num_query_heads, num_heads, head_dim = head_sizes(self)
         feature_map = self.make_feature_map(num_heads, head_dim, num_query_heads, options)
         give(self, options=options, feature_map=feature_map)
         build_at(feature_map, f"{self.path}/feature_map")
-        feature_map.trainable = self.trainable
         # This layer sees to masks; its parts need not warn that they don't.
         for dense in (*self.dense_layers(), *self._gates()):
             give(dense, supports_masking=True)

@@ -229,9 +229,11 @@ def test_frozen_layers_stay_frozen():
     model.get_layer("block").trainable = False
     before = [w.path for w in model.trainable_weights]
     dark(model)
-    new = [w.path for w in model.trainable_weights if w.path not in before]
-    assert len(new) == 3
-    assert not any("block" in path for path in new)
+    after = [w.path for w in model.trainable_weights]
+    assert [path for path in after if "/feature_map/" not in path] == before
+    assert len(after) - len(before) == len(dark_layers_of(model)), "geometries train alone"
+    model.trainable = False
+    assert not model.trainable_weights
 
 
 def test_a_converted_model_is_calibrated_transferred_judged_and_redrawn(few_steps):
