@@ -1,12 +1,14 @@
 """A second Keras model like another one, for a conversion that leaves that one as it is."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 
 from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.surgery.twin import make_alike
-from keras_darkformer.types import Model
+from keras_darkformer.types import Layer, Model
 
 
 def twin_of(model: Model) -> Any:
@@ -21,8 +23,8 @@ def twin_of(model: Model) -> Any:
     classes = {type(layer).__name__: type(layer) for layer in layers}
     own = {name: x for name, x in classes.items() if not x.__module__.startswith("keras.")}
     try:
-        config = keras.saving.serialize_keras_object(model)
-        config.pop("compile_config", None)
+        with _uncompiled(layers):
+            config = keras.saving.serialize_keras_object(model)
         twin = keras.saving.deserialize_keras_object(config, custom_objects=own)
     except Exception as error:  # whatever a class of the user's own does
         raise ValueError(
@@ -31,3 +33,16 @@ def twin_of(model: Model) -> Any:
         ) from error
     make_alike(model, twin, layers, every_layer(twin))
     return twin
+
+
+@contextlib.contextmanager
+def _uncompiled(layers: Iterable[Layer]) -> Iterator[None]:
+    """Has Keras leave out how models are compiled: it may be with what has no config."""
+    compiled = [x for x in layers if isinstance(x, keras.Model) and x.compiled]
+    for model in compiled:
+        model.compiled = False
+    try:
+        yield
+    finally:
+        for model in compiled:
+            model.compiled = True

@@ -187,13 +187,11 @@ def _kept_by_smollm3(block: Layer) -> dict[str, Any]:
     }
 
 
-def copy_lora(layer: Layer, other: Layer) -> None:
-    """Enables LoRA on one layer as it is on another, without its weights."""
-    if getattr(layer, "lora_enabled", False):
-        other.enable_lora(layer.lora_rank, lora_alpha=layer.lora_alpha)
-    for name in ("_lora_enabled_layers", "_lora_rank"):  # of a backbone
-        if hasattr(layer, name):
-            setattr(other, name, getattr(layer, name))
+def copy_lora_facts(backbone: Layer, other: Layer) -> None:
+    """Has one backbone know of LoRA in its layers what another one knows."""
+    for name in ("_lora_enabled_layers", "_lora_rank"):
+        if hasattr(backbone, name):
+            setattr(other, name, getattr(backbone, name))
 
 
 def renumbered_lora_layers(backbone: Layer) -> list[int] | None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from keras_darkformer.hub.private import copy_lora, forgotten
+from keras_darkformer.hub.private import copy_lora_facts, forgotten
 from keras_darkformer.surgery.twin import make_alike
 from keras_darkformer.types import Layer, Model
 
@@ -25,10 +25,8 @@ def twin_of(model: Model) -> Any:
         backbone, of_backbone = model, config
     of_backbone |= forgotten(type(backbone), backbone, of_backbone)
     twin = type(model).from_config(config)
-    layers, of_twin = _layers(model), _layers(twin)
-    for layer, other in zip(layers, of_twin, strict=False):
-        copy_lora(layer, other)
-    make_alike(model, twin, layers, of_twin)
+    copy_lora_facts(backbone, getattr(twin, "backbone", twin))
+    make_alike(model, twin, _layers(model), _layers(twin))
     if hasattr(model, "backbone"):
         twin.preprocessor = model.preprocessor
     if hasattr(model, "sampler"):

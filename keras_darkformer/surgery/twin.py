@@ -25,7 +25,7 @@ def make_alike(
         ValueError: if the other one has weights that its config does not describe.
     """
     for layer, other in zip(layers, of_twin, strict=False):
-        other._dtype_policy = _dtype_policy(layer)
+        _make_alike_without_weights(layer, other)
     here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
     if here != there:
         raise ValueError(
@@ -48,6 +48,16 @@ def _difference(here: list[Any], there: list[Any]) -> str:
         return f"{len(here)} against {len(there)}"
     name, other = next((x, y) for x, y in zip(here, there, strict=True) if x != y)
     return f"{name} against {other}"
+
+
+def _make_alike_without_weights(layer: Layer, other: Layer) -> None:
+    """Quantizes one layer as another one is, and enables LoRA; a layer around need not tell."""
+    mode = getattr(layer, "quantization_mode", None)
+    if mode is not None and getattr(other, "quantization_mode", None) is None:
+        other.quantize(mode)
+    other._dtype_policy = _dtype_policy(layer)
+    if getattr(layer, "lora_enabled", False):
+        other.enable_lora(layer.lora_rank, lora_alpha=layer.lora_alpha)
 
 
 def _dtype_policy(layer: Layer) -> Any:
