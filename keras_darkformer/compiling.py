@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_darkformer.ops.backend import track_variables
 from keras_darkformer.types import Config, Layer, Model
 
 
@@ -93,6 +94,7 @@ def recompilation(model: Any, like: Any = None) -> Callable[[], None]:
         )
 
     def compile_anew() -> None:
+        track_variables(model._flatten_layers())
         model.train_function = model.test_function = model.predict_function = None
         if hasattr(source, "generate_function"):
             model.generate_function, model.sampler = None, source.sampler

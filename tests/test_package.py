@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "checks": {"types"},
     "memory": {"checks"},
     "options": {"types", "checks", "memory"},
-    "compiling": {"types"},
+    "compiling": {"types", "ops"},
     "printed": set(),
     "progress": {"types"},
     "ops": BASE,

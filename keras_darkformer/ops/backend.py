@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -166,6 +166,17 @@ def no_gradients() -> contextlib.AbstractContextManager[Any]:
 
         return torch.no_grad()
     return contextlib.nullcontext()
+
+
+def track_variables(layers: Iterable[Any]) -> None:
+    """Has layers whose sublayers have got new variables know of them in the backend's own way.
+
+    A Keras layer is a torch module, which notes its parameters down once, when it is built: an
+    optimizer of torch over `model.parameters()` would silently leave the new ones as they are.
+    """
+    if _BACKEND == "torch":
+        for layer in layers:
+            layer._track_variables()
 
 
 def split_at(x: Any, index: int, axis: int) -> Any:

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from backends import BACKEND
 from keras_hub.models import GemmaCausalLM
 from keras_hub.samplers import TopKSampler
 
@@ -155,3 +156,12 @@ def test_a_dark_backbone_can_be_built_from_scratch_and_put_into_a_task():
         False,
         True,
     ]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch alone")
+@pytest.mark.parametrize("whole", [True, False])
+def test_torch_knows_the_parameters_of_a_converted_model(whole):
+    model = gemma(2) if whole else gemma(2).backbone
+    convert_to_dark(model, num_features=4)
+    known = {id(x) for x in model.parameters()}
+    assert known == {id(v.value) for v in model.variables if v.dtype.startswith("float")}
