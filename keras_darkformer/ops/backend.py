@@ -220,7 +220,8 @@ def scan(
     """
     leaves = tree.flatten(inputs)
     length = leaves[0].shape[1]
-    loop = length > 1 and _BACKEND == "jax"
+    # A length that stands for any, where Keras asks JAX for shapes alone, is no number.
+    loop = _BACKEND == "jax" and (not isinstance(length, int) or length > 1)
     if loop if remat is None else remat:
         step = _rematerialized(step)
     if loop:

@@ -205,3 +205,14 @@ def test_a_fresh_process_loads_it_dark(tmp_path):
         count, output = found[name]
         assert count == len(dark_layers_of(model))
         assert_close(np.asarray(output), outputs(model, X))
+
+
+def test_a_layer_whose_shapes_keras_infers_comes_back_with_its_memory(tmp_path):
+    """JAX is asked for them with a length that stands for any."""
+    memory = {"sliding_window": 2, "num_sinks": 1, "cache_size": 1}
+    model = dark(MODELS["sequential"](), layers=[-1], num_features=4, **memory)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    (layer,) = dark_layers_of(loaded)
+    assert layer.feature_map.memory == (2, 1, 1)
+    assert_close(outputs(loaded, X), outputs(model, X))
