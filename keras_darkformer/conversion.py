@@ -3,10 +3,13 @@
 import importlib
 from typing import Any
 
+from keras_darkformer.anymodel import finding
 from keras_darkformer.anymodel.conversion import convert
-from keras_darkformer.anymodel.finding import is_of_keras_hub
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Model
+
+# A model with KerasHub's attention layers in it is there, and so is KerasHub.
+finding.know_keras_hub = lambda: importlib.import_module("keras_darkformer.hub.layers")
 
 
 @shows_options(ConversionOptions)
@@ -68,7 +71,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    if is_of_keras_hub(model):
+    if finding.is_of_keras_hub(model):
         hub = importlib.import_module("keras_darkformer.hub.conversion")
         return hub.convert_to_dark(model, copy=copy, **kwargs)
     ConversionOptions.check_names(convert_to_dark, kwargs, besides=())

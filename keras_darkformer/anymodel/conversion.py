@@ -9,7 +9,7 @@ import keras
 
 from keras_darkformer.anymodel.attention import take_over
 from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice, is_of_keras_hub
-from keras_darkformer.anymodel.holder import hold, holders
+from keras_darkformer.anymodel.holder import hold_all
 from keras_darkformer.anymodel.twin import twin_of
 from keras_darkformer.compiling import recompilations
 from keras_darkformer.layers.feature_maps import BY_KIND
@@ -62,8 +62,7 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
     with undone_on_error():
         for index, of_layer in by_layer.items():
             take_over(layers[index], stock_class(layers[index]), of_layer)
-        for holder in holders(converted):
-            hold(holder)
+        hold_all(converted)
         if options.attention_mode == "linear":
             _warn_of_dropped(converted, [layers[index] for index in by_layer])
     compile_anew()
@@ -111,7 +110,7 @@ def _options_by_layer(
     by_layer = resolved.by_layer()
     for index, of_layer in by_layer.items():
         layer = found[index]
-        if (reason := refusal(layer)) is not None:
+        if (reason := refusal(layer, stock_class(layer))) is not None:
             raise ValueError(
                 f"Attention layer {layer.path!r} can't be converted. {reason} Leave it out with "
                 "`layers=`."

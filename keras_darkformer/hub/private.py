@@ -41,6 +41,9 @@ try:
     from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeTransformerDecoder
     from keras_hub.src.models.smollm3.smollm3_layers import SmolLM3Attention, SmolLM3DecoderLayer
     from keras_hub.src.models.smollm3.smollm3_utils import apply_rotary_pos_single
+    from keras_hub.src.models.whisper.whisper_cached_multi_head_attention import (
+        WhisperCachedMultiHeadAttention,
+    )
     from keras_hub.src.utils.preset_utils import (
         TASK_CONFIG_FILE,
         check_config_class,
@@ -79,6 +82,7 @@ __all__ = [
     "QwenTransformerDecoder",
     "SmolLM3Attention",
     "SmolLM3DecoderLayer",
+    "WhisperCachedMultiHeadAttention",
     "any_equal",
     "get_preset_loader",
 ]
