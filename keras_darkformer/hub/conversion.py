@@ -38,8 +38,8 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     Args:
         model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
             Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, SmolLM3,
-            GPT2 or OPT; or a backbone, masked LM or text classifier of Bert, Roberta or DistilBert,
-            whose attention goes in both directions.
+            GPT2, OPT or GPTNeoX; or a backbone, masked LM or classifier of Bert, Roberta,
+            XLMRoberta, DistilBert, Electra or ESM (2), whose attention goes in both directions.
         copy: bool. Convert a copy; needs memory for two models. It is in the state of the model:
             LoRA is enabled, layers are quantized and frozen as they are there.
         **kwargs: the options of `ConversionOptions`: `num_features`, `layers`, `attention_mode`,

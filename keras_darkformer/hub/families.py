@@ -1,6 +1,6 @@
 """The KerasHub families that can be converted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras import ops
@@ -10,7 +10,7 @@ from keras_hub.layers import CachedMultiHeadAttention, TransformerDecoder, Trans
 
 from keras_darkformer.hub import attention as dark
 from keras_darkformer.hub import private
-from keras_darkformer.hub.family import Family
+from keras_darkformer.hub.family import Family, PairwiseRotary
 from keras_darkformer.types import Layer, Model, Tensor
 
 
@@ -27,6 +27,10 @@ def _gpt2_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> 
 
 def _opt_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> Tensor:
     return backbone.embeddings(token_ids, start_index=start_index)
+
+
+def _gpt_neo_x_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> Tensor:
+    return backbone.embeddings_dropout(backbone.token_embedding(token_ids))
 
 
 def _window_by_switch(attention: Layer) -> int | None:
@@ -54,6 +58,15 @@ def _refuse_gemma3(backbone: Model) -> str | None:
             "embedding model). Only causal Gemma 3 models can be converted."
         )
     return None
+
+
+def _refuse_esm(backbone: Model) -> str | None:
+    if backbone.position_embedding_type == "rotary":
+        return None
+    return (
+        "This ESM has absolute positions (ESM-1). Its layers compute attention in one piece, and "
+        "there is no place for a geometry in it. ESM-2, with rotary positions, can be converted."
+    )
 
 
 def _refuse_export_with_lora(backbone: Model) -> str | None:
@@ -105,8 +118,7 @@ def _causal_lm(
     )
 
 
-def _encoder(name: str) -> Family:
-    kinds = ("MaskedLM", "TextClassifier")
+def _encoder(name: str, kinds: Sequence[str] = ("MaskedLM", "TextClassifier")) -> Family:
     return Family(
         name=name,
         backbone=getattr(models, f"{name}Backbone"),
@@ -197,9 +209,36 @@ FAMILIES = (
         "GPT2", TransformerDecoder, CachedMultiHeadAttention, _DECODER, embed=_gpt2_embedding
     ),
     _causal_lm("OPT", TransformerDecoder, CachedMultiHeadAttention, _DECODER, embed=_opt_embedding),
+    _causal_lm(
+        "GPTNeoX",
+        private.GPTNeoXDecoder,
+        private.GPTNeoXAttention,
+        private.GPT_NEO_X_BLOCK,
+        dark_attention=dark.GPTNeoXAttention,
+        rotates_all=False,
+        rotate=private.rotate_gpt_neo_x,
+        head_sizes=private.sizes_of_gpt_neo_x,
+        embed=_gpt_neo_x_embedding,
+    ),
     _encoder("Bert"),
     _encoder("Roberta"),
+    _encoder("XLMRoberta"),
     _encoder("DistilBert"),
+    _encoder("Electra", kinds=()),
+    PairwiseRotary(
+        name="ESM",
+        backbone=models.ESMBackbone,
+        block=private.ESMEncoder,
+        attention=private.EsmSelfAttention,
+        dark_attention=dark.EsmAttention,
+        tasks={"MaskedPLM": models.ESMMaskedPLM, "ProteinClassifier": models.ESMProteinClassifier},
+        causal=False,
+        rotates_all=False,
+        rotate=private.rotate_esm,
+        head_sizes=private.sizes_of_esm,
+        refuse=_refuse_esm,
+        **private.ESM_BLOCK,
+    ),
 )
 
 for _family in FAMILIES:

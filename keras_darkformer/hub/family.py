@@ -145,6 +145,19 @@ class Family:
         """
 
         def call(rotary: Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return stock_cls.call(rotary, rotary.before_exact(x), *args, **kwargs)
+            return stock_cls.call(rotary, rotary.in_exact_mode(x), *args, **kwargs)
+
+        return type(stock_cls.__name__, (stock_cls,), {"call": call})
+
+
+class PairwiseRotary(Family):
+    """A family whose rotary embedding rotates queries and keys in one call, and returns both."""
+
+    def dark_rotary_cls(self, stock_cls: Any) -> type:
+        """What it becomes: in exact mode it applies the geometry to the rotated queries."""
+
+        def call(rotary: Layer, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+            query, key = stock_cls.call(rotary, query, key, *args, **kwargs)
+            return rotary.in_exact_mode(query), key
 
         return type(stock_cls.__name__, (stock_cls,), {"call": call})

@@ -75,12 +75,21 @@ ROWS = {
     | {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
     "GPT2": _ONE_TO_ONE,
     "OPT": _ONE_TO_ONE,
+    # Half of its coordinates are rotated.
+    "GPTNeoX": _ONE_TO_ONE | {"rotary_percentage": 0.5},
     "Bert": _ONE_TO_ONE,
     "Roberta": _ONE_TO_ONE,
+    "XLMRoberta": _ONE_TO_ONE,
     "DistilBert": _ONE_TO_ONE,
+    "Electra": {name: _ONE_TO_ONE[name] for name in _ONE_TO_ONE if name != "vocabulary_size"}
+    | {"vocab_size": VOCABULARY, "embedding_dim": 24},
+    "ESM": _ONE_TO_ONE,
 }
-ENCODERS = ("Bert", "Roberta", "DistilBert")
-CAUSAL = tuple(name for name in ROWS if name not in ENCODERS)
+# Encoders with a masked LM and a classifier of text, and those that have others or none.
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert")
+CLASSIFIERS = {name: f"{name}TextClassifier" for name in ENCODERS} | {"ESM": "ESMProteinClassifier"}
+NOT_CAUSAL = (*ENCODERS, "Electra", "ESM")
+CAUSAL = tuple(name for name in ROWS if name not in NOT_CAUSAL)
 
 
 def row(name, num_layers=3, **options):
@@ -93,15 +102,15 @@ def row(name, num_layers=3, **options):
 
 
 def task_of(name, num_layers=2, **options):
-    """A causal LM of a family, or an encoder with a classifier around it."""
+    """A causal LM of a family, or an encoder with a classifier around it if it has one."""
     if name in ("Gemma", "Gemma3"):
         return {"Gemma": gemma, "Gemma3": gemma3}[name](
             num_layers, use_sliding_window_attention=False, **options
         )
     model = row(name, num_layers, **options)
-    if name in CAUSAL:
+    if name not in CLASSIFIERS:
         return model
-    classifier = getattr(keras_hub.models, f"{name}TextClassifier")
+    classifier = getattr(keras_hub.models, CLASSIFIERS[name])
     return _randomized(classifier(backbone=model, num_classes=VOCABULARY, preprocessor=None))
 
 
@@ -116,7 +125,7 @@ def _randomized(model, seed=1):
         if name == "kernel":
             onto_heads = layer in ("attention_output", "o_proj")
             fan_in = np.prod(weight.shape[:-1]) if onto_heads else weight.shape[-2]
-            sharp = layer in ("query", "key", "q_proj", "k_proj")
+            sharp = layer in ("query", "key", "q_proj", "k_proj", "q_dense_layer", "k_dense_layer")
             value *= (2.0 if sharp else 3.0) / np.sqrt(fan_in)
         elif name.startswith("expert_"):
             value *= 3.0 / np.sqrt(weight.shape[-2])
@@ -154,12 +163,17 @@ DARK_WEIGHTS = (
 )
 
 
+def body(model):
+    """The backbone of a task, or what is one."""
+    return getattr(model, "backbone", model)
+
+
 def blocks(model):
-    return getattr(model, "backbone", model).transformer_layers
+    return body(model).transformer_layers
 
 
 def attentions(model):
-    slots = ("attention", "_self_attention_layer", "self_attn")
+    slots = ("attention", "_self_attention_layer", "self_attn", "attention_layer")
     return [next(getattr(block, x) for x in slots if hasattr(block, x)) for block in blocks(model)]
 
 
@@ -180,6 +194,8 @@ def inputs(*lengths, total=LENGTH, vocabulary=VOCABULARY, model=None):
     batch = {"token_ids": (token_ids * mask).astype("int32"), "padding_mask": mask.astype("int32")}
     for name in getattr(model, "input", {}):
         batch.setdefault(name, np.zeros_like(batch["token_ids"]))
+    if model is not None and "padding_mask" not in model.input:  # what ESM knows by its ids
+        del batch["padding_mask"]
     return batch
 
 
