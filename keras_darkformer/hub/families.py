@@ -1,6 +1,6 @@
 """The KerasHub families that can be converted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras import ops
@@ -11,6 +11,7 @@ from keras_hub.layers import CachedMultiHeadAttention, TransformerDecoder, Trans
 from keras_darkformer.hub import attention as dark
 from keras_darkformer.hub import private
 from keras_darkformer.hub.family import Family, PairwiseRotary
+from keras_darkformer.hub.towers import Tower
 from keras_darkformer.types import Layer, Model, Tensor
 
 
@@ -244,10 +245,49 @@ FAMILIES = (
 for _family in FAMILIES:
     _family.register_layers()
 
+
+def _layer(name: str) -> Callable[[Any], list[Layer]]:
+    return lambda backbone: [backbone.get_layer(name)]
+
+
+def _blocks(name: str) -> Callable[[Any], list[Layer]]:
+    return lambda backbone: list(getattr(backbone, name))
+
+
+# The pooling heads of SigLIP, where a single query attends, and the decoders of Whisper and
+# Moonshine are left as they are.
+TOWERS = (
+    Tower(
+        "ViT",
+        models.ViTBackbone,
+        _layer("vit_encoder"),
+        {"ImageClassifier": models.ViTImageClassifier},
+    ),
+    Tower(
+        "DeiT",
+        models.DeiTBackbone,
+        _layer("deit_encoder"),
+        {"ImageClassifier": models.DeiTImageClassifier},
+    ),
+    Tower("DINOV2", models.DINOV2Backbone, lambda backbone: [backbone.encoder]),
+    Tower("CLIPVision", models.CLIPVisionEncoder, _blocks("encoder_layers")),
+    Tower("CLIPText", models.CLIPTextEncoder, _blocks("encoder_layers"), causal=True),
+    Tower("SigLIPVision", models.SigLIPVisionEncoder, _blocks("encoder_layers")),
+    Tower("SigLIPText", models.SigLIPTextEncoder, _blocks("encoder_layers")),
+    Tower("Whisper", models.WhisperBackbone, _blocks("encoder_transformer_layers")),
+    Tower(
+        "Moonshine",
+        models.MoonshineBackbone,
+        _blocks("encoder_blocks"),
+        {"AudioToText": models.MoonshineAudioToText},
+    ),
+)
+
 # Why others can't be converted, by how the names of their classes begin.
 INEXPRESSIBLE = {
     "Bloom": "Its logits have linear position biases (ALiBi).",
     "Falcon": "Its logits have linear position biases (ALiBi).",
+    "T5Gemma": "It is an encoder and a decoder that attends to it.",
     "T5": "Its logits have learned relative position biases.",
     "Deberta": "Its logits have products of content and relative position.",
     "XLNet": "Its logits have products of content and relative position.",
@@ -257,6 +297,12 @@ INEXPRESSIBLE = {
     "PaliGemma": "Its image tokens attend to each other in both directions.",
     "Bart": "It is an encoder and a decoder that attends to it; only self-attention is replaced.",
     "Albert": "Its layers share weights: one geometry can't fit them all.",
+    "SwinTransformer": "It attends within windows, with learned relative position biases.",
+    "SAM": "Its logits have learned relative position biases.",
+    "ViTDet": "Its logits have learned relative position biases, and most layers have windows.",
+    "MiT": "Its queries attend to few keys, which are reduced before.",
+    "DINOV3": "Its queries and keys are rotated by places in two dimensions, in a class of its own.",
+    "RoformerV2": "Its layers compute attention in one piece: there is no place for a geometry.",
     "Qwen3_5": "Most of its layers have linear attention already.",
     "RWKV7": "It has no softmax attention.",
     "FNet": "It has no softmax attention.",

@@ -1,12 +1,18 @@
 """KerasHub's `CachedMultiHeadAttention` and `TransformerDecoder` in models of a user's own."""
 
+import dataclasses
 from typing import Any
 
 from keras_hub.layers import CachedMultiHeadAttention, TransformerDecoder
 
 from keras_darkformer.anymodel.attention import DarkKerasAttention, know_attention, named
 from keras_darkformer.anymodel.holder import know_block
-from keras_darkformer.hub.private import WhisperCachedMultiHeadAttention, refuse_vllm
+from keras_darkformer.hub.private import (
+    MoonshineMultiHeadAttention,
+    WhisperCachedMultiHeadAttention,
+    refuse_vllm,
+    rotate_moonshine,
+)
 from keras_darkformer.layers.masks import CausalMask
 from keras_darkformer.ops.state import AttentionState, StateShapes
 from keras_darkformer.surgery.become import Mixin
@@ -113,6 +119,64 @@ class DarkCachedAttention(DarkKerasAttention):
             ) from error
 
 
+class DarkMoonshineAttention(DarkCachedAttention):
+    """Turns the attention layer of Moonshine, its base class in Python, dark."""
+
+    def call(  # type: ignore[override]
+        self,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor,
+        rotary_embedding: Tensor = None,
+        attention_mask: Tensor = None,
+        cache: Any = None,
+        cache_update_index: Tensor = None,
+        training: bool | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The stock layer's call; in linear mode without a cache, as its encoder does.
+
+        Args:
+            query: `(b, t, d)`.
+            value, key: `(b, s, d)`.
+            rotary_embedding: angles `(t, r)` of the positions, or `None`.
+            attention_mask: bool, `(b, s)` or as for `DarkCachedAttention`.
+            cache, cache_update_index: exact mode only.
+            training: bool. Turns dropout on, in linear mode of whole tokens.
+            **kwargs: handed on in exact mode, not used in linear mode.
+        """
+        if not self.is_linear and (self.observer is None or cache is not None):
+            return self.stock_cls.call(
+                self,
+                query,
+                value,
+                key,
+                rotary_embedding=rotary_embedding,
+                attention_mask=attention_mask,
+                cache=cache,
+                cache_update_index=cache_update_index,
+                training=training,
+                **kwargs,
+            )
+        with named(self):
+            if cache is not None:
+                raise ValueError("In linear mode it takes no `cache`: only encoders are converted.")
+            if attention_mask is not None and len(attention_mask.shape) == 2:
+                attention_mask = attention_mask[:, None, :]
+            lengths = (query.shape[1], value.shape[1])
+            causal, key_mask, pairs = self._read_masks(attention_mask, False, False, lengths)
+        heads = self._project(query, value, key, key_mask, pairs, causal, training)
+        if rotary_embedding is not None:
+
+            def rotate(x: Tensor) -> Tensor:
+                return rotate_moonshine(x, rotary_embedding)
+
+            heads = dataclasses.replace(heads, rotate_query=rotate)
+            if self.apply_rotary_embedding:
+                heads = dataclasses.replace(heads, rotate_key=rotate)
+        return self._output_dense(self.attend(heads)[0])
+
+
 class DecoderMasks(Mixin):
     """Has a `TransformerDecoder` hand on what its mask says, without a tensor of all pairs."""
 
@@ -143,6 +207,12 @@ def dark_cached_cls(stock_cls: type) -> Any:
     return dark_layer_cls(DarkCachedAttention, stock_cls)
 
 
+def dark_moonshine_cls(stock_cls: type) -> Any:
+    """What an attention layer of Moonshine becomes."""
+    return dark_layer_cls(DarkMoonshineAttention, stock_cls)
+
+
 for _stock_cls in (CachedMultiHeadAttention, WhisperCachedMultiHeadAttention):
     know_attention(_stock_cls, dark_cached_cls)
+know_attention(MoonshineMultiHeadAttention, dark_moonshine_cls)
 know_block(TransformerDecoder, DecoderMasks)

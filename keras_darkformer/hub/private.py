@@ -33,6 +33,10 @@ try:
     from keras_hub.src.models.mistral.mistral_transformer_decoder import MistralTransformerDecoder
     from keras_hub.src.models.mixtral.mixtral_attention import CachedMixtralAttention
     from keras_hub.src.models.mixtral.mixtral_decoder import MixtralTransformerDecoder
+    from keras_hub.src.models.moonshine.moonshine_multi_head_attention import (
+        MoonshineMultiHeadAttention,
+        _apply_rotary_pos_emb,
+    )
     from keras_hub.src.models.phi3.phi3_attention import Phi3Attention
     from keras_hub.src.models.phi3.phi3_decoder import Phi3Decoder
     from keras_hub.src.models.qwen.qwen_attention import QwenAttention
@@ -78,6 +82,7 @@ __all__ = [
     "LlamaTransformerDecoder",
     "MistralTransformerDecoder",
     "MixtralTransformerDecoder",
+    "MoonshineMultiHeadAttention",
     "Phi3Attention",
     "Phi3Decoder",
     "Qwen3Attention",
@@ -189,6 +194,11 @@ def rotate_esm(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
     return rotary.apply_rotary_pos_emb(x, ops.cos(angle), ops.sin(angle))
 
 
+def rotate_moonshine(x: Tensor, angles: Tensor) -> Tensor:
+    """The rotary embedding of Moonshine, by angles `(t, r)` that its backbone computes."""
+    return _apply_rotary_pos_emb(x, angles)
+
+
 def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a stock backbone's constructor that its config leaves out.
 
@@ -198,7 +208,7 @@ def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[s
     """
     found: dict[str, Any] = {}
     for name in left_out(stock_cls, config):
-        for holder in (backbone, *backbone.transformer_layers):
+        for holder in (backbone, *getattr(backbone, "transformer_layers", ())):
             if hasattr(holder, name):
                 found.setdefault(name, getattr(holder, name))
     return found

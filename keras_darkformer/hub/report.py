@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
-from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.layers.core import FeatureAttention
 from keras_darkformer.memory import Memory
 from keras_darkformer.printed import PrintedDict
 
@@ -85,14 +85,14 @@ def conversion_report(model: Any) -> ConversionReport:
         )
     options = backbone.options
     layers = []
-    blocks = zip(backbone.transformer_layers, backbone.attention_layers, strict=True)
-    for index, (block, attention) in enumerate(blocks):
-        converted = isinstance(attention, DarkHubAttention)
+    named = zip(backbone.family.names(backbone), backbone.attention_layers, strict=True)
+    for index, (name, attention) in enumerate(named):
+        converted = isinstance(attention, FeatureAttention)
         window = backbone.family.window(attention)
         layers.append(
             {
                 "index": index,
-                "name": block.name,
+                "name": name,
                 "kind": "global" if window is None else "local",
                 "converted": converted,
                 "feature_map": attention.feature_map.kind if converted else None,

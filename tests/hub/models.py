@@ -7,6 +7,7 @@ from keras import ops
 from keras_hub.models import Gemma3Backbone, Gemma3CausalLM, GemmaBackbone, GemmaCausalLM
 
 from keras_darkformer import convert_to_dark
+from keras_darkformer.hub.families import TOWERS
 
 VOCABULARY, LENGTH, WINDOW = 64, 14, 4
 SIZES = {
@@ -92,6 +93,61 @@ NOT_CAUSAL = (*ENCODERS, "Electra", "ESM")
 CAUSAL = tuple(name for name in ROWS if name not in NOT_CAUSAL)
 
 
+IMAGE = {"image_shape": (16, 16, 3), "patch_size": 4, "hidden_dim": 32}
+_VISION = IMAGE | {"num_heads": 4, "intermediate_dim": 32}
+_TEXT = _ONE_TO_ONE | {"embedding_dim": 32, "max_sequence_length": LENGTH}
+del _TEXT["dropout"]
+# Models of images, sounds and the texts beside them: arguments of the backbone.
+TOWER_ROWS = {
+    "ViT": IMAGE | {"num_heads": 4, "mlp_dim": 32},
+    "DeiT": _VISION,
+    "DINOV2": _VISION | {"position_embedding_shape": (16, 16, 3), "num_register_tokens": 1},
+    "CLIPVision": _VISION,
+    "CLIPText": _TEXT,
+    "SigLIPVision": _VISION,
+    "SigLIPText": _TEXT,
+    "Whisper": _ONE_TO_ONE
+    | {"num_mels": 4, "max_encoder_sequence_length": 32, "max_decoder_sequence_length": LENGTH},
+    "Moonshine": {"vocabulary_size": VOCABULARY, "filter_dim": 32, "hidden_dim": 32}
+    | {"intermediate_dim": 32, "encoder_num_heads": 4, "decoder_num_heads": 4}
+    | {"decoder_num_layers": 1},
+}
+TOWERS_BY_NAME = {tower.name: tower for tower in TOWERS}
+
+
+def tower(name, num_layers=2, **options):
+    """A backbone of images or sounds, or a classifier of images with one in it."""
+    family, layers = TOWERS_BY_NAME[name], {"num_layers": num_layers}
+    if name == "Moonshine":
+        layers = {"encoder_num_layers": num_layers}
+    model = _randomized(family.backbone(**layers, **TOWER_ROWS[name] | options))
+    if "ImageClassifier" in family.tasks:
+        task = family.tasks["ImageClassifier"](model, num_classes=VOCABULARY, preprocessor=None)
+        model = _randomized(task)
+    return model
+
+
+def tower_inputs(model):
+    """Three random images or sounds, and tokens as many as a model of text takes."""
+    rng = np.random.default_rng(2)
+
+    def one(name, tensor):
+        if name.endswith("token_ids"):
+            return rng.integers(1, VOCABULARY, (3, LENGTH)).astype("int32")
+        shape = [3, *(size or 32 for size in tensor.shape[1:])]
+        if name.startswith("encoder_input") or name == "encoder_padding_mask":  # raw sound
+            shape[1] = 6000
+        if name.endswith("padding_mask"):
+            shape[1] = LENGTH if name.startswith("decoder") else shape[1]
+            return np.ones(shape, "int32")
+        return rng.standard_normal(shape).astype("float32")
+
+    given = body(model).input
+    if isinstance(given, dict):
+        return {name: one(name, tensor) for name, tensor in given.items()}
+    return one("images", given)
+
+
 def row(name, num_layers=3, **options):
     """A causal LM of a family, or an encoder's backbone."""
     backbone_class = getattr(keras_hub.models, f"{name}Backbone")
@@ -107,6 +163,8 @@ def task_of(name, num_layers=2, **options):
         return {"Gemma": gemma, "Gemma3": gemma3}[name](
             num_layers, use_sliding_window_attention=False, **options
         )
+    if name in TOWER_ROWS:
+        return tower(name, num_layers, **options)
     model = row(name, num_layers, **options)
     if name not in CLASSIFIERS:
         return model
@@ -118,9 +176,10 @@ def _randomized(model, seed=1):
     """The model with weights under which attention is sharp and the next token hangs on it."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
-        *_, layer, name = weight.path.split("/")
+        *_, layer, name = ("", *weight.path.split("/"))
         value = rng.standard_normal(weight.shape)
-        if name == "inv_freq":  # of the rotary embedding, a constant
+        # Constants: of the rotary embedding, and places in a table. DINOv2 keeps positions twice.
+        if name in ("inv_freq", "position_ids") or "rotary" in layer or "position_emb" in name:
             continue
         if name == "kernel":
             onto_heads = layer in ("attention_output", "o_proj")
@@ -173,6 +232,8 @@ def blocks(model):
 
 
 def attentions(model):
+    if hasattr(body(model), "family"):
+        return body(model).attention_layers
     slots = ("attention", "_self_attention_layer", "self_attn", "attention_layer")
     return [next(getattr(block, x) for x in slots if hasattr(block, x)) for block in blocks(model)]
 
@@ -205,8 +266,9 @@ def outputs(model, batch):
 
 
 def _of_tokens(result):
-    if isinstance(result, dict):  # of Bert's backbone
-        result = result["sequence_output"]
+    if isinstance(result, dict):  # of Bert's backbone; of Whisper's
+        names = ("sequence_output", "encoder_sequence_output")
+        result = next(result[name] for name in names if name in result)
     return to_numpy(result).astype("float32")
 
 
