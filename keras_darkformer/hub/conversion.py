@@ -40,8 +40,8 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
         model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
             Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, SmolLM3,
             GPT2, OPT or GPTNeoX; or a backbone, masked LM or classifier of Bert, Roberta,
-            XLMRoberta, DistilBert, Electra or ESM (2), whose attention goes in both directions; or a
-            model of images or sounds: ViT, DeiT, DINOV2, the encoders of CLIP and SigLIP, Whisper
+            XLMRoberta, DistilBert, Electra or ESM (2), whose attention goes in both directions; or
+            a model of images or sounds: ViT, DeiT, DINOV2, the encoders of CLIP and SigLIP, Whisper
             or Moonshine, of which the encoder's self-attention is converted.
         copy: bool. Convert a copy; needs memory for two models. It is in the state of the model:
             LoRA is enabled, layers are quantized and frozen as they are there.
@@ -95,7 +95,7 @@ def dark_class_of(model: Model) -> Any:
             f"`model` is dark already: {type(model).__name__}. A second conversion would lose "
             "what the feature maps have learned."
         )
-    if type(model) not in BY_STOCK_CLASS and (parts := _convertible(model)):
+    if parts := _convertible(model):
         raise ValueError(
             f"`model` can't be converted whole: {type(model).__name__}. Convert the models in it: "
             f"{[part.name for part in parts]}, each by `convert_to_dark`."
@@ -119,7 +119,12 @@ def dark_class(stock: type) -> Any:
 
 
 def _convertible(model: Model) -> list[Any]:
-    """The models in a model that can be converted by themselves."""
+    """The models in a model of no known class that can be converted by themselves.
+
+    Not those in what generates: it would go on with a cache of keys and values.
+    """
+    if hasattr(model, "generate") or any(x in BY_STOCK_CLASS for x in type(model).__mro__):
+        return []
     return [x for x in every_layer(model) if x is not model and type(x) in BY_STOCK_CLASS]
 
 

@@ -301,7 +301,7 @@ INEXPRESSIBLE = {
     "SAM": "Its logits have learned relative position biases.",
     "ViTDet": "Its logits have learned relative position biases, and most layers have windows.",
     "MiT": "Its queries attend to few keys, which are reduced before.",
-    "DINOV3": "Its queries and keys are rotated by places in two dimensions, in a class of its own.",
+    "DINOV3": "Its queries and keys are rotated by places in two dimensions.",
     "RoformerV2": "Its layers compute attention in one piece: there is no place for a geometry.",
     "Qwen3_5": "Most of its layers have linear attention already.",
     "RWKV7": "It has no softmax attention.",

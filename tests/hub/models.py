@@ -1,5 +1,8 @@
 """Tiny models under which every token counts, and what to feed and ask them."""
 
+import dataclasses
+
+import keras
 import keras_hub
 import numpy as np
 from backends import graph, to_numpy
@@ -137,6 +140,8 @@ def tower_inputs(model):
         shape = [3, *(size or 32 for size in tensor.shape[1:])]
         if name.startswith("encoder_input") or name == "encoder_padding_mask":  # raw sound
             shape[1] = 6000
+        if name == "mask":
+            return real(*(LENGTH, 9, 5)).astype("int32")
         if name.endswith("padding_mask"):
             shape[1] = LENGTH if name.startswith("decoder") else shape[1]
             return np.ones(shape, "int32")
@@ -146,6 +151,47 @@ def tower_inputs(model):
     if isinstance(given, dict):
         return {name: one(name, tensor) for name, tensor in given.items()}
     return one("images", given)
+
+
+OWN_WIDTH = 32
+
+
+def own(name, num_layers=2, **options):
+    """A model of a user's own that is made of one kind of KerasHub's layers."""
+    x = inputs = keras.Input((LENGTH, OWN_WIDTH), name="x")
+    mask = keras.Input((LENGTH,), dtype="int32", name="mask")
+    given = {"x": inputs, "mask": mask}
+    if name == "cross-attention":
+        given["encoded"] = keras.Input((LENGTH + 2, OWN_WIDTH), name="encoded")
+    make = getattr(keras_hub.layers, name, keras_hub.layers.TransformerDecoder)
+    for _ in range(num_layers):
+        if name == "TransformerEncoder":
+            x = make(32, 4, **options)(x, padding_mask=mask)
+        elif name == "CachedMultiHeadAttention":
+            padding = keras.layers.Reshape((1, LENGTH))(mask)
+            x = x + make(4, OWN_WIDTH // 4, **options)(x, x, attention_mask=padding)
+        else:
+            x = make(32, 4, **options)(x, given.get("encoded"), decoder_padding_mask=mask)
+    return _randomized(keras.Model(given, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """What stands for a family there."""
+
+    name: str
+    causal: bool = False
+
+
+OWN = {
+    name: Own(name)
+    for name in (
+        "TransformerEncoder",
+        "TransformerDecoder",
+        "cross-attention",
+        "CachedMultiHeadAttention",
+    )
+}
 
 
 def row(name, num_layers=3, **options):
@@ -165,6 +211,8 @@ def task_of(name, num_layers=2, **options):
         )
     if name in TOWER_ROWS:
         return tower(name, num_layers, **options)
+    if name in OWN:
+        return own(name, num_layers, **options)
     model = row(name, num_layers, **options)
     if name not in CLASSIFIERS:
         return model
@@ -232,6 +280,8 @@ def blocks(model):
 
 
 def attentions(model):
+    if type(model) is keras.Model or type(model).__name__ == "Functional":
+        return [x for x in model._flatten_layers() if hasattr(x, "feature_map")]
     if hasattr(body(model), "family"):
         return body(model).attention_layers
     slots = ("attention", "_self_attention_layer", "self_attn", "attention_layer")

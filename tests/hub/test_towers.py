@@ -15,7 +15,7 @@ from keras_darkformer.hub.families import TOWERS
 from keras_darkformer.layers.core import FeatureAttention
 
 from .family_checks import BY_NAME, CHECKS, Case, close
-from .models import TOWER_ROWS, body, outputs, tower, tower_inputs
+from .models import OWN, TOWER_ROWS, body, outputs, tower, tower_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 
@@ -32,9 +32,13 @@ if BACKEND != "torch":
 same_python = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 
 
+if BACKEND == "torch":
+    QUESTIONS += [("cross-attention", "exact mode = source"), ("TransformerDecoder", "fit")]
+
+
 @pytest.fixture(scope="module")
 def case(request):
-    return Case(BY_NAME[request.param])
+    return Case((BY_NAME | OWN)[request.param])
 
 
 @pytest.mark.parametrize(("case", "check"), QUESTIONS, indirect=["case"], ids=str)
