@@ -4,8 +4,8 @@
     KERAS_BACKEND=torch python benchmarks/compatibility.py --families Llama --checks beam export
 
 Runs the checks of tests/hub/family_checks.py, of which the tests run a part, on
-tiny models of random weights of every family. Writes
-results/compatibility_BACKEND.json; `tables.py` fills the table in
+tiny models of random weights of every family, and of models of a user's own.
+Writes results/compatibility_BACKEND.json; `tables.py` fills the tables in
 docs/compatibility.md from those of all backends.
 """
 
@@ -18,7 +18,19 @@ import keras
 from common import BENCHMARKS, RESULTS, backend, environment, write
 
 sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
-from hub.family_checks import BY_NAME, CHECKS, Case, outcome
+from hub.family_checks import CHECKS, Case, outcome
+from hub.models import OWN
+
+from keras_darkformer.hub.families import FAMILIES, TOWERS
+
+# By the table that they are in.
+KINDS = {"families": FAMILIES, "towers": TOWERS, "layers": OWN.values()}
+BY_NAME = {family.name: family for kind in KINDS.values() for family in kind}
+
+
+def in_order(found):
+    """The outcomes of a family, those of checks that are asked no more at the end."""
+    return {name: found[name] for name in [*CHECKS, *found] if name in found}
 
 
 def main():
@@ -28,6 +40,7 @@ def main():
     args = parser.parse_args()
     path = RESULTS / f"compatibility_{backend()}.json"
     before = json.loads(path.read_text("utf-8"))["outcomes"] if path.exists() else {}
+    before = {name: found for kind in before.values() for name, found in kind.items()}
     if backend() == "jax":  # compiling takes longer than running models this small
         import jax
 
@@ -43,9 +56,8 @@ def main():
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
         keras.backend.clear_session(free_memory=False)
         outcomes = {
-            family: {check: before[family][check] for check in CHECKS if check in before[family]}
-            for family in BY_NAME
-            if family in before
+            kind: {x.name: in_order(before[x.name]) for x in families if x.name in before}
+            for kind, families in KINDS.items()
         }
         write(
             "compatibility",

@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md, from results/compatibility_*.json."""
+"""The tables of docs/compatibility.md, from results/compatibility_*.json."""
 
 import json
 
@@ -22,10 +22,10 @@ def cell(by_backend, backends):
     return ", ".join(f"{SHORT[b]} {status}" for b, status in by_backend.items())
 
 
-def compatibility():
-    """A row for each check, a column for each family, and the versions."""
+def compatibility(kind):
+    """A row for each check, a column for each family of a kind, and the versions."""
     found = results()
-    outcomes = {backend: result["outcomes"] for backend, result in found.items()}
+    outcomes = {backend: result["outcomes"].get(kind, {}) for backend, result in found.items()}
     families = list(dict.fromkeys(name for of in outcomes.values() for name in of))
     checks = list(
         dict.fromkeys(name for of in outcomes.values() for row in of.values() for name in row)

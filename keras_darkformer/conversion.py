@@ -3,12 +3,15 @@
 import importlib
 from typing import Any
 
+from keras_darkformer.anymodel import finding
 from keras_darkformer.anymodel.conversion import convert
-from keras_darkformer.anymodel.finding import is_of_keras_hub
 from keras_darkformer.anymodel.report import conversion_report as report_of_keras_model
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.surgery.report import ConversionReport
 from keras_darkformer.types import Model
+
+# A model with KerasHub's attention layers in it is there, and so is KerasHub.
+finding.know_keras_hub = lambda: importlib.import_module("keras_darkformer.hub.layers")
 
 
 @shows_options(ConversionOptions)
@@ -70,7 +73,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    if is_of_keras_hub(model):
+    if finding.is_of_keras_hub(model):
         hub = importlib.import_module("keras_darkformer.hub.conversion")
         return hub.convert_to_dark(model, copy=copy, **kwargs)
     ConversionOptions.check_names(convert_to_dark, kwargs, besides=())
@@ -94,6 +97,6 @@ def conversion_report(model: Model) -> ConversionReport:
         print(conversion_report(model))
         conversion_report(model)["dropped"]
     """
-    if is_of_keras_hub(model):
+    if finding.is_of_keras_hub(model):
         return importlib.import_module("keras_darkformer.hub.report").conversion_report(model)
     return report_of_keras_model(model)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "training": BASE | {"ops", "fitting", "layers", "compiling", "printed", "progress"},
     "surgery": BASE | {"layers", "printed"},
     "anymodel": BASE | {"ops", "layers", "compiling", "surgery"},
-    "hub": BASE | {"ops", "fitting", "layers", "compiling", "printed", "surgery"},
+    "hub": BASE | {"ops", "fitting", "layers", "compiling", "printed", "surgery", "anymodel"},
     "conversion": BASE | {"surgery", "anymodel", "hub"},
     "choosing": BASE | {"ops", "layers", "training", "hub", "printed", "progress"},
     "linearizing": BASE | {"layers", "training", "hub", "printed", "choosing"},

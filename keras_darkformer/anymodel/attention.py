@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -11,12 +11,19 @@ from keras import ops
 from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
 from keras_darkformer.layers.heads import Heads
 from keras_darkformer.layers.masks import (
+    CausalMask,
     check_attention_mask,
     merge_masks,
     split_attention_mask,
     with_head_axis,
 )
-from keras_darkformer.layers.stock import STOCK_CLASSES, head_sizes, refusal_of_axes, window_of
+from keras_darkformer.layers.stock import (
+    STOCK_CLASSES,
+    head_sizes,
+    know_subclass,
+    refusal_of_axes,
+    window_of,
+)
 from keras_darkformer.options import AttentionOptions
 from keras_darkformer.surgery.become import dark_subclass, give
 from keras_darkformer.surgery.dark_layer import DarkLayer, dark_layer_cls
@@ -108,22 +115,15 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
                 training=training,
                 use_causal_mask=use_causal_mask,
             )
-        key = value if key is None else key
-        with _named(self):
-            check_attention_mask(attention_mask, query.shape[1], value.shape[1])
+        with named(self):
             causal, padding, pairs = self._read_masks(
-                attention_mask, use_causal_mask, return_attention_scores
+                attention_mask,
+                use_causal_mask,
+                return_attention_scores,
+                (query.shape[1], value.shape[1]),
             )
-        heads = Heads(
-            self._query_dense(query),
-            self._key_dense(key),
-            drop_tokens(self._dropout_layer, self._value_dense(value), training),
-            causal=causal,
-            key_mask=merge_masks(merge_masks(value_mask, key_mask), padding),
-            attention_mask=with_head_axis(pairs),
-        )
-        if self.observer is not None:
-            heads = self._within_window(heads)
+        key_mask = merge_masks(merge_masks(value_mask, key_mask), padding)
+        heads = self._project(query, value, key, key_mask, pairs, causal, training)
         output, _ = self.attend(heads)
         if query_mask is not None:
             output = ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
@@ -131,10 +131,38 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
             output = output * gate(query)
         return self._output_dense(output)
 
+    def _project(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor,
+        key_mask: Tensor,
+        pairs: Tensor,
+        causal: bool,
+        training: bool | None,
+    ) -> Heads:
+        """What attention is between, of inputs `(b, t, d)` and masks that have been read."""
+        heads = Heads(
+            self._query_dense(query),
+            self._key_dense(value if key is None else key),
+            drop_tokens(self._dropout_layer, self._value_dense(value), training),
+            causal=causal,
+            key_mask=key_mask,
+            attention_mask=with_head_axis(pairs),
+        )
+        return heads if self.observer is None else self._within_window(heads)
+
     def _read_masks(
-        self, attention_mask: Tensor, causal: bool, scores: bool
+        self,
+        attention_mask: Tensor,
+        causal: bool,
+        scores: bool,
+        lengths: tuple[int | None, int | None] = (None, None),
     ) -> tuple[bool, Tensor, Tensor]:
         """Causal or not, a mask of keys, and in exact mode one of pairs."""
+        if isinstance(attention_mask, CausalMask):
+            causal, attention_mask = True, attention_mask.keys
+        check_attention_mask(attention_mask, *lengths)
         if not self.is_linear:
             return causal, None, attention_mask
         if scores:
@@ -177,7 +205,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         use_causal_mask: bool = False,
     ) -> Tensor:
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
-        with _named(self):
+        with named(self):
             self._read_masks(attention_mask, use_causal_mask, return_attention_scores)
         return super().compute_output_spec(
             query, value, key=key, return_attention_scores=return_attention_scores
@@ -185,7 +213,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
 
 
 @contextlib.contextmanager
-def _named(layer: Layer) -> Iterator[None]:
+def named(layer: Layer) -> Iterator[None]:
     """Has an error say which layer it is of."""
     try:
         yield
@@ -198,20 +226,39 @@ def dark_attention_cls(stock_cls: type) -> Any:
     return dark_layer_cls(DarkKerasAttention, stock_cls)
 
 
+_MAKERS: dict[type, Callable[[type], Any]] = dict.fromkeys(STOCK_CLASSES, dark_attention_cls)
+
+
+def know_attention(stock_cls: type, make: Callable[[type], Any]) -> None:
+    """Has layers of a subclass of one of Keras' attention classes become dark in their own way.
+
+    Args:
+        stock_cls: the subclass.
+        make: gives the class that its layers become, a subclass of `DarkKerasAttention`.
+    """
+    know_subclass(stock_cls)
+    _MAKERS[stock_cls] = make
+    _register(stock_cls)
+
+
 def take_over(layer: Layer, stock_cls: type, options: AttentionOptions) -> None:
     """Makes an attention layer dark, in place.
 
     Args:
         layer: of that class, or of a subclass that is only made otherwise, which it then is no
             more: a saved model needs no class of the user's own for it.
-        stock_cls: `keras.layers.MultiHeadAttention` or `keras.layers.GroupQueryAttention`.
+        stock_cls: what `layers.stock.stock_class` says of it.
         options: of the attention.
     """
-    dark_subclass(dark_attention_cls, stock_cls).take_over(layer, options)
+    dark_subclass(_MAKERS[stock_cls], stock_cls).take_over(layer, options)
+
+
+def _register(stock_cls: type) -> None:
+    """Has Keras find the dark layers when it loads a model that holds them."""
+    keras.saving.register_keras_serializable("keras_darkformer", f"Dark{stock_cls.__name__}")(
+        dark_subclass(_MAKERS[stock_cls], stock_cls)
+    )
 
 
 for _stock_cls in STOCK_CLASSES:
-    # Has Keras find the dark layers when it loads a model that holds them.
-    keras.saving.register_keras_serializable("keras_darkformer", f"Dark{_stock_cls.__name__}")(
-        dark_subclass(dark_attention_cls, _stock_cls)
-    )
+    _register(_stock_cls)

@@ -9,7 +9,7 @@ import keras
 
 from keras_darkformer.anymodel.attention import take_over
 from keras_darkformer.anymodel.finding import attention_layers, chosen, is_choice, is_of_keras_hub
-from keras_darkformer.anymodel.holder import hold, holders
+from keras_darkformer.anymodel.holder import hold_all
 from keras_darkformer.anymodel.report import dropped
 from keras_darkformer.anymodel.twin import twin_of
 from keras_darkformer.compiling import recompilations
@@ -66,8 +66,7 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
     with undone_on_error():
         for index, of_layer in by_layer.items():
             take_over(layers[index], stock_class(layers[index]), of_layer)
-        for holder in holders(converted):
-            hold(holder)
+        hold_all(converted)
         _warn_of_dropped(converted)
     compile_anew()
     return converted
@@ -104,7 +103,7 @@ def _convertible(model: Model, found: Sequence[Layer]) -> list[int]:
 
     Those with a window are none of them, unless all have one.
     """
-    reasons = [refusal(layer) for layer in found]
+    reasons = [refusal(layer, stock_class(layer)) for layer in found]
     able = [index for index, reason in enumerate(reasons) if reason is None]
     told = " ".join(
         f"{layer.path!r}: {reason}"
@@ -133,7 +132,7 @@ def _options_by_layer(
     by_layer = resolved.by_layer()
     for index, of_layer in by_layer.items():
         layer = found[index]
-        if (reason := refusal(layer)) is not None:
+        if (reason := refusal(layer, stock_class(layer))) is not None:
             raise ValueError(
                 f"Attention layer {layer.path!r} can't be converted. {reason} Leave it out with "
                 "`layers=`."

@@ -11,6 +11,9 @@ from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.surgery.dark_layer import DarkLayer
 from keras_darkformer.types import Layer
 
+# Makes known how KerasHub's own attention layers become dark. This part may not import KerasHub:
+# who may, says how.
+know_keras_hub: Callable[[], object] = tuple
 # What `layers` may be besides what `ConversionOptions` takes.
 Choice = Callable[[Layer], bool] | Sequence[str]
 
@@ -21,13 +24,18 @@ def attention_layers(root: Layer) -> list[Any]:
     Those too that are dark, but for those of KerasHub models, which became it otherwise.
     """
     found = [layer for layer in every_layer(root) if isinstance(layer, STOCK_CLASSES)]
+    if any(map(_comes_from_keras_hub, found)):
+        know_keras_hub()
     return [x for x in found if not isinstance(x, DarkLayer) or isinstance(x, DarkKerasAttention)]
 
 
 def is_of_keras_hub(model: Any) -> bool:
     """Whether a layer is a model of KerasHub, or of a subclass of one."""
-    is_hub = any(cls.__module__.startswith("keras_hub.") for cls in type(model).__mro__)
-    return is_hub and isinstance(model, keras.Model)
+    return isinstance(model, keras.Model) and _comes_from_keras_hub(model)
+
+
+def _comes_from_keras_hub(layer: Any) -> bool:
+    return any(cls.__module__.startswith("keras_hub.") for cls in type(layer).__mro__)
 
 
 def is_choice(layers: Any) -> TypeGuard[Choice]:

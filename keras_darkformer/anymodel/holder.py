@@ -1,5 +1,6 @@
 """Layers and models of a user's own that make their attention themselves, saved and loaded dark."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -91,6 +92,7 @@ def _settle(
     for index, of_layer in options.items():
         if not isinstance(layers[index], DarkKerasAttention):
             take_over(layers[index], stock_class(layers[index]), of_layer)
+    hold_all(holder)
 
 
 def _may_make_layers(holder: Layer) -> list[Any]:
@@ -103,14 +105,41 @@ def hold(layer: Layer) -> None:
     become(layer, dark_subclass(dark_holder_cls, type(layer)))
 
 
+def hold_all(root: Layer) -> None:
+    """Does so with all that need it in a tree, its root too, once some of its attention is dark."""
+    for layer in [*_outermost(root), *_blocks(root)]:
+        if not isinstance(layer, DarkHolder):
+            hold(layer)
+
+
+# What the classes of holders have of their own, by the stock classes that they are made of.
+_MIXINS: dict[type, type] = {}
+
+
+def know_block(stock_cls: type, mixin: type) -> None:
+    """Has layers of a class that call their attention in a way of their own do so as dark ones do.
+
+    Args:
+        stock_cls: the class. Its layers become holders wherever they are.
+        mixin: what such a holder does instead.
+    """
+    _MIXINS[stock_cls] = mixin
+
+
 def dark_holder_cls(stock_cls: type) -> Any:
     """What a class whose objects make their own attention layers becomes."""
     attributes = {"stock_cls": stock_cls, "__doc__": stock_cls.__doc__}
-    holder_cls = type(stock_cls.__name__, (DarkHolder, stock_cls), attributes)
+    mixins = [mixin for cls, mixin in _MIXINS.items() if issubclass(stock_cls, cls)]
+    holder_cls = type(stock_cls.__name__, (DarkHolder, *mixins, stock_cls), attributes)
     return _register(holder_cls)
 
 
-def holders(root: Layer) -> list[Any]:
+def _blocks(root: Layer) -> Iterator[Any]:
+    """Layers of known classes in a tree, or its root, with dark attention in them."""
+    return (x for x in every_layer(root) if isinstance(x, tuple(_MIXINS)) and _has_dark(x))
+
+
+def _outermost(root: Layer) -> list[Any]:
     """The outermost layers in a tree, or its root, that make attention layers themselves.
 
     Keras' own containers have the layers in them in their configs.
@@ -118,5 +147,9 @@ def holders(root: Layer) -> list[Any]:
     if isinstance(root, DarkHolder | DarkKerasAttention):
         return []
     if type(root).__module__.startswith("keras."):
-        return list({id(x): x for layer in root._layers for x in holders(layer)}.values())
-    return [root] if any(isinstance(x, DarkKerasAttention) for x in attention_layers(root)) else []
+        return list({id(x): x for layer in root._layers for x in _outermost(layer)}.values())
+    return [root] if _has_dark(root) else []
+
+
+def _has_dark(root: Layer) -> bool:
+    return any(isinstance(x, DarkKerasAttention) for x in attention_layers(root))

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from typing import TYPE_CHECKING, Any
 
+import keras_darkformer.hub.layers  # noqa: F401  registers them
 from keras_darkformer.hub.conversion import DARK_CLASSES, convert_to_dark
 from keras_darkformer.hub.presets import upload_preset
 from keras_darkformer.hub.report import conversion_report

@@ -56,14 +56,14 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         # A bounded logit is no kernel of this kind. The block keeps the value.
         give(self, options=options, feature_map=feature_map, logit_soft_cap=None)
         build_at(feature_map, f"{self.path}/feature_map")
-        mark_weights(part(self, "key_dense"))
+        mark_weights(self.dense_layers()[1])
         if self.family.rotary is not None:
             rotary = getattr(self, self.family.rotary)
             rotary_cls = dark_subclass(self.family.dark_rotary_cls, type(rotary))
-            become(rotary, rotary_cls, before_exact=self.before_exact)
+            become(rotary, rotary_cls, in_exact_mode=self.in_exact_mode)
 
-    def before_exact(self, x: Tensor) -> Tensor:
-        """What the rotary embedding rotates of queries or keys that the stock layer hands it."""
+    def in_exact_mode(self, x: Tensor) -> Tensor:
+        """What the rotary embedding does besides, in exact mode, to what the layer hands it."""
         return x if self.is_linear else self.feature_map.before_rotation(x)
 
     @property
@@ -128,8 +128,12 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         )
         if self.drops == "output":
             output = part(self, "dropout_layer")(output, training=training)
-        output = part(self, "output_dense")(output)
+        output = self.combine(output)
         return output if cache is None else (output, state)
+
+    def combine(self, output: Tensor) -> Tensor:
+        """The output projection of what heads attend to, `(b, t, n, h)`."""
+        return part(self, "output_dense")(output)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of `x`, `(b, t, heads, h)`."""
@@ -218,6 +222,49 @@ class SmolLM3Attention(DarkHubAttention):
             self_attention_cache_update_index,
             training=training,
         )
+
+
+class GPTNeoXAttention(DarkHubAttention):
+    """As the blocks of GPT-NeoX call it: one projection to queries, keys and values."""
+
+    def dense_layers(self) -> tuple[Layer, Layer, Layer]:
+        """The projection, which is the same for all three."""
+        dense = part(self, "qkv_dense")
+        return dense, dense, dense
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of `x`."""
+        return tuple(ops.split(part(self, "qkv_dense")(x), 3, axis=-1))
+
+    def combine(self, output: Tensor) -> Tensor:
+        """The output projection, which is flat."""
+        return super().combine(ops.reshape(output, (*ops.shape(output)[:2], self.hidden_dim)))
+
+    def call_linear(
+        self, hidden_states: Tensor, attention_mask: Tensor = None, **kwargs: Any
+    ) -> Tensor:
+        """Their blocks expect a cache back in any case."""
+        result = self.attend_cached(hidden_states, attention_mask, **kwargs)
+        return result if kwargs.get("cache") is not None else (result, None)
+
+
+class EsmAttention(DarkHubAttention):
+    """As the blocks of ESM call it: flat projections, and attention in one piece."""
+
+    drops = None
+
+    def in_exact_mode(self, x: Tensor) -> Tensor:
+        """The rotary embedding is the last that queries go through before attention."""
+        return x if self.is_linear else self.feature_map.exact_query(x)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of `x`."""
+        shape = (*ops.shape(x)[:2], self.heads, self.head_size)
+        return tuple(ops.reshape(y, shape) for y in super().project(x))
+
+    def combine(self, output: Tensor) -> Tensor:
+        """The output projection, which is flat."""
+        return super().combine(ops.reshape(output, (*ops.shape(output)[:2], -1)))
 
 
 class MultiHeadAttention(DarkHubAttention):

@@ -6,18 +6,19 @@ import warnings
 from typing import Any
 
 from keras_darkformer.compiling import recompilations
-from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.lora import LoraBackbone
 from keras_darkformer.hub.private import forgotten, get_preset_loader, renumbered_lora_layers
 from keras_darkformer.hub.record import Recorded, as_json
+from keras_darkformer.hub.towers import Tower
 from keras_darkformer.hub.transformers import TransformersExport, warn_of_misread
+from keras_darkformer.layers.core import FeatureAttention
 from keras_darkformer.layers.feature_maps import BY_KIND
 from keras_darkformer.layers.feature_maps.placement import placement_of
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions
-from keras_darkformer.surgery.become import Mixin, become, dark_subclass, put, undone_on_error
+from keras_darkformer.surgery.become import Mixin, become, put, undone_on_error
 from keras_darkformer.types import Config, Layer, Model
 
 
@@ -84,12 +85,12 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
     """Turns a KerasHub backbone, its base class in Python, dark.
 
     Attributes:
-        family: the `Family` this backbone is of.
+        family: the `Family` or `Tower` this backbone is of.
         stock_cls: the KerasHub class this one is made of.
         options: `ConversionOptions`, resolved.
     """
 
-    family: Family
+    family: Family | Tower
     options: ConversionOptions
 
     def __init__(self, *args: Any, linearization: Config | None = None, **kwargs: Any) -> None:
@@ -127,7 +128,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
                 f"`rope_geometry={placement.name!r}` needs rotary positions in every layer, which "
                 f"{family.name} does not have."
             )
-        layers = [family.attention_of(block) for block in backbone.transformer_layers]
+        layers = family.attention_layers(backbone)
         head_dim = family.head_sizes(layers[0])[2]
         options = options.resolve([family.window(x) is not None for x in layers], head_dim)
         for of_layer in options.by_layer().values():
@@ -135,17 +136,15 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
         return options
 
     def _darken(self, options: ConversionOptions) -> None:
-        for index, of_layer in options.by_layer().items():
-            block = self.transformer_layers[index]
-            dark_subclass(self.family.dark_block_cls, type(block)).take_over(block, of_layer)
+        self.family.darken(self, options.by_layer())
         put(self, options=options)
 
     def dropped(self) -> list[dict[str, Any]]:
         """What the converted layers no longer do: dicts of `what`, `why` and `layers`."""
         found: dict[tuple[str, str], list[int]] = {}
         for index, layer in self.dark_layers.items():
-            block, linear = self.transformer_layers[index], layer.is_linear
-            if (soft_cap := getattr(block, "logit_soft_cap", None)) is not None:
+            linear = layer.is_linear
+            if (soft_cap := self.family.soft_cap(self, index)) is not None:
                 what = f"soft cap of the attention logits at {soft_cap}"
                 why = "A bounded logit is no dark kernel."
                 found.setdefault((what, why), []).append(index)
@@ -157,7 +156,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
                     why = "Features sum over all the past; these layers now see all of it."
                 if has_features or memory != Memory(window):
                     found.setdefault((what, why), []).append(index)
-            if linear and layer.drops == "weights" and block.dropout:
+            if linear and self.family.drops_weights(self, index):
                 what = "dropout of single attention weights"
                 why = "Linear attention forms none; whole tokens are dropped at the same rate."
                 found.setdefault((what, why), []).append(index)
@@ -178,13 +177,13 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
     @property
     def attention_layers(self) -> list[Layer]:
         """The attention layers of all blocks."""
-        return [self.family.attention_of(block) for block in self.transformer_layers]
+        return self.family.attention_layers(self)
 
     @property
-    def dark_layers(self) -> dict[int, DarkHubAttention]:  # type: ignore[override]
+    def dark_layers(self) -> dict[int, FeatureAttention]:  # type: ignore[override]
         """The attention layers that were converted, by the indices of their blocks."""
-        layers = enumerate(self.attention_layers)
-        return {index: x for index, x in layers if isinstance(x, DarkHubAttention)}
+        layers: Any = enumerate(self.attention_layers)
+        return {index: x for index, x in layers if isinstance(x, FeatureAttention)}
 
 
 def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = None) -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 
 import keras_hub
 
-from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.record import FACTS, as_json, versions
 from keras_darkformer.hub.report import conversion_report
+from keras_darkformer.layers.core import FeatureAttention
 from keras_darkformer.memory import Memory
-from keras_darkformer.types import Config, Layer
+from keras_darkformer.types import Config
 
 # Kinds of tasks: their tags on Hugging Face, and a line that uses one.
 TASKS = {
@@ -133,10 +133,10 @@ def _converted(model: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _layer(attention: Layer, causal: bool) -> tuple[str, ...]:
+def _layer(attention: Any, causal: bool) -> tuple[str, ...]:
     """How a layer attends, its features and its state."""
     cache = "key/value cache, grows with the text" if causal else ""
-    if not isinstance(attention, DarkHubAttention):
+    if not isinstance(attention, FeatureAttention):
         return "exact softmax", "", cache
     feature_map = attention.feature_map
     features = FEATURES[feature_map.kind]

@@ -3,13 +3,14 @@
 from typing import Any
 
 from keras_darkformer.hub.backbone import DarkBackbone, convert
-from keras_darkformer.hub.families import FAMILIES, INEXPRESSIBLE
+from keras_darkformer.hub.families import FAMILIES, INEXPRESSIBLE, TOWERS
 from keras_darkformer.hub.tasks import DarkTask, dark_classes
 from keras_darkformer.hub.twin import twin_of
+from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Model
 
-_OF_FAMILIES = [dark_classes(family) for family in FAMILIES]
+_OF_FAMILIES = [dark_classes(family) for family in (*FAMILIES, *TOWERS)]
 # By their names, and by their stock classes.
 DARK_CLASSES = {dark.__name__: dark for classes in _OF_FAMILIES for dark in classes.values()}
 BY_STOCK_CLASS = {stock: dark for classes in _OF_FAMILIES for stock, dark in classes.items()}
@@ -38,8 +39,10 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     Args:
         model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
             Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, SmolLM3,
-            GPT2 or OPT; or a backbone, masked LM or text classifier of Bert, Roberta or DistilBert,
-            whose attention goes in both directions.
+            GPT2, OPT or GPTNeoX; or a backbone, masked LM or classifier of Bert, Roberta,
+            XLMRoberta, DistilBert, Electra or ESM (2), whose attention goes in both directions; or
+            a model of images or sounds: ViT, DeiT, DINOV2, the encoders of CLIP and SigLIP, Whisper
+            or Moonshine, of which the encoder's self-attention is converted.
         copy: bool. Convert a copy; needs memory for two models. It is in the state of the model:
             LoRA is enabled, layers are quantized and frozen as they are there.
         **kwargs: the options of `ConversionOptions`: `num_features`, `layers`, `attention_mode`,
@@ -92,6 +95,11 @@ def dark_class_of(model: Model) -> Any:
             f"`model` is dark already: {type(model).__name__}. A second conversion would lose "
             "what the feature maps have learned."
         )
+    if parts := _convertible(model):
+        raise ValueError(
+            f"`model` can't be converted whole: {type(model).__name__}. Convert the models in it: "
+            f"{[part.name for part in parts]}, each by `convert_to_dark`."
+        )
     return dark_class(type(model))
 
 
@@ -108,6 +116,16 @@ def dark_class(stock: type) -> Any:
             f"{', '.join(cls.__name__ for cls in BY_STOCK_CLASS)}."
         )
     return BY_STOCK_CLASS[stock]
+
+
+def _convertible(model: Model) -> list[Any]:
+    """The models in a model of no known class that can be converted by themselves.
+
+    Not those in what generates: it would go on with a cache of keys and values.
+    """
+    if hasattr(model, "generate") or any(x in BY_STOCK_CLASS for x in type(model).__mro__):
+        return []
+    return [x for x in every_layer(model) if x is not model and type(x) in BY_STOCK_CLASS]
 
 
 def _reason(cls: type) -> str:

@@ -1,6 +1,6 @@
 """The KerasHub families that can be converted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras import ops
@@ -10,7 +10,8 @@ from keras_hub.layers import CachedMultiHeadAttention, TransformerDecoder, Trans
 
 from keras_darkformer.hub import attention as dark
 from keras_darkformer.hub import private
-from keras_darkformer.hub.family import Family
+from keras_darkformer.hub.family import Family, PairwiseRotary
+from keras_darkformer.hub.towers import Tower
 from keras_darkformer.types import Layer, Model, Tensor
 
 
@@ -27,6 +28,10 @@ def _gpt2_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> 
 
 def _opt_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> Tensor:
     return backbone.embeddings(token_ids, start_index=start_index)
+
+
+def _gpt_neo_x_embedding(backbone: Model, token_ids: Tensor, start_index: Tensor) -> Tensor:
+    return backbone.embeddings_dropout(backbone.token_embedding(token_ids))
 
 
 def _window_by_switch(attention: Layer) -> int | None:
@@ -54,6 +59,15 @@ def _refuse_gemma3(backbone: Model) -> str | None:
             "embedding model). Only causal Gemma 3 models can be converted."
         )
     return None
+
+
+def _refuse_esm(backbone: Model) -> str | None:
+    if backbone.position_embedding_type == "rotary":
+        return None
+    return (
+        "This ESM has absolute positions (ESM-1). Its layers compute attention in one piece, and "
+        "there is no place for a geometry in it. ESM-2, with rotary positions, can be converted."
+    )
 
 
 def _refuse_export_with_lora(backbone: Model) -> str | None:
@@ -105,8 +119,7 @@ def _causal_lm(
     )
 
 
-def _encoder(name: str) -> Family:
-    kinds = ("MaskedLM", "TextClassifier")
+def _encoder(name: str, kinds: Sequence[str] = ("MaskedLM", "TextClassifier")) -> Family:
     return Family(
         name=name,
         backbone=getattr(models, f"{name}Backbone"),
@@ -197,18 +210,84 @@ FAMILIES = (
         "GPT2", TransformerDecoder, CachedMultiHeadAttention, _DECODER, embed=_gpt2_embedding
     ),
     _causal_lm("OPT", TransformerDecoder, CachedMultiHeadAttention, _DECODER, embed=_opt_embedding),
+    _causal_lm(
+        "GPTNeoX",
+        private.GPTNeoXDecoder,
+        private.GPTNeoXAttention,
+        private.GPT_NEO_X_BLOCK,
+        dark_attention=dark.GPTNeoXAttention,
+        rotates_all=False,
+        rotate=private.rotate_gpt_neo_x,
+        head_sizes=private.sizes_of_gpt_neo_x,
+        embed=_gpt_neo_x_embedding,
+    ),
     _encoder("Bert"),
     _encoder("Roberta"),
+    _encoder("XLMRoberta"),
     _encoder("DistilBert"),
+    _encoder("Electra", kinds=()),
+    PairwiseRotary(
+        name="ESM",
+        backbone=models.ESMBackbone,
+        block=private.ESMEncoder,
+        attention=private.EsmSelfAttention,
+        dark_attention=dark.EsmAttention,
+        tasks={"MaskedPLM": models.ESMMaskedPLM, "ProteinClassifier": models.ESMProteinClassifier},
+        causal=False,
+        rotates_all=False,
+        rotate=private.rotate_esm,
+        head_sizes=private.sizes_of_esm,
+        refuse=_refuse_esm,
+        **private.ESM_BLOCK,
+    ),
 )
 
 for _family in FAMILIES:
     _family.register_layers()
 
+
+def _layer(name: str) -> Callable[[Any], list[Layer]]:
+    return lambda backbone: [backbone.get_layer(name)]
+
+
+def _blocks(name: str) -> Callable[[Any], list[Layer]]:
+    return lambda backbone: list(getattr(backbone, name))
+
+
+# The pooling heads of SigLIP, where a single query attends, and the decoders of Whisper and
+# Moonshine are left as they are.
+TOWERS = (
+    Tower(
+        "ViT",
+        models.ViTBackbone,
+        _layer("vit_encoder"),
+        {"ImageClassifier": models.ViTImageClassifier},
+    ),
+    Tower(
+        "DeiT",
+        models.DeiTBackbone,
+        _layer("deit_encoder"),
+        {"ImageClassifier": models.DeiTImageClassifier},
+    ),
+    Tower("DINOV2", models.DINOV2Backbone, lambda backbone: [backbone.encoder]),
+    Tower("CLIPVision", models.CLIPVisionEncoder, _blocks("encoder_layers")),
+    Tower("CLIPText", models.CLIPTextEncoder, _blocks("encoder_layers"), causal=True),
+    Tower("SigLIPVision", models.SigLIPVisionEncoder, _blocks("encoder_layers")),
+    Tower("SigLIPText", models.SigLIPTextEncoder, _blocks("encoder_layers")),
+    Tower("Whisper", models.WhisperBackbone, _blocks("encoder_transformer_layers")),
+    Tower(
+        "Moonshine",
+        models.MoonshineBackbone,
+        _blocks("encoder_blocks"),
+        {"AudioToText": models.MoonshineAudioToText},
+    ),
+)
+
 # Why others can't be converted, by how the names of their classes begin.
 INEXPRESSIBLE = {
     "Bloom": "Its logits have linear position biases (ALiBi).",
     "Falcon": "Its logits have linear position biases (ALiBi).",
+    "T5Gemma": "It is an encoder and a decoder that attends to it.",
     "T5": "Its logits have learned relative position biases.",
     "Deberta": "Its logits have products of content and relative position.",
     "XLNet": "Its logits have products of content and relative position.",
@@ -218,6 +297,12 @@ INEXPRESSIBLE = {
     "PaliGemma": "Its image tokens attend to each other in both directions.",
     "Bart": "It is an encoder and a decoder that attends to it; only self-attention is replaced.",
     "Albert": "Its layers share weights: one geometry can't fit them all.",
+    "SwinTransformer": "It attends within windows, with learned relative position biases.",
+    "SAM": "Its logits have learned relative position biases.",
+    "ViTDet": "Its logits have learned relative position biases, and most layers have windows.",
+    "MiT": "Its queries attend to few keys, which are reduced before.",
+    "DINOV3": "Its queries and keys are rotated by places in two dimensions.",
+    "RoformerV2": "Its layers compute attention in one piece: there is no place for a geometry.",
     "Qwen3_5": "Most of its layers have linear attention already.",
     "RWKV7": "It has no softmax attention.",
     "FNet": "It has no softmax attention.",

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_darkformer.hub.dark_layer import DarkBlock
 from keras_darkformer.hub.private import part
+from keras_darkformer.options import AttentionOptions
 from keras_darkformer.surgery.become import dark_subclass
 from keras_darkformer.surgery.dark_layer import dark_layer_cls
 from keras_darkformer.types import Layer, Model, Tensor
@@ -102,6 +103,29 @@ class Family:
         """A block's attention layer."""
         return getattr(block, self.slot)
 
+    def attention_layers(self, backbone: Any) -> list[Layer]:
+        """The attention layers of a backbone's blocks."""
+        return [self.attention_of(block) for block in backbone.transformer_layers]
+
+    def names(self, backbone: Any) -> list[str]:
+        """What a report calls the layers: the names of the blocks."""
+        return [block.name for block in backbone.transformer_layers]
+
+    def soft_cap(self, backbone: Any, index: int) -> float | None:
+        """The bound of a layer's logits, or `None`."""
+        return getattr(backbone.transformer_layers[index], "logit_soft_cap", None)
+
+    def drops_weights(self, backbone: Any, index: int) -> bool:
+        """Whether the stock layer drops single attention weights in training."""
+        block = backbone.transformer_layers[index]
+        return bool(self.attention_of(block).drops == "weights" and block.dropout)
+
+    def darken(self, backbone: Any, options: Mapping[int, AttentionOptions]) -> None:
+        """Has blocks of a backbone become dark, by their indices."""
+        for index, of_layer in options.items():
+            block = backbone.transformer_layers[index]
+            dark_subclass(self.dark_block_cls, type(block)).take_over(block, of_layer)
+
     def register_layers(self) -> None:
         """Has Keras find the dark layers when it loads a model that holds them."""
         makers = {"Block": self.dark_block_cls, "Attention": self.dark_attention_cls}
@@ -145,6 +169,19 @@ class Family:
         """
 
         def call(rotary: Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return stock_cls.call(rotary, rotary.before_exact(x), *args, **kwargs)
+            return stock_cls.call(rotary, rotary.in_exact_mode(x), *args, **kwargs)
+
+        return type(stock_cls.__name__, (stock_cls,), {"call": call})
+
+
+class PairwiseRotary(Family):
+    """A family whose rotary embedding rotates queries and keys in one call, and returns both."""
+
+    def dark_rotary_cls(self, stock_cls: Any) -> type:
+        """What it becomes: in exact mode it applies the geometry to the rotated queries."""
+
+        def call(rotary: Layer, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+            query, key = stock_cls.call(rotary, query, key, *args, **kwargs)
+            return rotary.in_exact_mode(query), key
 
         return type(stock_cls.__name__, (stock_cls,), {"call": call})

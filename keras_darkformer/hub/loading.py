@@ -63,6 +63,12 @@ def load_text_preprocessor(preset: str, length: int) -> Any:
     """
     backbone = _backbone_class(preset)
     family = BY_STOCK_CLASS.get(backbone, backbone).family
+    if "TextClassifier" not in family.tasks:
+        raise ValueError(
+            f"{preset!r} can't be linearized by texts: KerasHub has no classifier of texts with a "
+            f"{backbone.__name__}, and so nothing that cuts texts into its tokens. Convert it with "
+            "`convert_to_dark`, and `calibrate` it with batches of its inputs."
+        )
     kind = family.tasks["TextClassifier"].preprocessor_cls
     # Its own `from_preset` does not know dark backbones.
     load = get_preset_loader(preset).load_preprocessor

@@ -19,16 +19,24 @@ WORKS_WITH = "keras-hub>=0.32,<0.33"
 
 try:
     from keras_hub.src.layers.modeling.transformer_decoder import TransformerDecoder
+    from keras_hub.src.models.esm.esm_attention import EsmSelfAttention
+    from keras_hub.src.models.esm.esm_encoder import ESMEncoder
     from keras_hub.src.models.gemma.gemma_attention import CachedGemmaAttention
     from keras_hub.src.models.gemma.gemma_decoder_block import GemmaDecoderBlock
     from keras_hub.src.models.gemma3.gemma3_attention import CachedGemma3Attention
     from keras_hub.src.models.gemma3.gemma3_decoder_block import Gemma3DecoderBlock
+    from keras_hub.src.models.gpt_neo_x.gpt_neo_x_attention import GPTNeoXAttention
+    from keras_hub.src.models.gpt_neo_x.gpt_neo_x_decoder import GPTNeoXDecoder
     from keras_hub.src.models.llama.llama_attention import LlamaAttention
     from keras_hub.src.models.llama.llama_decoder import LlamaTransformerDecoder
     from keras_hub.src.models.mistral.mistral_attention import CachedMistralAttention
     from keras_hub.src.models.mistral.mistral_transformer_decoder import MistralTransformerDecoder
     from keras_hub.src.models.mixtral.mixtral_attention import CachedMixtralAttention
     from keras_hub.src.models.mixtral.mixtral_decoder import MixtralTransformerDecoder
+    from keras_hub.src.models.moonshine.moonshine_multi_head_attention import (
+        MoonshineMultiHeadAttention,
+        _apply_rotary_pos_emb,
+    )
     from keras_hub.src.models.phi3.phi3_attention import Phi3Attention
     from keras_hub.src.models.phi3.phi3_decoder import Phi3Decoder
     from keras_hub.src.models.qwen.qwen_attention import QwenAttention
@@ -41,6 +49,9 @@ try:
     from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeTransformerDecoder
     from keras_hub.src.models.smollm3.smollm3_layers import SmolLM3Attention, SmolLM3DecoderLayer
     from keras_hub.src.models.smollm3.smollm3_utils import apply_rotary_pos_single
+    from keras_hub.src.models.whisper.whisper_cached_multi_head_attention import (
+        WhisperCachedMultiHeadAttention,
+    )
     from keras_hub.src.utils.preset_utils import (
         TASK_CONFIG_FILE,
         check_config_class,
@@ -61,12 +72,17 @@ __all__ = [
     "CachedGemmaAttention",
     "CachedMistralAttention",
     "CachedMixtralAttention",
+    "ESMEncoder",
+    "EsmSelfAttention",
+    "GPTNeoXAttention",
+    "GPTNeoXDecoder",
     "Gemma3DecoderBlock",
     "GemmaDecoderBlock",
     "LlamaAttention",
     "LlamaTransformerDecoder",
     "MistralTransformerDecoder",
     "MixtralTransformerDecoder",
+    "MoonshineMultiHeadAttention",
     "Phi3Attention",
     "Phi3Decoder",
     "Qwen3Attention",
@@ -79,6 +95,7 @@ __all__ = [
     "QwenTransformerDecoder",
     "SmolLM3Attention",
     "SmolLM3DecoderLayer",
+    "WhisperCachedMultiHeadAttention",
     "any_equal",
     "get_preset_loader",
 ]
@@ -110,17 +127,25 @@ LLAMA_BLOCK: dict[str, Any] = {
 PHI3_BLOCK = LLAMA_BLOCK | {"slot": "attention", "cache_argument": "attention_cache"}
 SMOLLM3_BLOCK = LLAMA_BLOCK | {"slot": "self_attn", "rotary": "rotary_embedding"}
 DECODER_BLOCK = LLAMA_BLOCK | {"rotary": None}
+GPT_NEO_X_BLOCK = LLAMA_BLOCK
+ESM_BLOCK = LLAMA_BLOCK | {"slot": "attention_layer", "padding_argument": "attention_mask"}
+ESM_BLOCK |= {"mask_method": None}
 ENCODER_BLOCK = DECODER_BLOCK | {"padding_argument": "padding_mask", "mask_method": None}
 GEMMA3_NORMS = ("query_norm", "key_norm")
 QWEN3_NORMS = ("_query_dense_layer_norm", "_key_dense_layer_norm")
-# What SmolLM 3 calls the projections.
-_SHORT = {"query_dense": "q_proj", "key_dense": "k_proj", "value_dense": "v_proj"}
-_SHORT |= {"output_dense": "o_proj"}
+# What SmolLM 3 and ESM call the projections, and GPT-NeoX its dropout.
+_SHORT = {
+    "query_dense": ("q_proj", "q_dense"),
+    "key_dense": ("k_proj", "k_dense"),
+    "value_dense": ("v_proj", "v_dense"),
+    "output_dense": ("o_proj", "o_dense"),
+    "dropout_layer": ("_attn_dropout_layer",),
+}
 
 
 def part(layer: Layer, name: str) -> Any:
     """A layer's attribute, under its public name or one of KerasHub's private ones."""
-    names = (name, f"_{name}", _SHORT.get(name, name))
+    names = (name, f"_{name}", *_SHORT.get(name, ()))
     return getattr(layer, next((x for x in names if hasattr(layer, x)), name))
 
 
@@ -140,6 +165,40 @@ def sizes_of_smollm3(attention: Layer) -> tuple[int, int, int]:
     return attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
 
 
+def sizes_of_gpt_neo_x(attention: Layer) -> tuple[int, int, int]:
+    """Its one projection is to queries, keys and values."""
+    return attention.num_heads, attention.num_heads, attention.attn_head_size
+
+
+def sizes_of_esm(attention: Layer) -> tuple[int, int, int]:
+    """Its projections are flat: their shapes don't tell heads apart."""
+    return attention.heads, attention.heads, attention.head_size
+
+
+def rotate_gpt_neo_x(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
+    """The rotary embedding of GPT-NeoX, of the first coordinates only."""
+    size = attention.rotary_dim
+    rotated = attention.rotary_embedding_layer(x[..., :size], start_index=start_index)
+    return ops.concatenate((rotated, x[..., size:]), axis=-1)
+
+
+def rotate_esm(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
+    """The rotary embedding of ESM, whose layer starts from position 0 only."""
+    rotary, size = attention.rotary_embedding_layer, x.shape[-1]
+    frequency = rotary.scaling_factor / (
+        rotary.max_wavelength ** (ops.arange(0, size, 2, dtype=x.dtype) / size)
+    )
+    position = ops.arange(ops.shape(x)[1], dtype=x.dtype) + ops.cast(start_index, x.dtype)
+    angle = ops.outer(position, frequency)
+    angle = ops.concatenate((angle, angle), axis=-1)[None, :, None, :]
+    return rotary.apply_rotary_pos_emb(x, ops.cos(angle), ops.sin(angle))
+
+
+def rotate_moonshine(x: Tensor, angles: Tensor) -> Tensor:
+    """The rotary embedding of Moonshine, by angles `(t, r)` that its backbone computes."""
+    return _apply_rotary_pos_emb(x, angles)
+
+
 def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a stock backbone's constructor that its config leaves out.
 
@@ -149,7 +208,7 @@ def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[s
     """
     found: dict[str, Any] = {}
     for name in left_out(stock_cls, config):
-        for holder in (backbone, *backbone.transformer_layers):
+        for holder in (backbone, *getattr(backbone, "transformer_layers", ())):
             if hasattr(holder, name):
                 found.setdefault(name, getattr(holder, name))
     return found
@@ -164,6 +223,8 @@ def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
     # Llama's ask for an attribute that they do not have.
     broken = stock_cls in (LlamaTransformerDecoder, LlamaAttention)
     config = keras.layers.Layer.get_config(layer) if broken else stock_cls.get_config(layer)
+    if stock_cls is GPTNeoXDecoder:  # which its constructor does not take
+        config.pop("decoder_sequence_shape")
     kept = _kept_by_smollm3(layer) if stock_cls is SmolLM3DecoderLayer else {}
     for name in left_out(stock_cls, config):
         try:
@@ -233,6 +294,7 @@ def _check() -> None:
         (Qwen3MoeAttention, Qwen3MoeTransformerDecoder),
         (Phi3Attention, Phi3Decoder),
         (SmolLM3Attention, SmolLM3DecoderLayer),
+        (GPTNeoXAttention, GPTNeoXDecoder),
         (keras_hub.layers.CachedMultiHeadAttention, TransformerDecoder),
     )
     gemma_like = (

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from keras_darkformer.hub.attention import DarkHubAttention
 from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.layers.core import FeatureAttention
 from keras_darkformer.surgery.report import ConversionReport, Row, report_of
 
 
@@ -25,10 +25,10 @@ def conversion_report(model: Any) -> ConversionReport:
             "`model` must be a model converted by `convert_to_dark`. "
             f"Received: {type(model).__name__}"
         )
-    window = backbone.family.window
-    blocks = zip(backbone.transformer_layers, backbone.attention_layers, strict=True)
+    family = backbone.family
+    named = zip(family.names(backbone), backbone.attention_layers, strict=True)
     rows = [
-        Row(block.name, window(x), x if isinstance(x, DarkHubAttention) else None)
-        for block, x in blocks
+        Row(name, family.window(x), x if isinstance(x, FeatureAttention) else None)
+        for name, x in named
     ]
     return report_of(model, rows, backbone.dropped())

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from keras_darkformer.hub.backbone import DarkBackbone
+from keras_darkformer.hub.family import Family
 
 # Where a feature map's weights are; all of them have heads along their first axis.
 FEATURE_MAPS = ".*/feature_map/[^/]+"
@@ -13,6 +14,8 @@ KEY_KERNELS = ".*attention/(key|value)/kernel"
 
 class ShardedBackbone(DarkBackbone):
     """A dark backbone whose stock class says how its weights are sharded."""
+
+    family: Family
 
     @classmethod
     def get_layout_map(

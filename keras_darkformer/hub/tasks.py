@@ -10,6 +10,7 @@ from keras_darkformer.hub.causal_lm import DarkCausalLM, DarkTask
 from keras_darkformer.hub.family import Family
 from keras_darkformer.hub.presets import Carded
 from keras_darkformer.hub.sharding import ShardedBackbone
+from keras_darkformer.hub.towers import Tower
 from keras_darkformer.options import ConversionOptions
 
 BACKBONE_DOC = """`keras_hub.models.{stock}` whose layers attend in linear time.
@@ -37,10 +38,10 @@ Example:
 """
 
 
-def dark_classes(family: Family) -> dict[type, Any]:
+def dark_classes(family: Family | Tower) -> dict[type, Any]:
     """The dark class of each of a family's stock classes."""
     backbone = _dark_class(
-        f"Dark{family.name}Backbone",
+        f"Dark{family.backbone.__name__}",
         ShardedBackbone if hasattr(family.backbone, "get_layout_map") else DarkBackbone,
         family.backbone,
         BACKBONE_DOC,

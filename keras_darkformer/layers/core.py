@@ -37,6 +37,7 @@ class FeatureAttention(CheckedWeights):
     observer: Observer | None = None
     position_offset: Tensor = None
     path: str
+    compute_dtype: str
 
     @property
     def is_linear(self) -> bool:

@@ -1,10 +1,22 @@
 """What a (query, key) attention mask says, in the two terms linear attention has."""
 
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_darkformer.types import Tensor
+
+
+class CausalMask(NamedTuple):
+    """What a causal block hands its linear attention for a mask of all pairs of tokens.
+
+    Attributes:
+        keys: which keys count, in any shape that `split_attention_mask` takes, or `None` for all.
+    """
+
+    keys: Tensor
 
 
 def split_attention_mask(attention_mask: Tensor) -> tuple[bool, Tensor]:

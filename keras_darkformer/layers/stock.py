@@ -9,13 +9,21 @@ from keras_darkformer.layers.dense import DenseOptions
 from keras_darkformer.types import Config, Layer
 
 STOCK_CLASSES = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+# Subclasses of these that compute something else, and for which there are dark layers, too.
+_KNOWN_SUBCLASSES: list[type] = []
 # What a subclass may have of its own beside a constructor: a dark layer has these itself.
 _HARMLESS = {"get_config", "from_config"}
 
 
+def know_subclass(cls: type) -> None:
+    """Has `stock_class` tell a subclass of one of Keras' attention layers from that layer."""
+    _KNOWN_SUBCLASSES.append(cls)
+
+
 def stock_class(layer: Layer) -> Any:
-    """Which of Keras' classes an attention layer is of."""
-    return next(cls for cls in STOCK_CLASSES if isinstance(layer, cls))
+    """Which of Keras' classes, or of the known subclasses of these, an attention layer is of."""
+    known = (*STOCK_CLASSES, *_KNOWN_SUBCLASSES)
+    return next(cls for cls in type(layer).__mro__ if cls in known)
 
 
 def head_sizes(layer: Layer) -> tuple[int, int, int]:
@@ -31,9 +39,8 @@ def window_of(layer: Layer) -> int | None:
     return layer._sliding_window if is_multi_head else layer.sliding_window
 
 
-def refusal(layer: Layer) -> str | None:
-    """Why an attention layer can't be converted, or `None` if it can."""
-    stock_cls = stock_class(layer)
+def refusal(layer: Layer, stock_cls: Any) -> str | None:
+    """Why an attention layer can't take the place of one of a stock class, or `None` if it can."""
     if changed := _overridden(type(layer), stock_cls):
         return (
             f"{type(layer).__name__} has its own {', '.join(f'`{name}`' for name in changed)}, and "
@@ -73,8 +80,9 @@ def equivalent(layer: Layer) -> Config:
             "`layer` must be a built keras.layers.MultiHeadAttention or GroupQueryAttention. "
             f"Received: {layer!r}"
         )
+    stock_cls = next(cls for cls in STOCK_CLASSES if isinstance(layer, cls))
     num_query_heads, num_heads, head_dim = head_sizes(layer)
-    reason = refusal(layer)
+    reason = refusal(layer, stock_cls)
     if hasattr(layer, "_gate_dense"):
         reason = "It has a gate (`use_gate=True`)."
     elif layer._value_dense.partial_output_shape[-1] != head_dim:

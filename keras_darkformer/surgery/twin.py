@@ -1,5 +1,6 @@
 """A second model like another one, for a conversion that leaves that one as it is."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def make_alike(
     """
     for layer, other in zip(layers, of_twin, strict=False):
         _make_alike_without_weights(layer, other)
-    here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
+    here, there = ([(_name(w), tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
     if here != there:
         raise ValueError(
             "`copy=True` rebuilds the model from its config, which does not describe all of its "
@@ -41,6 +42,11 @@ def make_alike(
     for weight, other in zip(model.weights, twin.weights, strict=True):
         if other.trainable != weight.trainable:
             other.trainable = weight.trainable
+
+
+def _name(weight: Any) -> str:
+    """A weight's name, less the number of one that nobody has named."""
+    return re.sub(r"^variable_\d+$", "variable", weight.name)
 
 
 def _difference(here: list[Any], there: list[Any]) -> str:

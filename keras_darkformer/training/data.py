@@ -62,7 +62,7 @@ def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, Featu
 def run(model: Model, inputs: Data) -> Any:
     """Runs the layers of a model, of a KerasHub task without its head."""
     body = without_head(model)
-    if body is not model:
+    if body is not model and isinstance(body.input, dict):
         inputs = {name: inputs[name] for name in body.input}
     return body(inputs, training=False)
 

@@ -60,10 +60,14 @@ QUESTIONS = [
     for family in ASKED
     for check in (*OF_ALL, *(OF_KINDS if family in MORE_KINDS else ()))
     if BY_NAME[family].causal or check not in GENERATES
+    # Cached queries of the stock model are all at position 0: layers left exact are wrong there.
+    if (family, check) != ("GPTNeoX", "mixed layers")
 ]
-FEW_STEPS = ("LoRA", "memory")  # "fit" is run as users run it
+FEW_STEPS = ("LoRA", "memory", "calibrate, transfer, report")  # "fit" is run as users run it
 if BACKEND == "torch":
     QUESTIONS += [("SmolLM3", check) for check in OF_SMOLLM3]
+    QUESTIONS += [("GPTNeoX", check) for check in ("greedy", "memory")]
+    QUESTIONS += [("ESM", check) for check in ("fit", "calibrate, transfer, report")]
     QUESTIONS.insert(0, ("QwenMoe", "fit"))  # its experts ask for a mask while they are trained
 TASKS = [(name, task) for name in ENCODERS for task in ("MaskedLM", "TextClassifier")]
 if BACKEND != "torch":
@@ -190,8 +194,10 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
     [
         ("Bert", {"sliding_window": 4}, "need causal attention; that of Bert"),
         ("GPT2", {"rope_geometry": "before"}, "positions in every layer, which GPT2 does not"),
+        ("GPTNeoX", {"rope_geometry": "before"}, "in every layer, which GPTNeoX does not have"),
         ("SmolLM3", {"rope_geometry": "before"}, "in every layer, which SmolLM3 does not have"),
         ("Llama", {"layers": []}, "`layers` is empty"),
+        ("Electra", {"sliding_window": 4}, "need causal attention; that of Electra"),
     ],
 )
 def test_what_a_family_can_not_do_is_refused(name, options, message):

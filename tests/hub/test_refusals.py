@@ -174,5 +174,5 @@ def test_gemma3_with_vision_is_refused_with_the_reason():
 
 
 def test_a_stock_model_has_no_report(stock):
-    with pytest.raises(ValueError, match="must be a causal LM or backbone converted"):
+    with pytest.raises(ValueError, match="must be a model converted"):
         conversion_report(stock)
