@@ -1,11 +1,12 @@
 """A second model like another one, for a conversion that leaves that one as it is."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_darkformer.types import Layer, Model
+from keras_darkformer.types import Layer, Model, Shape, Tensor
 
 
 def make_alike(
@@ -26,7 +27,7 @@ def make_alike(
     """
     for layer, other in zip(layers, of_twin, strict=False):
         other._dtype_policy = _dtype_policy(layer)
-    here, there = ([(w.name, tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
+    here, there = ([_described(weight) for weight in x.weights] for x in (model, twin))
     if here != there:
         raise ValueError(
             "`copy=True` rebuilds the model from its config, which does not describe all of its "
@@ -41,6 +42,12 @@ def make_alike(
     for weight, other in zip(model.weights, twin.weights, strict=True):
         if other.trainable != weight.trainable:
             other.trainable = weight.trainable
+
+
+def _described(weight: Tensor) -> tuple[str, Shape, str]:
+    """Name, shape and dtype. Weights that were given no name are numbered by Keras, on and on."""
+    name = re.sub(r"^(\w*variable)_\d+$", r"\1", weight.name)
+    return name, tuple(weight.shape), weight.dtype
 
 
 def _difference(here: list[Any], there: list[Any]) -> str:
