@@ -97,9 +97,9 @@ def main():
     parser.add_argument("--output", default="vision_transformer.png")
     args = parser.parse_args()
     keras.utils.set_random_seed(0)
-    rng = np.random.default_rng(0)
+    accuracy, forward, rng = {}, {}, np.random.default_rng(0)
     images, labels = make_images(args.images, args.size, rng)
-    test, accuracy = make_images(512, args.size, rng), {}
+    test = make_images(512, args.size, rng)
 
     def judge(model, stage):
         accuracy[stage] = model.evaluate(*test, batch_size=BATCH_SIZE, verbose=0)[1]
@@ -119,7 +119,6 @@ def main():
         model.fit(images, labels, batch_size=BATCH_SIZE, verbose=2)
         judge(model, f"{name}, one epoch more")
 
-    forward = {}
     for size in args.timed_sizes:
         batch, exact = make_images(BATCH_SIZE, size, rng), make_vit(size)
         dark = convert_to_dark(exact, copy=True, num_features=NUM_FEATURES)
@@ -139,7 +138,8 @@ def main():
     left.barh(list(accuracy), accuracy.values(), color=colours)
     left.set(title="accuracy, held-out images", xlim=(0.4, 1), ylim=(len(accuracy) - 0.5, -0.5))
     for name in ("exact", "dark"):
-        right.loglog(forward.keys(), [ms[name] for ms in forward.values()], "o-", label=name)
+        times = [ms[name] for ms in forward.values()]
+        right.semilogy([str(tokens) for tokens in forward], times, "o-", label=name)
     right.set(title="milliseconds of a batch, forward", xlabel="tokens")
     right.legend(frameon=False)
     figure.savefig(args.output, dpi=110)
