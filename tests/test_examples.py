@@ -56,6 +56,30 @@ def test_learning_rates_are_compared(tmp_path):
     assert figure.exists()
 
 
+@only_torch
+def test_a_vision_transformer_is_converted_and_timed(tmp_path):
+    figure = tmp_path / "vision.png"
+    printed = run_example(
+        *("vision_transformer.py", "--size", 16, "--images", 32, "--epochs", 1),
+        *("--timed-sizes", 16, "--output", figure),
+    )
+    for stage in ("exact", "converted", "calibrated", "transferred", "dark, one epoch more"):
+        assert f"accuracy on held-out images, {stage}: " in printed
+    for what in ("forward", "training step"):
+        assert f"64 tokens, {what} of a batch of 8: exact " in printed
+    assert figure.exists()
+
+
+@only_torch
+def test_a_forecast_is_the_same_hour_by_hour():
+    printed = run_example("forecasting.py", "--epochs", 1, "--series", 16, "--weeks", 1)
+    for name in ("the same hour last week", "exact attention", "linear attention"):
+        assert f"\n{name} " in printed
+    for name in ("day by day", "hour by hour"):
+        assert f"\n{name}: differs from the whole by " in printed
+    assert "\nstate: 34,848 bytes at any hour" in printed
+
+
 def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {i} says {i * 7 % 13} times nothing." for i in range(3000)))

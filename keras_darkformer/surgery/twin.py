@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_darkformer.types import Layer, Model
+from keras_darkformer.types import Layer, Model, Shape, Tensor
 
 
 def make_alike(
@@ -27,7 +27,7 @@ def make_alike(
     """
     for layer, other in zip(layers, of_twin, strict=False):
         _make_alike_without_weights(layer, other)
-    here, there = ([(_name(w), tuple(w.shape), w.dtype) for w in x.weights] for x in (model, twin))
+    here, there = ([_described(weight) for weight in x.weights] for x in (model, twin))
     if here != there:
         raise ValueError(
             "`copy=True` rebuilds the model from its config, which does not describe all of its "
@@ -44,9 +44,10 @@ def make_alike(
             other.trainable = weight.trainable
 
 
-def _name(weight: Any) -> str:
-    """A weight's name, less the number of one that nobody has named."""
-    return re.sub(r"^variable_\d+$", "variable", weight.name)
+def _described(weight: Tensor) -> tuple[str, Shape, str]:
+    """Name, shape and dtype. Weights that were given no name are numbered by Keras, on and on."""
+    name = re.sub(r"^(\w*variable)_\d+$", r"\1", weight.name)
+    return name, tuple(weight.shape), weight.dtype
 
 
 def _difference(here: list[Any], there: list[Any]) -> str:

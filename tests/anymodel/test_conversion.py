@@ -133,6 +133,24 @@ def test_a_copy_leaves_the_model_as_it_is(which):
     assert_close(outputs(model, X), expected)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Unnamed(keras.layers.Layer):
+    """Weights as Keras' guides make them, without names: Keras counts these itself."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], shape[-1]), initializer="glorot_uniform")
+        self.bias = self.add_weight(shape=shape[-1:], initializer="ones")
+
+    def call(self, x):
+        return x @ self.kernel + self.bias
+
+
+def test_a_copy_takes_over_weights_that_have_no_names():
+    x = keras.Input((None, WIDTH))
+    model = keras.Model(x, MultiHeadAttention(2, 4)(*2 * [Unnamed()(x)]))
+    assert_close(outputs(dark(model, copy=True, **EXACT), X), outputs(model, X))
+
+
 def refused(model, match, error=ValueError, **options):
     with pytest.raises(error, match=match):
         dark(model, **options)
