@@ -1,7 +1,8 @@
 import gc
-import importlib.metadata
 import os
 from pathlib import Path
+
+from xla import quick_flags
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before anything imports tensorflow
 # JAX compiles a program once, whichever test and whichever process asks for it.
@@ -10,23 +11,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Nearly all of the time is XLA's, on TensorFlow and JAX alike, for programs that run once: half of
-# it goes without LLVM's optimizations, half of the rest without its newer way to compile fusions.
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-
-
-def is_known(package, version):
-    """Whether a package is of the version that knows a flag, or is not there."""
-    try:
-        return importlib.metadata.version(package).startswith(version)
-    except importlib.metadata.PackageNotFoundError:
-        return True
-
-
-# A flag that XLA does not know ends the process: jaxlib 0.5 and 0.12 do not know this one.
-if is_known("jaxlib", "0.10.") and is_known("tensorflow", "2.21."):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["XLA_FLAGS"] = quick_flags()
 
 import keras
 import numpy as np
