@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 
 # A flag that XLA does not know ends the process.
-KNOWS_FUSION_EMITTERS = {"jaxlib": "0.10.", "tensorflow": "2.21."}
+KNOWS_FUSION_EMITTERS = {"jaxlib": "0.10.", "tensorflow": "2.21.", "tensorflow-cpu": "2.21."}
 
 
 def quick_flags():
