@@ -9,7 +9,10 @@ import textwrap
 
 import griffe
 
-TITLES = {"Call arguments:": "Other Parameters: Call arguments:", "Keys:": "Attributes: Keys:"}
+# As parameters, whose lines may begin with several names.
+TITLES = {
+    f"{title}:": f"Other Parameters: {title}:" for title in ("Call arguments", "Keys", "Attributes")
+}
 HEADING = re.compile(r"(Example|References):")
 DOCTEST = re.compile(r">>> ")
 INDENTED = re.compile(r"    (?!\w+:)[\w@#]")  # and no argument
