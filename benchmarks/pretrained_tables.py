@@ -55,7 +55,7 @@ SHORT = {
 
 
 def retrieval_short(backend):
-    """The same, of some arms and figures, for the README."""
+    """The same, of some arms and figures, for docs/results.md."""
     arms = load(f"retrieval_{backend}")["arms"]
     lines = []
     for arm, name in SHORT.items():
@@ -87,8 +87,10 @@ def retrieval_trained(name):
     return table(["arm", "stage", *TRAINED], lines, words=2)
 
 
-def linearized(backend):
-    """Stage by stage, what `linearize` won on a real decoder."""
+def linearized(backend, which="every"):
+    """Stage by stage, what `linearize` won on a real decoder; for README the `last` stages."""
+    if which not in ("every", "last"):
+        raise ValueError(f"{which!r} is neither every nor last")
     results = load(f"pretrained_linearized_{backend}")
     lines = []
     for name, arm in results["arms"].items():
@@ -97,6 +99,8 @@ def linearized(backend):
             if stage == "exact":
                 if not lines:
                     lines.append(["exact", "", *cells_of(found["losses"], 3), "", ""])
+                continue
+            if which == "last" and stage != list(arm["stages"])[-1]:
                 continue
             facts = by_name[stage]
             seconds, tokens = f"{facts['seconds']:,.0f}", f"{facts['tokens']:,}"

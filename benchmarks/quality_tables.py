@@ -115,7 +115,7 @@ STEPS = {
 
 
 def steps():
-    """The arms of a conversion from start to end, for README."""
+    """The arms of a conversion from start to end, for docs/results.md."""
     lines = []
     for name, arm in STEPS.items():
         entry = load("quality")["summary"][arm]
@@ -138,7 +138,7 @@ ARMS = {
 
 
 def gemma_to_dark(*what):
-    """The arms of an example: perplexities, speeds, memory; `all` lengths, or those of README."""
+    """The arms of an example: perplexities, speeds, memory; `all` lengths, or some."""
     everything = what == ("all",)
     rows = load("gemma_to_dark")["rows"]
     lengths = list(rows[0]["reading_tokens_per_second"])

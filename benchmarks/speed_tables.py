@@ -272,13 +272,13 @@ def model(kind, *sources):
     return table(columns, lines)
 
 
-# === README ===
+# === docs/results.md ===
 
 
 def speed(*rows):
     """Their time over ours by length, forward / forward + backward, causal.
 
-    Each word is SOURCE:PEER, such as `torch:sdpa`; peers as in `README_PEERS`.
+    Each word is SOURCE:PEER, such as `torch:sdpa`; peers as in `SHORT_PEERS`.
     """
     lengths, lines = (512, 1024, 2048, 4096, 8192), []
     for word in rows:
@@ -289,7 +289,7 @@ def speed(*rows):
             for row in compare.rows_of(payload, "causal")
             if row["shape"] == "h64 m128"
         }
-        name, column = README_PEERS[peer]
+        name, column = SHORT_PEERS[peer]
         pairs = [[found[n, p].get(column) for p in PASSES] for n in lengths]
         texts = [" / ".join("-" if x is None else ratio(x[0]) for x in pair) for pair in pairs]
         version = payload["versions"].get(name, "")
@@ -300,7 +300,7 @@ def speed(*rows):
     return table(columns, lines, words=len(columns))
 
 
-README_PEERS = {
+SHORT_PEERS = {
     "sdpa": ("`scaled_dot_product_attention`, exact", "sdpa"),
     "darkformer-default": ("darkformer-pytorch", compare.DEFAULT),
     "darkformer-best": ("darkformer-pytorch", compare.BEST),

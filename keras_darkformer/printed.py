@@ -13,7 +13,8 @@ class PrintedDict(dict):
     width = 100
 
     def __str__(self) -> str:
-        console = Console(width=self.width)
+        # In a notebook it would display an empty box, besides.
+        console = Console(width=self.width, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

@@ -4,6 +4,7 @@
 and after a slow first step, which compiles, promises hours.
 """
 
+import shutil
 import sys
 import time
 
@@ -71,6 +72,8 @@ class Progress:
         passed = _told(time.monotonic() - self.began)
         line = f"{self.what}: {self.count}{of} {self.unit} in {passed}{left}{more}"
         if self.written_over:
+            if sys.stdout.isatty():  # one that goes on in the next line is not written over
+                line = line[: shutil.get_terminal_size().columns - 1]
             padding = " " * max(0, self.width - len(line))
             self.width = len(line)
             print(f"\r{line}{padding}", end=end, flush=True)

@@ -2,6 +2,8 @@ import gc
 import os
 from pathlib import Path
 
+from xla import quick_flags
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before anything imports tensorflow
 # JAX compiles a program once, whichever test and whichever process asks for it.
 os.environ.setdefault(
@@ -9,15 +11,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Nearly all of the time is XLA's, on TensorFlow and JAX alike, for programs that run once: half of
-# it goes without LLVM's optimizations, half of the rest without its newer way to compile fusions.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-    )
-)
+os.environ["XLA_FLAGS"] = quick_flags()
 
 import keras
 import numpy as np

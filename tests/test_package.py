@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 import pytest
+from backends import BACKEND
 from fresh_process import ROOT
 
 import keras_darkformer
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "hub": BASE | {"ops", "fitting", "layers", "compiling", "printed", "surgery", "anymodel"},
     "conversion": BASE | {"surgery", "anymodel", "hub"},
     "choosing": BASE | {"ops", "layers", "training", "hub", "printed", "progress"},
-    "linearizing": BASE | {"layers", "training", "hub", "printed", "choosing"},
+    "linearizing": BASE | {"layers", "training", "hub", "printed", "progress", "choosing"},
     "cli": BASE | {"training", "hub", "printed", "linearizing"},
     "__main__": {"cli"},
 }
@@ -219,6 +220,27 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_the_version_is_that_of_the_project():
+@pytest.mark.skipif(BACKEND != "torch", reason="the same files on all backends")
+def test_the_version_stands_in_one_place():
+    """Of the project's own files; the build reads it there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "keras_darkformer/__init__.py"
+    version = re.escape(keras_darkformer.__version__)
+    says = re.compile(rf"version\w*\W+{version}\b", re.IGNORECASE)
+    files = [*ROOT.glob("*.*"), *FILES]
+    assert [x.name for x in files if x.is_file() and says.search(x.read_text("utf-8"))] == [
+        "__init__.py"
+    ]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the same files on all backends")
+def test_what_is_imported_is_declared():
+    """KerasHub's own and what is asked for before it is imported are extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert keras_darkformer.__version__ == project["version"]
+    declared = {re.match(r"[\w-]+", x)[0].replace("-", "_") for x in project["dependencies"]}
+    roots = {x.split(".")[0].replace("-", "_") for path in FILES for x in imports_of(path)}
+    others = roots - sys.stdlib_module_names - {"keras_darkformer"}
+    optional = {"keras_hub", "huggingface_hub", "matplotlib", "tensorboard", "sentencepiece"}
+    backends = {"jax", "tensorflow", "torch"}
+    assert others - optional - backends == declared

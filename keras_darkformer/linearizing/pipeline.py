@@ -16,6 +16,7 @@ from keras_darkformer.linearizing.notebook import Notebook, values_of
 from keras_darkformer.linearizing.report import LinearizationReport
 from keras_darkformer.linearizing.texts import TOP_K, Decoder, Figures, Kind, Rows
 from keras_darkformer.options import ConversionOptions
+from keras_darkformer.progress import Progress
 from keras_darkformer.training.calibrate import calibrate
 from keras_darkformer.training.data import dark_layers, look
 from keras_darkformer.training.distil import (
@@ -188,6 +189,8 @@ class Pipeline:
         """What the exact model, which has the weights of this one still, makes of rows."""
         count, found = len(rows["token_ids"]), []
         size = TARGETS_IN_A_FILE * self.batch_size
+        shown = self.verbose and count > size
+        progress = Progress("the exact model's logits", "rows", count, verbose=shown)
         for number, start in enumerate(range(0, count, size)):
             some = {key: x[start : start + size] for key, x in rows.items()}
 
@@ -198,8 +201,8 @@ class Pipeline:
                     )
 
             found += self.notebook.targets(f"targets-{number}", note)
-            if self.verbose and count > size:
-                self._say(f"the exact model's logits of {min(start + size, count)} of {count} rows")
+            progress.update(min(start + size, count))
+        progress.finish()
         return found
 
     def report(self, length: int, description: str | None) -> LinearizationReport:
@@ -280,4 +283,4 @@ def _figures(stage: Config) -> Figures:
 
 
 def _told(figures: Figures) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    return ", ".join(f"{name} {value:z.3f}" for name, value in figures.items())

@@ -37,14 +37,15 @@ class LinearizationReport(PrintedDict):
             "losses in nats a token",
         )
         table.add_column("after")
-        for column in (*self.figures(), "tokens", "seconds", ""):
+        undone = any(not stage["kept"] for stage in self["stages"])
+        for column in (*self.figures(), "tokens", "seconds", *([""] if undone else [])):
             table.add_column(column, justify="right")
-        exact = [f"{self['exact'][name]:.3f}" for name in self.figures()]
-        table.add_row("the source, exact", *exact, "", "", "")
+        exact = [f"{self['exact'][name]:z.3f}" for name in self.figures()]
+        table.add_row("the source, exact", *exact)
         for stage in self["stages"]:
-            values = [f"{stage[name]:.3f}" for name in self.figures()]
-            undone = "" if stage["kept"] else "undone"
-            facts = (f"{stage['tokens']:,}", f"{stage['seconds']:.0f}", undone)
+            values = [f"{stage[name]:z.3f}" for name in self.figures()]
+            facts = [f"{stage['tokens']:,}", f"{stage['seconds']:.0f}"]
+            facts += [] if stage["kept"] else ["undone"]
             table.add_row(stage["name"], *values, *facts)
         return table
 

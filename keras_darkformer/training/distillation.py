@@ -66,7 +66,7 @@ class Distillation(keras.Model):
 
     def __init__(self, student: Model, teacher: Model | None, loss: DistillationLoss) -> None:
         # Mixed precision scales the loss of a model of that dtype; targets stay float32.
-        super().__init__(name="distillation", dtype=student.dtype_policy, autocast=False)
+        super().__init__(name="distil", dtype=student.dtype_policy, autocast=False)
         self.student = student
         self.parts = Parts(student)
         self.teacher = None if teacher is None else Teacher(teacher, loss)

@@ -157,7 +157,7 @@ class AttentionTransfer(keras.Model):
     """
 
     def __init__(self, model: Model) -> None:
-        super().__init__(name="attention_transfer")
+        super().__init__(name="transfer_attention")
         self.model = model
         self.dark_layers = dark_layers(model)
         fitted = layers_with_features(self.dark_layers)

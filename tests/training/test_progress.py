@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_darkformer import calibrate, progress, transfer_attention
+from keras_darkformer.printed import PrintedDict
 from keras_darkformer.progress import Progress
 
 from .models import plain, tokens
@@ -53,6 +54,15 @@ def test_steps_from_before_take_no_part_in_the_estimate(monkeypatch, clock):
     assert "fit: 92 of 100 steps in 0:12, 0:16 left" in found
 
 
+def test_a_line_is_never_wider_than_the_terminal(monkeypatch, clock):
+    """One that the terminal breaks would not be written over."""
+    monkeypatch.setenv("COLUMNS", "20")
+    found = shown(monkeypatch, clock, [1.0, 2.0, 3.0], Terminal(), total=1000)
+    lines = found.rstrip("\n").strip("\r").split("\r")
+    assert max(map(len, lines)) == 19
+    assert lines[-1].startswith("fit: 3 of 1000 step")
+
+
 def test_a_file_gets_a_line_now_and_then_and_no_carriage_return(monkeypatch, clock):
     found = shown(monkeypatch, clock, np.arange(1, 100), io.StringIO())
     assert "\r" not in found
@@ -79,7 +89,7 @@ def test_long_calls_show_few_lines_in_a_file_and_nothing_if_so_asked(monkeypatch
             continue
         assert "\r" not in stream.getvalue()
         starts = ["calibrate, looking: 3 batches in ", "calibrate, fitting: 2 of 2 layers in "]
-        starts.append("attention_transfer: 3 of 3 steps in ")
+        starts.append("transfer_attention: 3 of 3 steps in ")
         assert len(lines) == len(starts)
         for line, start in zip(lines, starts, strict=True):
             assert line.startswith(start)
@@ -92,3 +102,16 @@ def test_a_line_an_epoch_is_that_of_keras(monkeypatch):
     transfer_attention(plain(), tokens(), steps=2, validate_every=1, verbose=2)
     assert "Epoch 1/2" in stream.getvalue()
     assert "steps in" not in stream.getvalue()
+
+
+class Table(PrintedDict):
+    def __rich__(self):
+        return "a table"
+
+
+def test_a_report_is_printed_in_a_notebook_and_displayed_nowhere(monkeypatch):
+    shows = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *given: shows.append(given))
+    assert str(Table()) == "a table"
+    assert shows == []
