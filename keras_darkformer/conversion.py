@@ -75,7 +75,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     """
     if finding.is_of_keras_hub(model):
         hub = importlib.import_module("keras_darkformer.hub.conversion")
-        return hub.convert_to_dark(model, copy=copy, **kwargs)
+        return hub.converted(model, copy, kwargs)
     ConversionOptions.check_names(convert_to_dark, kwargs, besides=())
     return convert(model, kwargs, copy=copy)
 

@@ -165,5 +165,5 @@ def _warn_of_dropped(model: Model) -> None:
         warnings.warn(
             f"Converting {model.name!r} drops from attention layers {drop['layers']}: "
             f"{drop['what']}. {drop['why']}",
-            stacklevel=4,
+            stacklevel=4,  # the line that calls `convert_to_dark`
         )

@@ -223,7 +223,7 @@ def _warn_of_dropped(model: Any) -> None:
         warnings.warn(
             f"Converting {backbone.name!r} drops from layers {drop['layers']}: "
             f"{drop['what']}. {drop['why']}",
-            stacklevel=4,
+            stacklevel=5,  # the line that calls `convert_to_dark`
         )
 
 

@@ -8,7 +8,7 @@ from keras_darkformer.hub.tasks import DarkTask, dark_classes
 from keras_darkformer.hub.twin import twin_of
 from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.options import ConversionOptions, shows_options
-from keras_darkformer.types import Model
+from keras_darkformer.types import Config, Model
 
 _OF_FAMILIES = [dark_classes(family) for family in (*FAMILIES, *TOWERS)]
 # By their names, and by their stock classes.
@@ -75,7 +75,12 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
     References:
         - [Data-Aware Random Feature Kernel for Transformers](https://arxiv.org/abs/2603.04127)
     """
-    options, _ = ConversionOptions.take(convert_to_dark, kwargs, besides=())
+    return converted(model, copy, kwargs)
+
+
+def converted(model: Model, copy: bool, arguments: Config) -> Model:
+    """What `convert_to_dark` returns."""
+    options, _ = ConversionOptions.take(convert_to_dark, arguments, besides=())
     dark_cls = dark_class_of(model)
     if copy:
         return convert(twin_of(model), dark_cls, options, like=model)

@@ -173,9 +173,10 @@ def track_variables(layers: Iterable[Any]) -> None:
 
     A Keras layer is a torch module, which notes its parameters down once, when it is built: an
     optimizer of torch over `model.parameters()` would silently leave the new ones as they are.
+    KerasHub's models note none at all, and stay so.
     """
-    if _BACKEND == "torch":
-        for layer in layers:
+    for layer in layers if _BACKEND == "torch" else ():
+        if hasattr(layer, "_torch_params") and next(layer.named_parameters(), None) is not None:
             layer._track_variables()
 
 

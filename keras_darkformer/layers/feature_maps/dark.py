@@ -111,8 +111,8 @@ class DarkFeatureMap(FeatureMap):
         self.built = True
 
     @property
-    def parameters(self) -> DarkParameters:
-        """What `ops.dark_attention` takes of the map."""
+    def dark_parameters(self) -> DarkParameters:
+        """What `ops.dark_attention` takes of the map. (Modules of torch have `parameters`.)"""
         self.ensure_built()
         return DarkParameters(
             geometry=self.placement.of_features(self.geometry),
@@ -125,7 +125,7 @@ class DarkFeatureMap(FeatureMap):
 
     def fold(self, *, factored: bool = False) -> FoldedFeatures:
         """The map as `ops` takes it; see `FeatureMap`."""
-        parameters, sizes = self.parameters, (self.num_heads, self.head_dim)
+        parameters, sizes = self.dark_parameters, (self.num_heads, self.head_dim)
         features = fold(parameters, *sizes, factored=factored)
         if not self.memory:
             return features
@@ -134,7 +134,9 @@ class DarkFeatureMap(FeatureMap):
 
     def call(self, inputs: Tensor, keys: bool = False) -> Tensor:
         """The features of `inputs`; see the class."""
-        geometry, projection, query_geometry, log_weight, query_shift, key_shift = self.parameters
+        geometry, projection, query_geometry, log_weight, query_shift, key_shift = (
+            self.dark_parameters
+        )
         if query_geometry is not None and not keys:
             geometry = query_geometry
         if geometry is None:  # applied by `before_rotation`
