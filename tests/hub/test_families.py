@@ -17,6 +17,7 @@ from keras_darkformer import (
     distil,
     hub,
 )
+from keras_darkformer.hub.families import FAMILIES
 
 from . import family_checks
 from .family_checks import BY_NAME, CHECKS, GENERATES, Case, close
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 # Families differ in how they are wired, which is the same on all backends: all of them are asked
 # where nothing has to be compiled, and elsewhere one of each kind. Gemma has all the other files.
 KINDS = ("Llama", "GPT2", "Bert")
-ASKED = tuple(BY_NAME) if BACKEND == "torch" else KINDS
+ASKED = tuple(x.name for x in FAMILIES) if BACKEND == "torch" else KINDS
 # What is asked of all of them; the others differ little between families.
 OF_ALL = (
     "exact mode = source",
