@@ -105,7 +105,15 @@ def dark_class_of(model: Model) -> Any:
             f"`model` can't be converted whole: {type(model).__name__}. Convert the models in it: "
             f"{[part.name for part in parts]}, each by `convert_to_dark`."
         )
-    return dark_class(type(model))
+    dark_cls = dark_class(type(model))
+    expected = getattr(dark_cls, "backbone_cls", dark_cls).stock_cls
+    backbone = getattr(model, "backbone", model)
+    if type(backbone) is not expected:
+        raise ValueError(
+            f"`model` can't be converted: a {type(model).__name__} is known around a "
+            f"{expected.__name__}. Received: one around a {type(backbone).__name__}"
+        )
+    return dark_cls
 
 
 def dark_class(stock: type) -> Any:

@@ -176,3 +176,13 @@ def test_gemma3_with_vision_is_refused_with_the_reason():
 def test_a_stock_model_has_no_report(stock):
     with pytest.raises(ValueError, match="must be a model converted"):
         conversion_report(stock)
+
+
+def test_a_task_around_a_backbone_of_another_family_is_refused():
+    backbone = keras_hub.models.RobertaBackbone(32, 1, 2, 16, 32, max_sequence_length=9)
+    task = keras_hub.models.BertTextClassifier(
+        keras_hub.models.BertBackbone(32, 1, 2, 16, 32, max_sequence_length=9), num_classes=2
+    )
+    task.backbone = backbone
+    with pytest.raises(ValueError, match="known around a BertBackbone. Received: one around a Rob"):
+        convert_to_dark(task)
