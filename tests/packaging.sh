@@ -5,7 +5,7 @@
 #   bash tests/packaging.sh lowest torch    # in the lowest that pyproject.toml allows
 #   PYTHON=python3.13 bash tests/packaging.sh
 #
-# KEEP=1 leaves the files in dist/.
+# KEEP=1 leaves the files in dist/. IMPORT_ONLY=1 installs and imports the wheel, and runs no tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 versions="${1:-newest}" backend="${2:-jax}" python="${PYTHON:-python3}"
@@ -31,7 +31,8 @@ wheel="$(echo "$place"/dist/*.whl)"
 if [ "$backend" = torch ]; then
     "$place/clean/bin/pip" install --quiet "${constraints[@]}" "${TORCH:-torch}"
 fi
-"$place/clean/bin/pip" install --quiet "${constraints[@]}" "$wheel[$backend]" pytest hypothesis
+"$place/clean/bin/pip" install --quiet "${constraints[@]}" "$wheel[$backend]"
+[ -n "${IMPORT_ONLY:-}" ] || "$place/clean/bin/pip" install --quiet "${constraints[@]}" pytest hypothesis
 "$place/clean/bin/pip" check
 
 # From elsewhere, so that it is the installed package that is found.
@@ -51,6 +52,7 @@ for name in ("keras", "numpy", "h5py", "rich", "threadpoolctl", sys.argv[1]):
 CODE
 "$place/clean/bin/keras-darkformer" --help >"$place/log"
 "$place/build/bin/mypy" --strict --python-executable "$clean" --cache-dir "$place/mypy" "$root/tests/consumer.py"
+[ -z "${IMPORT_ONLY:-}" ] || exit 0
 tests="$root/tests"
 "$clean" -m pytest -p no:cacheprovider --rootdir "$root" --config-file "$root/pyproject.toml" \
     -m "not slow" --durations=3 "$tests"/ops/test_{reference,dark_attention}.py \
