@@ -13,6 +13,7 @@ from keras_darkformer import layers, ops, training
 from keras_darkformer.conversion import conversion_report, convert_to_dark
 from keras_darkformer.layers import DarkAttention, DarkFeatureMap, DarkTransformerBlock
 from keras_darkformer.options import AttentionOptions, ConversionOptions, FeatureOptions
+from keras_darkformer.surgery.report import ConversionReport
 from keras_darkformer.training import (
     ApproximationLogger,
     LossSpikeCounter,
@@ -35,6 +36,7 @@ __all__ = [
     "ApproximationLogger",
     "AttentionOptions",
     "ConversionOptions",
+    "ConversionReport",
     "DarkAttention",
     "DarkFeatureMap",
     "DarkTransformerBlock",
