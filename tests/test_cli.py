@@ -25,7 +25,7 @@ from keras_darkformer.cli.main import main
 from keras_darkformer.linearizing.budget import DEFAULT_TOKENS
 from keras_darkformer.options import LINEARIZED, ConversionOptions
 
-ONE_BACKEND = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 COMMANDS = ("linearize", "report", "generate", "compare")
 LENGTH = ["--length", "24"]
 QUICK = [*LENGTH, "--tokens", "96", "--num-features", "8", "--sliding-window", "4"]
@@ -106,7 +106,6 @@ def test_linearize_saves_a_model_that_loads_and_writes(dark, stock, book, capsys
     assert capsys.readouterr().out.startswith("the")
 
 
-@ONE_BACKEND
 def test_report_tells_both_reports(dark, book, capsys):
     assert main(["report", str(dark), "--text", book, *LENGTH, "--rows", "2"]) == 0
     out = capsys.readouterr().out
@@ -114,7 +113,6 @@ def test_report_tells_both_reports(dark, book, capsys):
     assert "48 queries a head" in out
 
 
-@ONE_BACKEND
 def test_generate_repeats_itself_with_a_seed_for_stock_and_dark(stock, dark, capsys):
     def written(preset, seed):
         given = ["--prompt", "the", "--max-length", "10", "--sampler", "random", "--seed", seed]
@@ -125,7 +123,6 @@ def test_generate_repeats_itself_with_a_seed_for_stock_and_dark(stock, dark, cap
         assert written(preset, "1") == written(preset, "1") != written(preset, "2")
 
 
-@ONE_BACKEND
 def test_compare_measures_both(stock, dark, book, folder, capsys):
     path = folder / "compared.json"
     given = ["--text", book, *LENGTH, "--write", "4", "--json", str(path)]
@@ -145,21 +142,18 @@ def test_compare_measures_both(stock, dark, book, folder, capsys):
         assert found[model]["writing"] > 0
 
 
-@ONE_BACKEND
 @pytest.mark.parametrize("build", [lambda: gemma(vocabulary_size=32), lambda: row("Llama")])
 def test_models_that_are_not_of_one_another_are_not_compared(build):
     with pytest.raises(ValueError, match="does not come of a"):
         compare(build(), dark_of(gemma()), None, 24, 4)
 
 
-@ONE_BACKEND
 def test_the_state_does_not_grow_and_the_cache_does(dark):
     model = keras_hub.models.CausalLM.from_preset(str(dark))
     assert model.cache_bytes(100) == model.cache_bytes(1000)
     assert model.cache_bytes(1000, exact=True) == 10 * model.cache_bytes(100, exact=True)
 
 
-@ONE_BACKEND
 def test_encoders_are_linearized_and_reported_on(encoder, book, folder, capsys):
     output = folder / "dark_encoder"
     assert main(["linearize", encoder, "--text", book, "--output", str(output), *ENCODER]) == 0
@@ -174,7 +168,6 @@ def test_encoders_are_linearized_and_reported_on(encoder, book, folder, capsys):
     assert "no causal LM" in told
 
 
-@ONE_BACKEND
 def test_an_encoders_task_keeps_its_head(encoder, book, folder):
     classifier = keras_hub.models.TextClassifier.from_preset(encoder, num_classes=3)
     preset, output = str(folder / "classifier"), str(folder / "dark_classifier")
@@ -188,7 +181,6 @@ def test_an_encoders_task_keeps_its_head(encoder, book, folder):
 # === Errors ===
 
 
-@ONE_BACKEND
 def test_errors_are_one_line(stock, dark, book, folder, tmp_path, capsys, monkeypatch):
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.write_text(" \n")
@@ -221,7 +213,6 @@ def test_errors_are_one_line(stock, dark, book, folder, tmp_path, capsys, monkey
     assert not new.exists()
 
 
-@ONE_BACKEND
 def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_loaded(
     tmp_path, book, capsys
 ):
@@ -239,7 +230,6 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_load
     assert "can't be converted" in error_of(capsys, *argv)
 
 
-@ONE_BACKEND
 def test_folders_of_others_are_left_alone(stock, book, tmp_path, capsys):
     work = tmp_path / "work"
     work.mkdir()
@@ -249,7 +239,6 @@ def test_folders_of_others_are_left_alone(stock, book, tmp_path, capsys):
     assert [x.name for x in tmp_path.rglob("*")] == ["work", "poem.txt"]
 
 
-@ONE_BACKEND
 def test_a_work_folder_of_another_run_is_refused_and_one_that_was_named_stays(
     stock, book, tmp_path, capsys
 ):
@@ -275,7 +264,6 @@ def test_a_work_folder_of_another_run_is_refused_and_one_that_was_named_stays(
     assert "holds another run. weights" in error_of(capsys, *argv("two", 8))
 
 
-@ONE_BACKEND
 def test_debug_shows_where_an_error_came_from(stock, tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["report", stock, "--text", str(tmp_path / "missing.txt"), "--debug"])
@@ -284,7 +272,6 @@ def test_debug_shows_where_an_error_came_from(stock, tmp_path):
 # === Help, and how options are spelled ===
 
 
-@ONE_BACKEND
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_a_sentence_for_each_option_and_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -297,7 +284,6 @@ def test_help_has_a_sentence_for_each_option_and_an_example(command, capsys):
         assert all(f"{name.replace('_', '-')} {x}" in out for name, x in LINEARIZED.items())
 
 
-@ONE_BACKEND
 def test_options_are_explained_by_their_class():
     found = arguments.meanings(ConversionOptions)
     assert set(found) == set(ConversionOptions.names())
@@ -307,7 +293,6 @@ def test_options_are_explained_by_their_class():
     assert found["seed"] == "Seed of the projections; every layer has one of its own"
 
 
-@ONE_BACKEND
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -335,7 +320,6 @@ def python(*argv, env=None):
     )
 
 
-@ONE_BACKEND
 def test_help_reads_well_as_a_module_and_as_a_script(tmp_path):
     done = python("-m", "keras_darkformer", "--help")
     assert done.returncode == 0, done.stderr
@@ -374,7 +358,6 @@ def kill_when(path, argv):
 
 
 @pytest.mark.slow
-@ONE_BACKEND
 def test_a_run_that_is_killed_goes_on_to_what_it_would_have_come_to(stock, book, tmp_path):
     def argv(output):
         given = ["--length", "24", "--tokens", "1200", "--num-features", "8"]

@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 
-import keras
 import pytest
+from backends import BACKEND
 from fresh_process import ROOT
 
 pytestmark = pytest.mark.slow
-only_torch = pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="what it calls is tested on all backends"
-)
+
+
+def only(backend):
+    return pytest.mark.skipif(backend != BACKEND, reason="what it calls is tested on all backends")
 
 
 def run_example(name, *args):
@@ -20,7 +21,7 @@ def run_example(name, *args):
         cwd=ROOT,
         env=os.environ
         | {
-            "KERAS_BACKEND": keras.backend.backend(),
+            "KERAS_BACKEND": BACKEND,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         },
@@ -31,6 +32,7 @@ def run_example(name, *args):
     return result.stdout
 
 
+@only("jax")
 def test_a_decoder_trains_on_text_and_writes():
     options = ("--steps", 2, "--length", 16, "--generate-length", 16)
     printed = run_example("train_decoder.py", *options)
@@ -38,7 +40,7 @@ def test_a_decoder_trains_on_text_and_writes():
     assert "The statement " in printed
 
 
-@only_torch
+@only("torch")
 def test_projections_learn_another_text(tmp_path):
     printed = run_example(
         *("finetune_projections.py", "--model", tmp_path / "exact.keras", "--train-steps", 2),
@@ -47,7 +49,7 @@ def test_projections_learn_another_text(tmp_path):
     assert all(f"\n{name} " in printed for name in ("exact attention", "Performer", "DARKFormer"))
 
 
-@only_torch
+@only("torch")
 def test_learning_rates_are_compared(tmp_path):
     figure = tmp_path / "rates.png"
     options = ("--steps", 3, "--length", 16, "--rates", 1e-3, "--output", figure)
@@ -56,7 +58,7 @@ def test_learning_rates_are_compared(tmp_path):
     assert figure.exists()
 
 
-@only_torch
+@only("torch")
 def test_a_vision_transformer_is_converted_and_timed(tmp_path):
     figure = tmp_path / "vision.png"
     printed = run_example(
@@ -70,7 +72,7 @@ def test_a_vision_transformer_is_converted_and_timed(tmp_path):
     assert figure.exists()
 
 
-@only_torch
+@only("torch")
 def test_a_forecast_is_the_same_hour_by_hour():
     printed = run_example("forecasting.py", "--epochs", 1, "--series", 16, "--weeks", 1)
     for name in ("the same hour last week", "exact attention", "linear attention"):
@@ -80,6 +82,7 @@ def test_a_forecast_is_the_same_hour_by_hour():
     assert "\nstate: 34,848 bytes at any hour" in printed
 
 
+@only("tensorflow")
 def test_a_gemma_is_converted_finetuned_saved_and_loaded(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {i} says {i * 7 % 13} times nothing." for i in range(3000)))

@@ -309,6 +309,7 @@ SESSION = """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 def test_a_fresh_process_loads_a_model_of_blocks_dark(tmp_path):
     model = dark(of_blocks())
     paths = [tmp_path / "model.keras", tmp_path / "model.weights.h5"]

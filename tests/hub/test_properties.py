@@ -269,7 +269,7 @@ def refused_as(words):
     return pytest.raises((ValueError, MemoryError), match=words)
 
 
-@tried(share=0.25)
+@tried(share=0.12)
 @given(samples())
 def test_a_model_in_any_state_is_converted_whole_or_not_at_all(sample):
     with untraced() if sample.held == "" else contextlib.nullcontext():

@@ -129,6 +129,7 @@ SESSION = """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 def test_a_fresh_process_loads_them_dark(tmp_path):
     models = {name: convert_to_dark(tower(name), num_features=8) for name in ("ViT", "Whisper")}
     for name, model in models.items():
