@@ -8,15 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens
+from keras_darkformer.layers.core import FeatureAttention, build_at, drop_tokens, without_masked
 from keras_darkformer.layers.heads import Heads
-from keras_darkformer.layers.masks import (
-    CausalMask,
-    check_attention_mask,
-    merge_masks,
-    split_attention_mask,
-    with_head_axis,
-)
+from keras_darkformer.layers.masks import merge_masks, with_head_axis
 from keras_darkformer.layers.stock import (
     STOCK_CLASSES,
     head_sizes,
@@ -116,7 +110,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
                 use_causal_mask=use_causal_mask,
             )
         with named(self):
-            causal, padding, pairs = self._read_masks(
+            causal, padding, pairs = self.read_masks(
                 attention_mask,
                 use_causal_mask,
                 return_attention_scores,
@@ -125,8 +119,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         key_mask = merge_masks(merge_masks(value_mask, key_mask), padding)
         heads = self._project(query, value, key, key_mask, pairs, causal, training)
         output, _ = self.attend(heads)
-        if query_mask is not None:
-            output = ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
+        output = without_masked(output, query_mask)
         for gate in self._gates():
             output = output * gate(query)
         return self._output_dense(output)
@@ -151,35 +144,6 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
             attention_mask=with_head_axis(pairs),
         )
         return heads if self.observer is None else self._within_window(heads)
-
-    def _read_masks(
-        self,
-        attention_mask: Tensor,
-        causal: bool,
-        scores: bool,
-        lengths: tuple[int | None, int | None] = (None, None),
-    ) -> tuple[bool, Tensor, Tensor]:
-        """Causal or not, a mask of keys, and in exact mode one of pairs."""
-        if isinstance(attention_mask, CausalMask):
-            causal, attention_mask = True, attention_mask.keys
-        check_attention_mask(attention_mask, *lengths)
-        if not self.is_linear:
-            return causal, None, attention_mask
-        if scores:
-            raise ValueError(
-                '`return_attention_scores=True` needs `attention_mode="exact"`: linear attention '
-                "never forms the scores."
-            )
-        padding = None
-        if attention_mask is not None:
-            is_causal, padding = split_attention_mask(attention_mask)
-            causal = causal or is_causal
-        if self.options.memory and not causal:
-            raise ValueError(
-                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they are of tokens "
-                f"before a query. Received: {self.options.memory}"
-            )
-        return causal, padding, None
 
     def _within_window(self, heads: Heads) -> Heads:
         """What the stock layer let a query see, for those who compare with it."""
@@ -206,7 +170,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
     ) -> Tensor:
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
         with named(self):
-            self._read_masks(attention_mask, use_causal_mask, return_attention_scores)
+            self.read_masks(attention_mask, use_causal_mask, return_attention_scores)
         return super().compute_output_spec(
             query, value, key=key, return_attention_scores=return_attention_scores
         )

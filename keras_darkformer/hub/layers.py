@@ -78,7 +78,7 @@ class DarkCachedAttention(DarkKerasAttention):
         with named(self):
             if cache is not None:
                 state = self._checked_state(cache, query, value)
-            causal, key_mask, pairs = self._read_masks(
+            causal, key_mask, pairs = self.read_masks(
                 attention_mask,
                 state is not None,
                 return_attention_scores,
@@ -164,7 +164,7 @@ class DarkMoonshineAttention(DarkCachedAttention):
             if attention_mask is not None and len(attention_mask.shape) == 2:
                 attention_mask = attention_mask[:, None, :]
             lengths = (query.shape[1], value.shape[1])
-            causal, key_mask, pairs = self._read_masks(attention_mask, False, False, lengths)
+            causal, key_mask, pairs = self.read_masks(attention_mask, False, lengths=lengths)
         heads = self._project(query, value, key, key_mask, pairs, causal, training)
         if rotary_embedding is not None:
 

@@ -1,7 +1,7 @@
 """The attention that all dark layers share: from projected heads to its output.
 
-`DarkAttention` and the KerasHub layers project, count positions and read masks in their own ways.
-What they have then, `Heads`, goes one way.
+`DarkAttention`, Keras' layers and KerasHub's project and count positions in their own ways. What
+they have then, `Heads`, goes one way.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from keras import ops
 from keras_darkformer.layers.feature_maps import BY_KIND, FeatureMap
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.layers.heads import Heads
+from keras_darkformer.layers.masks import CausalMask, check_attention_mask, split_attention_mask
 from keras_darkformer.ops import exact_dark_attention
 from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.options import AttentionOptions, FeatureOptions
@@ -93,6 +94,48 @@ class FeatureAttention(CheckedWeights):
         self.feature_map = feature_map
         self.options = self.options.of(type(self.options), feature_map=feature_map.kind)
 
+    def read_masks(
+        self,
+        attention_mask: Tensor,
+        causal: bool,
+        scores: bool = False,
+        lengths: tuple[int | None, int | None] = (None, None),
+    ) -> tuple[bool, Tensor, Tensor]:
+        """What a call's masks come to.
+
+        Args:
+            attention_mask: bool, of query and key positions; a `CausalMask`; or `None`.
+            causal: bool. Whether the call says that attention is.
+            scores: bool. Whether it asks for the attention weights.
+            lengths: of queries and keys, which a mask is checked against; `None` where unknown.
+
+        Returns:
+            Causal or not, a mask of keys `(b or 1, s)` or `None`, and in exact mode one of pairs.
+
+        Raises:
+            ValueError: for what linear attention can't express, and a mask of other lengths.
+        """
+        if isinstance(attention_mask, CausalMask):
+            causal, attention_mask = True, attention_mask.keys
+        check_attention_mask(attention_mask, *lengths)
+        if not self.is_linear:
+            return causal, None, attention_mask
+        if scores:
+            raise ValueError(
+                '`return_attention_scores=True` needs `attention_mode="exact"`: linear attention '
+                "never forms the scores."
+            )
+        padding = None
+        if attention_mask is not None:
+            is_causal, padding = split_attention_mask(attention_mask)
+            causal = causal or is_causal
+        if self.options.memory and not causal:
+            raise ValueError(
+                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they are of tokens "
+                f"before a query. Received: {self.options.memory}"
+            )
+        return causal, padding, None
+
     def attend(
         self,
         heads: Heads,
@@ -167,6 +210,13 @@ def build_at(layer: Layer, path: str) -> None:
     *above, parent, _ = path.split("/")
     with keras.name_scope(parent, override_parent="/".join(above)):
         layer.build()
+
+
+def without_masked(output: Tensor, query_mask: Tensor) -> Tensor:
+    """`output`, `(b, t, n, v)`, with zeros for the queries that a mask `(b, t)` leaves out."""
+    if query_mask is None:
+        return output
+    return ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
 
 
 def drop_tokens(dropout: Layer, value: Tensor, training: bool | None) -> Tensor:

@@ -7,15 +7,10 @@ import keras
 from keras import ops
 
 from keras_darkformer.checks import positive_integer
-from keras_darkformer.layers.core import FeatureAttention, drop_tokens
+from keras_darkformer.layers.core import FeatureAttention, drop_tokens, without_masked
 from keras_darkformer.layers.dense import DenseOptions
 from keras_darkformer.layers.heads import Heads, as_it_is
-from keras_darkformer.layers.masks import (
-    check_attention_mask,
-    merge_masks,
-    split_attention_mask,
-    with_head_axis,
-)
+from keras_darkformer.layers.masks import merge_masks, with_head_axis
 from keras_darkformer.layers.stock import equivalent
 from keras_darkformer.ops import PositionedState, exact_dark_attention_scores, rotary_embedding
 from keras_darkformer.ops.backend import numbers
@@ -230,14 +225,14 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return_state: bool = False,
     ) -> Tensor:
         """See the class."""
-        check_attention_mask(attention_mask, query.shape[1], value.shape[1])
-        key_mask = merge_masks(value_mask, key_mask)
-        if self.is_linear and attention_mask is not None:
-            causal, padding = split_attention_mask(attention_mask)
-            use_causal_mask = use_causal_mask or causal
-            key_mask, attention_mask = merge_masks(key_mask, padding), None
-        with_state = return_state or initial_state is not None
-        self._check_call(use_causal_mask, return_attention_scores, with_state)
+        self._check_mode(return_state or initial_state is not None)
+        use_causal_mask, padding, attention_mask = self.read_masks(
+            attention_mask,
+            use_causal_mask,
+            return_attention_scores,
+            (query.shape[1], value.shape[1]),
+        )
+        key_mask = merge_masks(merge_masks(value_mask, key_mask), padding)
         is_self_attention = use_causal_mask or query is value
         query, key, value = numbers(query, value if key is None else key, value)
 
@@ -257,9 +252,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             attention_mask=with_head_axis(attention_mask),
         )
         output, state = self.attend(heads, initial_state=state, return_state=return_state)
-        if query_mask is not None:
-            output = ops.where(ops.cast(query_mask, "bool")[:, :, None, None], output, 0.0)
-        output = self.output_dense(output)
+        output = self.output_dense(without_masked(output, query_mask))
         if return_attention_scores:
             query, key = heads.for_features(self.feature_map)
             query = self.feature_map.exact_query(query)
@@ -274,21 +267,11 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         state = self._state_shapes.check(state, query.shape[0])
         return state if self.is_rotary else (state, None)
 
-    def _check_call(self, causal: bool, scores: bool, with_state: bool) -> None:
-        if self.is_linear and scores:
-            raise ValueError(
-                '`return_attention_scores=True` needs `attention_mode="exact"`: linear '
-                "attention never forms the scores."
-            )
+    def _check_mode(self, with_state: bool) -> None:
         if not self.is_linear and with_state:
             raise ValueError(
                 '`initial_state` and `return_state` need `attention_mode="linear"`: exact '
                 "attention has no state of constant size."
-            )
-        if self.is_linear and self.options.memory and not causal:
-            raise ValueError(
-                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they are of tokens "
-                f"before a query. Received: {self.options.memory}"
             )
 
     def _rotation(self, x: Tensor, mask: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
@@ -356,10 +339,8 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return_state: bool = False,
     ) -> Tensor:
         """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
-        if self.is_linear and attention_mask is not None:
-            use_causal_mask = split_attention_mask(attention_mask)[0] or use_causal_mask
-        with_state = return_state or initial_state is not None
-        self._check_call(use_causal_mask, return_attention_scores, with_state)
+        self._check_mode(return_state or initial_state is not None)
+        self.read_masks(attention_mask, use_causal_mask, return_attention_scores)
         batch_size, length = query.shape[:2]
         output = keras.KerasTensor(query.shape, dtype=self.compute_dtype)
         if return_attention_scores:
