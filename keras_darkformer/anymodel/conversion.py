@@ -29,6 +29,7 @@ from keras_darkformer.options import (
 )
 from keras_darkformer.surgery.become import undone_on_error
 from keras_darkformer.surgery.dark_layer import DarkLayer
+from keras_darkformer.surgery.report import warn_of_dropped
 from keras_darkformer.types import Config, Layer, Model
 
 
@@ -67,7 +68,8 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
         for index, of_layer in by_layer.items():
             take_over(layers[index], stock_class(layers[index]), of_layer)
         hold_all(converted)
-        _warn_of_dropped(converted)
+        # Shown at the line that calls `keras_darkformer.convert_to_dark`.
+        warn_of_dropped(converted.name, dropped(converted), "attention layers", stacklevel=3)
     compile_anew()
     return converted
 
@@ -158,12 +160,3 @@ def _options_by_layer(
 def _models(model: Model) -> list[Any]:
     """The models in a model, from the inside out: itself comes last."""
     return [x for x in reversed(every_layer(model)) if isinstance(x, keras.Model)]
-
-
-def _warn_of_dropped(model: Model) -> None:
-    for drop in dropped(model):
-        warnings.warn(
-            f"Converting {model.name!r} drops from attention layers {drop['layers']}: "
-            f"{drop['what']}. {drop['why']}",
-            stacklevel=4,  # the line that calls `convert_to_dark`
-        )

@@ -5,7 +5,7 @@ from typing import Any
 from keras_darkformer.anymodel.attention import DarkKerasAttention
 from keras_darkformer.anymodel.finding import attention_layers
 from keras_darkformer.layers.stock import window_of
-from keras_darkformer.surgery.report import ConversionReport, Row, report_of
+from keras_darkformer.surgery.report import WEIGHT_DROPOUT, ConversionReport, Row, report_of
 from keras_darkformer.types import Layer, Model
 
 
@@ -34,8 +34,7 @@ def conversion_report(model: Model) -> ConversionReport:
 def dropped(model: Model) -> list[dict[str, Any]]:
     """What the converted layers no longer do: dicts of `what`, `why` and `layers`, indices."""
     layers = [index for index, x in enumerate(attention_layers(model)) if _drops_weights(x)]
-    what = "dropout of single attention weights"
-    why = "Linear attention forms none; whole tokens are dropped at the same rate."
+    what, why = WEIGHT_DROPOUT
     return [{"what": what, "why": why, "layers": layers}] if layers else []
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import warnings
 from typing import Any
 
 from keras_darkformer.compiling import recompilations
@@ -19,6 +18,7 @@ from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.memory import Memory
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.surgery.become import Mixin, become, put, undone_on_error
+from keras_darkformer.surgery.report import WEIGHT_DROPOUT, warn_of_dropped
 from keras_darkformer.types import Config, Layer, Model
 
 
@@ -157,9 +157,7 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
                 if has_features or memory != Memory(window):
                     found.setdefault((what, why), []).append(index)
             if linear and self.family.drops_weights(self, index):
-                what = "dropout of single attention weights"
-                why = "Linear attention forms none; whole tokens are dropped at the same rate."
-                found.setdefault((what, why), []).append(index)
+                found.setdefault(WEIGHT_DROPOUT, []).append(index)
         return [{"what": what, "why": why, "layers": where} for (what, why), where in found.items()]
 
     def get_config(self) -> Config:
@@ -202,12 +200,13 @@ def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = N
     """
     with undone_on_error():
         dark_cls.take_over(model, options)
+        parts = _parts(model)
+        backbone = parts[0]
         compile_anew = recompilations(
-            _parts(model),
-            getattr(model, "backbone", model).dark_layers.values(),
-            like=None if like is None else _parts(like),
+            parts, backbone.dark_layers.values(), like=None if like is None else _parts(like)
         )
-        _warn_of_dropped(model)
+        # Shown at the line that calls `convert_to_dark`.
+        warn_of_dropped(backbone.name, backbone.dropped(), "layers", stacklevel=4)
     compile_anew()
     return model
 
@@ -215,16 +214,6 @@ def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = N
 def _parts(model: Any) -> list[Any]:
     """A backbone, or a task's and the task."""
     return [model.backbone, model] if hasattr(model, "backbone") else [model]
-
-
-def _warn_of_dropped(model: Any) -> None:
-    backbone = getattr(model, "backbone", model)
-    for drop in backbone.dropped():
-        warnings.warn(
-            f"Converting {backbone.name!r} drops from layers {drop['layers']}: "
-            f"{drop['what']}. {drop['why']}",
-            stacklevel=5,  # the line that calls `convert_to_dark`
-        )
 
 
 @functools.cache

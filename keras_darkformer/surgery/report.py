@@ -1,6 +1,7 @@
 """What a conversion changed: a dict for code, a table when printed."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,32 @@ class ConversionReport(PrintedDict):
         count = len(self["converted"])
         columns = [x if isinstance(x := self[name], list) else [x] * count for name in names]
         return list(dict.fromkeys(zip(*columns, strict=True)))
+
+
+# What linear attention drops of a layer that drops attention weights in training, and why.
+WEIGHT_DROPOUT = (
+    "dropout of single attention weights",
+    "Linear attention forms none; whole tokens are dropped at the same rate.",
+)
+
+
+def warn_of_dropped(
+    name: str | None, dropped: Iterable[dict[str, Any]], layers: str, stacklevel: int
+) -> None:
+    """Warns of what the converted layers of a model no longer do.
+
+    Args:
+        name: of the model.
+        dropped: as for `report_of`.
+        layers: what their indices are of.
+        stacklevel: int. Calls from the one of this function out to the line that is to be shown.
+    """
+    for drop in dropped:
+        warnings.warn(
+            f"Converting {name!r} drops from {layers} {drop['layers']}: {drop['what']}. "
+            f"{drop['why']}",
+            stacklevel=stacklevel + 1,
+        )
 
 
 class Row(NamedTuple):
