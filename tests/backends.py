@@ -17,6 +17,10 @@ MODES = {"tensorflow": [_EAGER, _JIT], "jax": [_JIT], "torch": [_EAGER]}[BACKEND
 DEFAULT_JIT = BACKEND == "jax"
 
 
+# For a test of Python that is the same on all backends.
+on_one_backend = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+
+
 def numpy_only():
     """Skips the module that calls it on all backends but one: it computes with none of them."""
     if BACKEND != "torch":

@@ -7,7 +7,6 @@ texts, images. A block whose fence has a title says who runs it:
     ```python title="Not run: it uploads"      does not run, for the reason that readers see
 """
 
-import io
 import re
 import shlex
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import keras_hub
 import numpy as np
 from fresh_process import ROOT
 from hub import checkpoints
-from hub.models import gemma, row
+from hub.models import gemma, gemma_proto, row
 
 import keras_darkformer
 from keras_darkformer import convert_to_dark, hub
@@ -72,35 +71,12 @@ def _llama_folder(path):
     return str(path)
 
 
-def _gemma_proto():
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts()),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        model_type="BPE",
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        bos_piece="<bos>",
-        eos_piece="<eos>",
-        unk_piece="<unk>",
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 class StandIns:
     """Small things for those that pages name; presets are saved in `folder`."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.proto = _gemma_proto()
+        self.proto = gemma_proto(texts(), vocab_size=40, hard_vocab_limit=False)
         self.preset = str(folder / "gemma")
         self.gemma().save_to_preset(self.preset)
         self.hugging_face = _llama_folder(folder / "llama")

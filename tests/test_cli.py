@@ -12,7 +12,7 @@ import time
 import keras_hub
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import BACKEND, on_one_backend, to_numpy
 from fresh_process import ROOT
 from hub.conftest import sentencepiece_proto, texts  # noqa: F401  fixtures
 from hub.models import dark as dark_of
@@ -25,7 +25,7 @@ from keras_darkformer.cli.main import main
 from keras_darkformer.linearizing.budget import DEFAULT_TOKENS
 from keras_darkformer.options import LINEARIZED, ConversionOptions
 
-pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+pytestmark = on_one_backend
 COMMANDS = ("linearize", "report", "generate", "compare")
 LENGTH = ["--length", "24"]
 QUICK = [*LENGTH, "--tokens", "96", "--num-features", "8", "--sliding-window", "4"]

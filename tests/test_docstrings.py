@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
+from backends import on_one_backend
 
 import keras_darkformer
 
@@ -42,7 +42,7 @@ def names_at_hand(module):
     return names
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+@on_one_backend
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples_run(module):
     names = names_at_hand(module)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import keras
 import pytest
-from backends import BACKEND
+from backends import on_one_backend
 from fresh_process import ROOT
 
 import keras_darkformer
@@ -220,7 +220,7 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="the same files on all backends")
+@on_one_backend
 def test_the_version_stands_in_one_place():
     """Of the project's own files; the build reads it there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -234,7 +234,7 @@ def test_the_version_stands_in_one_place():
     ]
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="the same files on all backends")
+@on_one_backend
 def test_what_is_imported_is_declared():
     """KerasHub's own and what is asked for before it is imported are extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

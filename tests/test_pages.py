@@ -8,12 +8,11 @@ import tomllib
 import keras
 import pages
 import pytest
-from backends import BACKEND
+from backends import BACKEND, on_one_backend
 from fresh_process import EIGHT_DEVICES, ROOT, run_python
 
 from keras_darkformer.cli.main import main
 
-ONE_BACKEND = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 ELSEWHERE = {"docs/any_model.md": "tests/anymodel/test_docs.py"}  # its code runs there
 EIGHT = "docs/distribution.md"  # shows how to use several devices
 WITH_CODE = [x for x in pages.PAGES if pages.blocks(x, "python") and x not in ELSEWHERE]
@@ -67,7 +66,7 @@ def test_the_code_of_the_page_of_several_devices_runs(tmp_path):
     assert "(1, 64, 2, 8)" in run_python(code, tmp_path, env=EIGHT_DEVICES)
 
 
-@ONE_BACKEND
+@on_one_backend
 def test_code_that_does_not_run_says_why():
     titles = {b.title for x in pages.PAGES for b in pages.blocks(x, "python")}
     for title in titles - {"", *pages.BACKENDS}:
@@ -77,7 +76,7 @@ def test_code_that_does_not_run_says_why():
 # === Commands ===
 
 
-@ONE_BACKEND
+@on_one_backend
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Converting")
 @pytest.mark.parametrize("page", WITH_COMMANDS)
@@ -136,7 +135,7 @@ def anchors(page):
     return found
 
 
-@ONE_BACKEND
+@on_one_backend
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_links_lead_to_files_and_headings_that_exist(page):
     text = CODE.sub("", (ROOT / page).read_text(encoding="utf-8"))
@@ -150,7 +149,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 # === The site ===
 
 
-@ONE_BACKEND
+@on_one_backend
 def test_the_pictures_are_what_the_script_draws(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pictures.py", "--check"])
     monkeypatch.syspath_prepend(ROOT / "docs" / "_tools")
@@ -160,7 +159,7 @@ def test_the_pictures_are_what_the_script_draws(monkeypatch, capsys):
     assert {x.stem for x in pictures.PICTURES.glob("*")} == {x.__name__ for x in pictures.DRAWN}
 
 
-@ONE_BACKEND
+@on_one_backend
 def test_every_public_name_is_in_the_reference():
     import keras_darkformer as package
 
@@ -174,6 +173,6 @@ def test_every_public_name_is_in_the_reference():
     assert public - shown == {"hub", "layers", "ops", "training"}
 
 
-@ONE_BACKEND
+@on_one_backend
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120

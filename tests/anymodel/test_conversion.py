@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import on_one_backend, to_numpy
 from fresh_process import run_python
 from keras.layers import GroupQueryAttention, MultiHeadAttention
 from layers.helpers import assert_close, differ, normal
@@ -294,7 +294,7 @@ def test_a_converted_model_inside_another_one():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+@on_one_backend
 def test_keras_hub_is_not_needed_and_not_imported():
     code = """
         import sys

@@ -2,8 +2,7 @@
 
 import re
 
-import pytest
-from backends import BACKEND
+from backends import on_one_backend
 from fresh_process import ROOT
 
 from .models import dark_layers_of
@@ -13,7 +12,7 @@ CODE = re.findall(
 )
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+@on_one_backend
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}

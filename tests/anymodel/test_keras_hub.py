@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, compiled, largest_intermediate, to_numpy
+from backends import BACKEND, compiled, largest_intermediate, on_one_backend, to_numpy
 from fresh_process import run_python
 from keras import ops
 from keras_hub.layers import CachedMultiHeadAttention, TransformerDecoder, TransformerEncoder
@@ -309,7 +309,7 @@ SESSION = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+@on_one_backend
 def test_a_fresh_process_loads_a_model_of_blocks_dark(tmp_path):
     model = dark(of_blocks())
     paths = [tmp_path / "model.keras", tmp_path / "model.weights.h5"]

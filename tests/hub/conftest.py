@@ -1,4 +1,3 @@
-import io
 import re
 from pydoc_data.topics import topics
 
@@ -6,7 +5,7 @@ import pytest
 from backends import BACKEND
 from keras_hub.models import GemmaCausalLMPreprocessor, GemmaTokenizer
 
-from .models import LENGTH, VOCABULARY
+from .models import LENGTH, VOCABULARY, gemma_proto
 from .saved import Saved
 
 
@@ -46,26 +45,7 @@ def texts():
 
 @pytest.fixture(scope="session")
 def sentencepiece_proto(texts):
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        model_type="BPE",
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        bos_piece="<bos>",
-        eos_piece="<eos>",
-        unk_piece="<unk>",
-        user_defined_symbols=["<end_of_turn>"],
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return gemma_proto(texts, vocab_size=VOCABULARY, user_defined_symbols=["<end_of_turn>"])
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Tiny models under which every token counts, and what to feed and ask them."""
 
 import dataclasses
+import io
 
 import keras
 import keras_hub
@@ -333,3 +334,26 @@ def forward(model):
 def values(model):
     """Weights by their paths."""
     return {weight.path: to_numpy(weight.value) for weight in model.weights}
+
+
+def gemma_proto(texts, **options):
+    """A SentencePiece model with Gemma's special tokens, learned on texts."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="BPE",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        bos_piece="<bos>",
+        eos_piece="<eos>",
+        unk_piece="<unk>",
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()

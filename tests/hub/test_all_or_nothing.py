@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, DEFAULT_JIT, to_numpy
+from backends import BACKEND, DEFAULT_JIT, on_one_backend, to_numpy
 
 from keras_darkformer import calibrate, convert_to_dark, distil, transfer_attention
 from keras_darkformer.hub import DarkGemmaCausalLM
@@ -61,7 +61,6 @@ class OwnLoss(keras.losses.Loss):
 
 
 # What is put back and what is kept hangs on no backend; elsewhere each fit has to be compiled.
-on_one_backend = pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends")
 
 SCHEDULE, METRIC, LOSS = Falling(0.01), Share(3), OwnLoss(0.5)
 # What no config can describe.

@@ -12,7 +12,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from backends import BACKEND
+from backends import on_one_backend
 
 from keras_darkformer import convert_to_dark, hub
 from keras_darkformer.hub.card import model_card
@@ -262,7 +262,7 @@ def test_a_folder_that_is_no_preset_is_refused_before_a_repository_is_made(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+@on_one_backend
 def test_the_code_in_a_card_runs(preset, capsys):
     card = (preset[1] / "README.md").read_text()
     first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("safetensors")  # which KerasHub reads checkpoints with
 
-from backends import BACKEND, to_numpy
+from backends import BACKEND, on_one_backend, to_numpy
 
 from keras_darkformer import hub
 
@@ -41,7 +41,6 @@ FAMILIES = {
 # Loaders only move arrays, on all backends the same ones.
 KINDS = tuple(CONFIGS) if BACKEND == "torch" else ("llama",)
 LIKE_LLAMA = [kind for kind in KINDS if kind in ("llama", "mistral", "qwen2", "qwen3", "smollm3")]
-torch_only = pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends")
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
 LLAMA_TOKENS += ("<|start_header_id|>", "<|end_header_id|>")
 
@@ -132,7 +131,7 @@ def test_logits_of_a_decoder_are_those_of_the_file(kind, tmp_path):
     close(outputs(load(dark_class(kind), tmp_path, kind, **EXACT), batch)[0], expected)
 
 
-@torch_only
+@on_one_backend
 def test_what_bert_makes_of_a_text_is_that_of_the_file(tmp_path):
     config, tensors = write(tmp_path, "bert")
     model = load(stock_class("bert"), tmp_path, "bert")
@@ -142,7 +141,7 @@ def test_what_bert_makes_of_a_text_is_that_of_the_file(tmp_path):
     close(outputs(load(dark_class("bert"), tmp_path, "bert", **EXACT), batch)[0], expected)
 
 
-@torch_only
+@on_one_backend
 @pytest.mark.parametrize("kind", ["phi3", "opt"])
 def test_families_that_kerashub_does_not_read_say_so(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
@@ -180,7 +179,7 @@ def test_a_folder_with_a_tokenizer_becomes_a_dark_model_that_writes(tmp_path):
     assert len({tokenizer.detokenize(batch["token_ids"][0]) for tokenizer in tokenizers}) == 1
 
 
-@torch_only
+@on_one_backend
 @pytest.mark.parametrize(
     "kind",
     ["gemma", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "smollm3", "gpt2"))],
@@ -202,7 +201,7 @@ def test_tokenizers_of_other_families_are_read(kind, tmp_path, sentencepiece_pro
     assert written(dark_class(kind).from_preset(str(tmp_path / "dark"))) == texts
 
 
-@torch_only
+@on_one_backend
 def test_a_classifier_reads_its_words(tmp_path):
     size = len(checkpoints.write_words(tmp_path))
     write(tmp_path, "bert", vocab_size=size)
@@ -218,7 +217,7 @@ def test_a_classifier_reads_its_words(tmp_path):
 # --- What KerasHub leaves out ---
 
 
-@torch_only
+@on_one_backend
 def test_norms_that_are_read_with_another_epsilon_are_named_and_set_right(tmp_path):
     config, tensors = write(tmp_path, "llama")
     with pytest.warns(UserWarning, match=r"without its `rms_norm_eps=1e-05`.* add 1e-06"):
@@ -235,7 +234,7 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 SCALED |= {"original_max_position_embeddings": 32}
 
 
-@torch_only
+@on_one_backend
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -257,7 +256,7 @@ def test_what_else_is_left_out_is_named(kind, changes, message, tmp_path):
     assert all(re.search(message, text) for text in said)
 
 
-@torch_only
+@on_one_backend
 def test_a_preset_of_another_class_is_refused(tmp_path):
     """KerasHub reads every checkpoint of Llama as Llama 3."""
     write(tmp_path, "llama")
@@ -267,7 +266,7 @@ def test_a_preset_of_another_class_is_refused(tmp_path):
             cls.from_preset(str(tmp_path))
 
 
-@torch_only
+@on_one_backend
 def test_tied_embeddings_of_llama_survive_in_a_dark_preset_and_fail_in_a_stock_one(tmp_path):
     """A stock config forgets them: KerasHub says so, in its way, and loads nothing."""
     config, tensors = write(tmp_path / "hf", "llama", tie_word_embeddings=True)
@@ -289,7 +288,7 @@ def test_tied_embeddings_of_llama_survive_in_a_dark_preset_and_fail_in_a_stock_o
     np.testing.assert_array_equal(outputs(loaded, batch), outputs(model, batch))
 
 
-@torch_only
+@on_one_backend
 def test_a_preset_of_llama_forgets_the_tokens_of_its_tokenizer(tmp_path):
     """And takes another preprocessor: here SmolLM's tokens, which Llama 3 does not have."""
     folder = tmp_path / "hf"
@@ -343,7 +342,7 @@ def test_stock_weights_are_exported_when_that_is_meant(kind, changes, tmp_path):
     np.testing.assert_array_equal(outputs(loaded, batch), expected)
 
 
-@torch_only
+@on_one_backend
 def test_a_backbone_is_exported_alone(tmp_path):
     write(tmp_path / "hf", "gpt2")
     model = load(keras_hub.models.GPT2Backbone, tmp_path / "hf", "bert")
@@ -355,7 +354,7 @@ def test_a_backbone_is_exported_alone(tmp_path):
     np.testing.assert_array_equal(outputs(loaded, batch), expected)
 
 
-@torch_only
+@on_one_backend
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -373,7 +372,7 @@ def test_what_kerashub_exports_wrongly_is_refused(kind, changes, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-@torch_only
+@on_one_backend
 @pytest.mark.parametrize(
     ("kind", "changes"), [("gemma", {"num_key_value_heads": 1, "head_dim": 8}), ("gemma3_text", {})]
 )
@@ -385,7 +384,7 @@ def test_an_export_that_would_lose_lora_is_refused(kind, changes, tmp_path):
         model.export_to_transformers(str(tmp_path / "export"), as_softmax=True)
 
 
-@torch_only
+@on_one_backend
 @pytest.mark.parametrize("kind", ["qwen3", "smollm3", "bert"])
 def test_families_that_kerashub_does_not_export_say_so_and_stay_dark(kind, tmp_path):
     write(tmp_path / "hf", kind)

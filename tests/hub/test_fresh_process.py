@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from backends import BACKEND
+from backends import on_one_backend
 from fresh_process import run_python
 
 from keras_darkformer import conversion_report
@@ -82,7 +82,7 @@ def test_what_can_not_be_loaded_is_an_error_of_its_own(saved):
         saved.loaded("broken")
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends")
+@on_one_backend
 def test_without_the_package_loading_fails_and_says_what_is_missing(saved):
     codes = {
         f"{family} {loader}": (saved.dark(family)[1], code.format(family=family))

@@ -6,7 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import on_one_backend, to_numpy
 
 from keras_darkformer import linearize
 from keras_darkformer.linearizing import pipeline
@@ -33,8 +33,6 @@ OPTIONS = {
     "verbose": False,
 }
 STAGES = ["converted", "calibrated", "transferred", "distilled"]
-
-only_torch = pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends")
 
 
 def one_layer():
@@ -113,7 +111,7 @@ def test_every_stage_is_told(undisturbed, seen):
     assert len(report.plot().axes) == 3
 
 
-@only_torch
+@on_one_backend
 @pytest.mark.parametrize("length", [4, 9, 14, 128])
 def test_decoders_learn_from_rows_with_something_to_look_up(length, rng):
     rows = np.arange(6 * length, dtype="int32").reshape(6, length)  # no token twice
@@ -134,7 +132,7 @@ def test_decoders_learn_from_rows_with_something_to_look_up(length, rng):
     assert len(sizes) > 1 or length < 128
 
 
-@only_torch
+@on_one_backend
 def test_distillation_is_validated_on_text_and_lookups():
     source, kind = one_layer(), Decoder(14)
     kind.look(source, {name: x[:5] for name, x in DATA.items()})
@@ -146,7 +144,7 @@ def test_distillation_is_validated_on_text_and_lookups():
         np.testing.assert_allclose(noted.log_probs.max(axis=-1), exact, rtol=1e-3, atol=1e-4)
 
 
-@only_torch
+@on_one_backend
 def test_a_stage_that_makes_it_worse_is_undone(monkeypatch):
     def spoil(self):
         for variable in self.maps:
@@ -163,7 +161,7 @@ def test_a_stage_that_makes_it_worse_is_undone(monkeypatch):
     assert "undone" in str(report)
 
 
-@only_torch
+@on_one_backend
 def test_it_goes_on_from_wherever_it_was_killed(undisturbed, tmp_path, monkeypatch):
     """Killed again and again, whenever it has written something."""
     monkeypatch.setattr(pipeline.Pipeline, "_forward_seconds", lambda _: 1.0)
@@ -202,7 +200,7 @@ def test_it_goes_on_from_wherever_it_was_killed(undisturbed, tmp_path, monkeypat
     }
 
 
-@only_torch
+@on_one_backend
 def test_another_run_and_damaged_ones_are_refused(tmp_path):
     options = {**OPTIONS, "work_dir": tmp_path}
     linearize(one_layer(), DATA, **options)
@@ -220,7 +218,7 @@ def test_another_run_and_damaged_ones_are_refused(tmp_path):
         linearize(model, DATA, **options)
 
 
-@only_torch
+@on_one_backend
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -241,7 +239,7 @@ def test_bad_arguments_leave_the_model_as_it_was(wrong, message):
     assert type(model).__name__ == "GemmaCausalLM"
 
 
-@only_torch
+@on_one_backend
 def test_layers_are_chosen_and_features_may_be_off(tmp_path):
     options = {**OPTIONS, "keep_exact": 1, "feature_map": "none", "work_dir": tmp_path}
     found = linearize(gemma(num_layers=2), DATA, **options)
@@ -267,7 +265,7 @@ def test_an_encoder_is_judged_by_its_embeddings():
     assert last["cosine"] == pytest.approx(cosine, abs=1e-4)
 
 
-@only_torch
+@on_one_backend
 def test_texts_are_put_together_and_cut_into_rows(preprocessor, texts):
     model = gemma(preprocessor=preprocessor)
     rows = Decoder(10).rows(model, texts[:20])["token_ids"]
@@ -278,7 +276,7 @@ def test_texts_are_put_together_and_cut_into_rows(preprocessor, texts):
     assert len(whole) - rows[:, 1:].size < 9
 
 
-@only_torch
+@on_one_backend
 def test_minutes_become_tokens_by_the_time_of_one_row(monkeypatch):
     clock, looks = [0.0], []
 

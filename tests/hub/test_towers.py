@@ -6,7 +6,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import BACKEND, on_one_backend, to_numpy
 from fresh_process import run_python
 from keras_hub.layers import TransformerDecoder
 
@@ -29,7 +29,6 @@ QUESTIONS = [(name, x) for name in NAMES for x in (*OF_ALL, *(OF_KINDS if name i
 if BACKEND != "torch":
     QUESTIONS = [("ViT", x) for x in ("exact mode = source", "kernel = reference", "fit")]
     QUESTIONS += [("Moonshine", "exact mode = source")]
-same_python = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 
 
 if BACKEND == "torch":
@@ -50,7 +49,7 @@ def dark_layers_of(model):
     return [x for x in model._flatten_layers() if isinstance(x, FeatureAttention)]
 
 
-@same_python
+@on_one_backend
 def test_what_is_no_self_attention_of_an_encoder_is_left():
     """The head of SigLIP, whose only query is linear in time, and decoders."""
     for name in ("SigLIPVision", "Whisper"):
@@ -61,7 +60,7 @@ def test_what_is_no_self_attention_of_an_encoder_is_left():
     assert all(isinstance(x, TransformerDecoder) for x in whisper.decoder_transformer_layers)
 
 
-@same_python
+@on_one_backend
 @pytest.mark.parametrize("name", ["CLIPVision", "DINOV2"])  # the stock layers of ViT are not
 def test_a_model_over_tensors_of_a_tower_is_saved_and_cloned_dark(name, tmp_path):
     tower_of_two = body(convert_to_dark(tower(name), num_features=8))
@@ -85,7 +84,7 @@ def clip():
     return keras_hub.models.CLIPBackbone(vision, text, projection_dim=8)
 
 
-@same_python
+@on_one_backend
 def test_towers_are_converted_by_themselves_where_they_are(tmp_path):
     model = clip()
     with pytest.raises(ValueError, match=r"the models in it: \['clip_vision_enc.*', 'clip_t"):
@@ -102,7 +101,7 @@ def test_towers_are_converted_by_themselves_where_they_are(tmp_path):
     close(to_numpy(loaded(batch)["text_logits"]), expected, 1e-5)
 
 
-@same_python
+@on_one_backend
 def test_a_window_needs_causal_attention():
     with pytest.raises(ValueError, match="need causal attention; that of ViT goes in both"):
         convert_to_dark(tower("ViT"), sliding_window=4)
@@ -129,7 +128,7 @@ SESSION = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
+@on_one_backend
 def test_a_fresh_process_loads_them_dark(tmp_path):
     models = {name: convert_to_dark(tower(name), num_features=8) for name in ("ViT", "Whisper")}
     for name, model in models.items():

@@ -6,7 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
+from backends import BACKEND, on_one_backend
 from hub.models import LENGTH, inputs, values
 
 from keras_darkformer import distil, transfer_attention
@@ -106,9 +106,6 @@ def test_it_comes_to_the_same_weights_and_history(undisturbed, tmp_path):
         np.testing.assert_array_equal(value, found[path], err_msg=path)
 
 
-only_torch = pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends")
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A file that a fit has left after one epoch."""
@@ -119,7 +116,7 @@ def begun(tmp_path_factory):
     return backup
 
 
-@only_torch
+@on_one_backend
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_never_loaded(begun, damage, tmp_path):
     content = bytearray(begun.read_bytes())
@@ -135,7 +132,7 @@ def test_a_damaged_file_is_never_loaded(begun, damage, tmp_path):
         np.testing.assert_array_equal(value, before[path])
 
 
-@only_torch
+@on_one_backend
 def test_a_file_of_another_fit_is_refused(begun):
     stock, model = dark_gemma(num_features=8)
     with pytest.raises(ValueError, match=r"`backup` is of another fit: .*steps=7"):
