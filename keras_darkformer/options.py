@@ -17,7 +17,7 @@ from keras_darkformer.checks import is_integer, one_of, optional_integer, positi
 from keras_darkformer.memory import Memory
 from keras_darkformer.types import Config
 
-ATTENTION_MODES = ("linear", "exact")
+ATTENTION_MODES = ("linear", "exact", "auto")
 FEATURE_MAPS = ("dark", "exponential", "none")
 PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
 ROPE_GEOMETRIES = ("after", "before")
@@ -175,8 +175,11 @@ class AttentionOptions(FeatureOptions):
     """Options of an attention layer: those of `FeatureOptions`, and how attention is computed.
 
     Args:
-        attention_mode: `"linear"`, or `"exact"` for the learned kernel itself, quadratic in the
-            length, to compare with.
+        attention_mode: `"linear"`; `"exact"` for the learned kernel itself, quadratic in the
+            length, to compare with; or `"auto"`, which computes short sequences exactly, where that
+            is faster, and others in linear time. A layer's `computes_exactly` tells which.
+        exact_below: int. With `attention_mode="auto"`, sequences of fewer tokens are computed
+            exactly. `None` picks it by backend, shape and pass, as was measured.
         chunk_size: int. Tokens handled at once in causal linear attention; `None` picks by shape.
             It does not change the result.
         remat: bool. Whether training computes each block of the sequence anew in the backward pass
@@ -184,6 +187,7 @@ class AttentionOptions(FeatureOptions):
     """
 
     attention_mode: str = "linear"
+    exact_below: int | None = None
     chunk_size: int | None = None
     remat: bool | None = None
 
@@ -191,7 +195,18 @@ class AttentionOptions(FeatureOptions):
         """Checks the values."""
         super().__post_init__()
         one_of("attention_mode", self.attention_mode, ATTENTION_MODES)
-        self._settle("chunk_size", optional_integer("chunk_size", self.chunk_size))
+        for name in ("exact_below", "chunk_size"):
+            self._settle(name, optional_integer(name, getattr(self, name)))
+        if self.exact_below is not None and self.attention_mode != "auto":
+            raise ValueError(
+                '`exact_below` needs `attention_mode="auto"`. '
+                f"Received: exact_below={self.exact_below}, attention_mode={self.attention_mode!r}"
+            )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether layers have features and a state: in every mode but `"exact"`."""
+        return self.attention_mode != "exact"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

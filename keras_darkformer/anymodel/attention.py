@@ -118,7 +118,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
             )
         key_mask = merge_masks(merge_masks(value_mask, key_mask), padding)
         heads = self._project(query, value, key, key_mask, pairs, causal, training)
-        output, _ = self.attend(heads)
+        output, _ = self.attend(heads, training=training)
         output = without_masked(output, query_mask)
         for gate in self._gates():
             output = output * gate(query)

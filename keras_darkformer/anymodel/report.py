@@ -42,4 +42,4 @@ def _drops_weights(layer: Layer) -> bool:
     """Whether a layer is one that drops whole tokens where the stock layer drops weights."""
     if not isinstance(layer, DarkKerasAttention):
         return False
-    return layer.made_with.attention_mode == "linear" and layer.dropout > 0
+    return layer.made_with.is_linear and layer.dropout > 0

@@ -124,7 +124,11 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
             value = drop_tokens(part(self, "dropout_layer"), heads.value, training)
             heads = dataclasses.replace(heads, value=value)
         output, state = self.attend(
-            heads, write_mask=write_mask, initial_state=cache, return_state=cache is not None
+            heads,
+            training=training,
+            write_mask=write_mask,
+            initial_state=cache,
+            return_state=cache is not None,
         )
         if self.drops == "output":
             output = part(self, "dropout_layer")(output, training=training)

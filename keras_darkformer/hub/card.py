@@ -117,7 +117,7 @@ def _converted(model: Any) -> str:
         f"{report['parameters']:,} parameters:",
         _table(["layers", "attention", "features of each key/value head", "state"], rows),
     ]
-    if backbone.family.causal and report["attention_mode"] == "linear":
+    if backbone.family.causal and backbone.options.is_linear:
         parts.append(
             f"States are those of one text in {backbone.compute_dtype}, however long it is. "
             + _memory(backbone.options.memory)
@@ -145,7 +145,10 @@ def _layer(attention: Any, causal: bool) -> tuple[str, ...]:
     if not attention.is_linear:
         return "the learned kernel, exactly", features, cache
     size = feature_map.state_shapes(dtype=attention.compute_dtype).nbytes()
-    return "linear", features, f"{size / 1024:.1f} KiB" if causal else ""
+    form = "linear"
+    if attention.options.attention_mode == "auto":
+        form += ", short texts exactly"
+    return form, features, f"{size / 1024:.1f} KiB" if causal else ""
 
 
 def _memory(memory: Memory) -> str:

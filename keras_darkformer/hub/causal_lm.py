@@ -52,7 +52,7 @@ class DarkCausalLM(DarkTask, TransformersExport):
     @classmethod
     def take_over(cls, model: Model, options: ConversionOptions) -> Model:
         """As for other tasks; refuses a model compiled for speculative sampling first."""
-        if options.attention_mode == "linear":
+        if options.is_linear:
             _refuse_speculative(getattr(model, "sampler", None))
         return super().take_over(model, options)
 

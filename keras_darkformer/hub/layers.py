@@ -85,7 +85,9 @@ class DarkCachedAttention(DarkKerasAttention):
                 (query.shape[1], value.shape[1]),
             )
         heads = self._project(query, value, key, key_mask, pairs, causal, training)
-        output, state = self.attend(heads, initial_state=state, return_state=state is not None)
+        output, state = self.attend(
+            heads, training=training, initial_state=state, return_state=state is not None
+        )
         output = self._output_dense(output)
         return output if state is None else (output, state)
 
@@ -174,7 +176,7 @@ class DarkMoonshineAttention(DarkCachedAttention):
             heads = dataclasses.replace(heads, rotate_query=rotate)
             if self.apply_rotary_embedding:
                 heads = dataclasses.replace(heads, rotate_key=rotate)
-        return self._output_dense(self.attend(heads)[0])
+        return self._output_dense(self.attend(heads, training=training)[0])
 
 
 class DecoderMasks(Mixin):

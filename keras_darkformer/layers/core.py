@@ -13,8 +13,14 @@ from keras import ops
 from keras_darkformer.layers.feature_maps import BY_KIND, FeatureMap
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights
 from keras_darkformer.layers.heads import Heads
-from keras_darkformer.layers.masks import CausalMask, check_attention_mask, split_attention_mask
+from keras_darkformer.layers.masks import (
+    CausalMask,
+    check_attention_mask,
+    merge_masks,
+    split_attention_mask,
+)
 from keras_darkformer.ops import exact_dark_attention
+from keras_darkformer.ops.crossover import crossover
 from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.options import AttentionOptions, FeatureOptions
 from keras_darkformer.types import Layer, Tensor
@@ -31,19 +37,21 @@ class FeatureAttention(CheckedWeights):
         feature_map: `FeatureMap`, a sublayer.
         observer: computes attention instead, or `None`; see `observed`.
         position_offset: added to all rotary positions, or `None`.
+        is_fitted: whether the features are being fitted, and used at any length; see `fitted`.
     """
 
     options: AttentionOptions
     feature_map: FeatureMap
     observer: Observer | None = None
     position_offset: Tensor = None
+    is_fitted: bool = False
     path: str
     compute_dtype: str
 
     @property
     def is_linear(self) -> bool:
-        """Whether features are used, and a state carried, or the kernel computed exactly."""
-        return self.options.attention_mode == "linear"
+        """Whether there are features and a state, or the kernel is always computed exactly."""
+        return self.options.is_linear
 
     @property
     def is_rotary(self) -> bool:
@@ -136,10 +144,61 @@ class FeatureAttention(CheckedWeights):
             )
         return causal, padding, None
 
+    def computes_exactly(
+        self,
+        num_queries: int | None,
+        num_keys: int | None,
+        *,
+        causal: bool = False,
+        training: bool | None = None,
+    ) -> bool:
+        """Whether a call that goes on from no state computes the kernel itself, not with features.
+
+        With `attention_mode="auto"` short sequences are computed exactly. Without an exact memory
+        these are shorter than `exact_below`, and the exact form is the kernel that the features
+        estimate; where the features were learned instead of drawn there is none. With an exact
+        memory they are those that fit into it, and the two forms are the same attention.
+
+        Args:
+            num_queries: int. Tokens that attend.
+            num_keys: int. Tokens attended to. Of two different numbers the harmonic mean counts,
+                since the cost of the exact form is their product. A number that is not known when
+                the call is traced, `None`, gives false.
+            causal: bool. Whether query t attends to keys up to t.
+            training: bool. Whether gradients follow: the exact form then loses its lead sooner.
+
+        Example:
+
+        >>> layer = keras_darkformer.DarkAttention(16, 4, attention_mode="auto", exact_below=512)
+        >>> layer.computes_exactly(100, 100), layer.computes_exactly(1000, 1000)
+        (True, False)
+        """
+        options, feature_map = self.options, self.feature_map
+        if options.attention_mode != "auto":
+            return not options.is_linear
+        if not isinstance(num_queries, int) or not isinstance(num_keys, int) or self.is_fitted:
+            return False
+        if options.memory:
+            return causal and num_keys <= options.memory.size
+        if not feature_map.estimates_kernel:
+            return False
+        below = options.exact_below
+        if below is None:
+            below = crossover(
+                feature_map.head_dim,
+                feature_map.num_features,
+                feature_map.num_query_heads // feature_map.num_heads,
+                causal=causal,
+                training=bool(training),
+            )
+        # The harmonic mean is below `below`, without a division by zero.
+        return 2 * num_queries * num_keys < below * (num_queries + num_keys)
+
     def attend(
         self,
         heads: Heads,
         *,
+        training: bool | None = None,
         write_mask: Tensor = None,
         initial_state: AttentionState | None = None,
         return_state: bool = False,
@@ -148,6 +207,7 @@ class FeatureAttention(CheckedWeights):
 
         Args:
             heads: what came out of the projections.
+            training: bool. Whether gradients follow.
             write_mask: bool, `(b, s)`: which tokens enter the state; `None` for all that are
                 attended to.
             initial_state: state of the tokens before, or `None`.
@@ -159,9 +219,17 @@ class FeatureAttention(CheckedWeights):
         if self.observer is not None:
             return self.observer(self, heads), initial_state
         query, key = heads.for_features(self.feature_map)
-        if not self.is_linear:
+        goes_on = initial_state is not None or (return_state and bool(self.options.memory))
+        lengths = query.shape[1], key.shape[1]
+        if not goes_on and self.computes_exactly(*lengths, causal=heads.causal, training=training):
+            if self.options.memory and self.is_linear:  # all tokens fit into it
+                return heads.exact_output(), None
+            state = None
+            if return_state:
+                enters = merge_masks(heads.key_mask, write_mask)
+                state = self.feature_map.accumulate(key, heads.value, enters)
             query = self.feature_map.exact_query(query)
-            return exact_dark_attention(query, key, heads.value, **heads.masks), None
+            return exact_dark_attention(query, key, heads.value, **heads.masks), state
         result = self.feature_map.attend(
             query,
             key,
@@ -196,6 +264,22 @@ def observed(
     finally:
         for layer in layers:
             layer.observer = layer.position_offset = None
+
+
+@contextlib.contextmanager
+def fitted(layers: Iterable[FeatureAttention]) -> Iterator[None]:
+    """Has layers of `attention_mode="auto"` use their features at any length in the block.
+
+    Texts to fit features to are shorter than those that features are for.
+    """
+    before = [(layer, layer.is_fitted) for layer in layers]
+    for layer, _ in before:
+        layer.is_fitted = True
+    try:
+        yield
+    finally:
+        for layer, was_fitted in before:
+            layer.is_fitted = was_fitted
 
 
 @contextlib.contextmanager

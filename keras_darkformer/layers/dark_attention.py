@@ -251,7 +251,9 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             key_mask=key_mask,
             attention_mask=with_head_axis(attention_mask),
         )
-        output, state = self.attend(heads, initial_state=state, return_state=return_state)
+        output, state = self.attend(
+            heads, training=training, initial_state=state, return_state=return_state
+        )
         output = self.output_dense(without_masked(output, query_mask))
         if return_attention_scores:
             query, key = heads.for_features(self.feature_map)

@@ -10,7 +10,7 @@ import numpy as np
 from keras_darkformer.choosing import choose_layers, probe_length
 from keras_darkformer.hub.conversion import convert_to_dark
 from keras_darkformer.hub.record import FACTS, versions
-from keras_darkformer.layers.core import exactly
+from keras_darkformer.layers.core import exactly, fitted
 from keras_darkformer.linearizing.budget import Budget
 from keras_darkformer.linearizing.notebook import Notebook, values_of
 from keras_darkformer.linearizing.report import LinearizationReport
@@ -122,10 +122,11 @@ class Pipeline:
             self._say(f"{name} before: {_told(_figures(done))}")
             return
         before, started = values_of(variables), time.time()
-        tokens = work()
-        seconds = time.time() - started
-        self.budget.spend(seconds)
-        found = self.kind.judge(self.model)
+        with fitted(self.layers.values()):
+            tokens = work()
+            seconds = time.time() - started
+            self.budget.spend(seconds)
+            found = self.kind.judge(self.model)
         kept = not stages or self.kind.cost(found) <= self.kind.cost(self._reached())
         if kept and name != "converted":
             self.notebook.save(name, variables)

@@ -21,9 +21,9 @@ from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import check_attention, check_causal, check_mask
 from keras_darkformer.ops.chunked import chunked
 from keras_darkformer.ops.features import FoldedFeatures
-from keras_darkformer.ops.parallel import parallel
+from keras_darkformer.ops.parallel import absorb, parallel
 from keras_darkformer.ops.recurrent import recurrent
-from keras_darkformer.ops.state import AttentionState, StateShapes
+from keras_darkformer.ops.state import AttentionState, State, StateShapes
 from keras_darkformer.types import Tensor
 
 
@@ -83,6 +83,33 @@ def attend(
         output, state = parallel(query, key, value, features, state, how)
     output = ops.cast(output, dtype)
     return (output, shapes.stored(state)) if return_state else output
+
+
+def accumulate(
+    key: Tensor, value: Tensor, features: FoldedFeatures, *, key_mask: Tensor = None
+) -> State:
+    """The state after keys that nothing attends to here, of an attention without exact memory.
+
+    Args:
+        key: tensor of shape `(b, s, k, h)`, any float dtype, as value.
+        value: tensor of shape `(b, s, k, v)`.
+        features: `FoldedFeatures`, float32.
+        key_mask: bool, `(b, s)` or `(1, s)`, true = enters the state, or `None`.
+
+    Returns:
+        The `State`, in the dtype in which `attend` returns it.
+    """
+    check_mask("key_mask", key_mask, key)
+    shapes = StateShapes(
+        key.shape[2],
+        features.num_features,
+        value.shape[3],
+        key.shape[3],
+        dtype=output_dtype(key, value),
+    )
+    before = shapes._replace(dtype="float32").zeros(ops.shape(key)[0])
+    call = Call(key_mask=None if key_mask is None else ops.cast(key_mask, "bool"))
+    return shapes.stored(absorb(key, value, features, before, call))
 
 
 def are_few(inputs: Tensor, num_features: int) -> bool:

@@ -27,11 +27,17 @@ def block_length(length: int) -> int:
     """Tokens per block of a causal sequence on the device that Keras computes on."""
     # TensorFlow unrolls the blocks: more of them take minutes to compile.
     least = -(-length // MOST_BLOCKS) if _BACKEND == "tensorflow" else 1
-    return max(least, ACCELERATOR_BLOCK_LENGTH if _accelerated() else BLOCK_LENGTH)
+    return max(least, ACCELERATOR_BLOCK_LENGTH if accelerated() else BLOCK_LENGTH)
+
+
+def backend() -> str:
+    """The name of the backend, for figures measured on each."""
+    return _BACKEND
 
 
 @functools.cache
-def _accelerated() -> bool:
+def accelerated() -> bool:
+    """Whether Keras computes on an accelerator."""
     if _BACKEND == "torch":
         import torch
 

@@ -52,7 +52,7 @@ class ConversionReport(PrintedDict):
             drawn = " and ".join(name for (name,) in self._distinct("projection"))
             lines.append(f"geometry starts at {told} I, {drawn} projection")
         memories = [Memory(*sizes) for sizes in self._distinct(*Memory._fields)]
-        if any(memories) and self["attention_mode"] == "linear":
+        if any(memories) and self["attention_mode"] != "exact":
             told = "; or ".join(str(memory) for memory in memories if memory)
             lines.append(f"kept exactly: {told}")
         lines += [

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_darkformer.checks import one_of, positive_integer
+from keras_darkformer.layers.core import fitted
 from keras_darkformer.training.data import Kept, batches, dark_layers, without_head
 from keras_darkformer.training.distillation import Distillation, Teacher
 from keras_darkformer.training.distillation_loss import DistillationLoss
@@ -173,6 +174,7 @@ def distil(
             exact = teacher
             frozen.enter_context(_only_trainable(exact, ()))
         frozen.enter_context(_only_trainable(model, _chosen(model, layers, train)))
+        frozen.enter_context(fitted(layers.values()))
         distillation = Distillation(model, exact, loss)
         distillation.compile(optimizer=optimizer)
         history = fit_steps(

@@ -32,7 +32,12 @@ FEATURE_OPTIONS = {
     "cache_size": 3,
     "seed": 5,
 }
-ATTENTION_OPTIONS = FEATURE_OPTIONS | {"attention_mode": "exact", "chunk_size": 3, "remat": True}
+ATTENTION_OPTIONS = FEATURE_OPTIONS | {
+    "attention_mode": "auto",
+    "exact_below": 7,
+    "chunk_size": 3,
+    "remat": True,
+}
 OTHER_OPTIONS = {"rank": 6, "tie_geometry": True, "rope_geometry": "before"}
 NO_MEMORY = {"sliding_window": None, "num_sinks": 0, "cache_size": 0}
 EXPONENTIAL_OPTIONS = {"feature_map": "exponential"} | NO_MEMORY

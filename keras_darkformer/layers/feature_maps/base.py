@@ -21,11 +21,11 @@ from keras_darkformer.layers.feature_maps.far_offset import FarMass
 from keras_darkformer.layers.feature_maps.placement import AfterRotation, placement_of
 from keras_darkformer.layers.feature_maps.weights import CheckedWeights, check_stored
 from keras_darkformer.memory import Memory
-from keras_darkformer.ops.attention import are_few, attend
+from keras_darkformer.ops.attention import accumulate, are_few, attend
 from keras_darkformer.ops.backend import numbers
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.scores import exact_pairs, log_scores
-from keras_darkformer.ops.state import AttentionState, StateShapes
+from keras_darkformer.ops.state import AttentionState, State, StateShapes
 from keras_darkformer.options import FeatureOptions, shows_options
 from keras_darkformer.types import Config, Shape, Tensor
 
@@ -131,6 +131,11 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         """The query whose softmax attention to the raw keys is what the features estimate."""
         return query
 
+    @property
+    def estimates_kernel(self) -> bool:
+        """Whether features estimate the kernel of `exact_query`, and not whatever they learned."""
+        return False
+
     def redraw(self, seed: int | None = None) -> None:
         """Refused: features that were fitted to data, not drawn, can't be drawn anew."""
         raise ValueError(
@@ -166,6 +171,19 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         features = self.fold(factored=factored)
         call |= {"initial_state": initial_state, "memory": self.memory}
         return attend(query, key, value, features, **call)
+
+    def accumulate(self, key: Tensor, value: Tensor, key_mask: Tensor = None) -> State:
+        """The state that `attend` would return after these keys, of a map without exact memory.
+
+        Args:
+            key: `(b, s, num_heads, h)`.
+            value: `(b, s, num_heads, v)`.
+            key_mask: bool, `(b, s)`, true = enters the state, or `None`.
+        """
+        self.ensure_built()
+        features = self.fold()
+        assert features is not None
+        return accumulate(key, value, features, key_mask=key_mask)
 
     def log_scores(self, query: Tensor, key: Tensor, exact: Tensor = None) -> Tensor:
         """Logarithms of the weights `attend` gives keys before it normalises and masks them.

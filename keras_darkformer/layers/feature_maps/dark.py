@@ -168,6 +168,11 @@ class DarkFeatureMap(FeatureMap):
         self.ensure_built()
         return self.placement.before_rotation(inputs, self.geometry)
 
+    @property
+    def estimates_kernel(self) -> bool:
+        """Unless the projection is learned: what is drawn has the kernel as its mean."""
+        return not self.options.train_projection
+
     def exact_query(self, query: Tensor) -> Tensor:
         """The query whose softmax attention to the raw keys is the dark kernel itself.
 

@@ -1,0 +1,68 @@
+"""Up to which length the kernel itself is computed faster than features estimate it."""
+
+from typing import NamedTuple
+
+from keras_darkformer.ops.backend import accelerated, backend
+
+
+class Crossover(NamedTuple):
+    """Where the two forms take equally long, fitted to `benchmarks/results/crossover_*.json`.
+
+    Attributes:
+        length: tokens at which they do for 128 features, heads of size 64 and no groups.
+        features, head_dim, groups: with which powers of the three that grows.
+    """
+
+    length: float
+    features: float
+    head_dim: float
+    groups: float
+
+    def at(self, num_features: int, head_dim: int, groups: int) -> int:
+        """Tokens below which the exact form is faster."""
+        parts = (
+            (num_features / 128) ** self.features,
+            (head_dim / 64) ** self.head_dim,
+            groups**self.groups,
+        )
+        return round(self.length * parts[0] * parts[1] * parts[2])
+
+
+# On one thread of a CPU, by backend and (causal, training).
+MEASURED = {
+    "torch": {
+        (True, False): Crossover(1800, 0.74, -0.48, -0.64),
+        (True, True): Crossover(1300, 0.87, -0.48, -0.69),
+        (False, False): Crossover(700, 0.50, -0.22, -0.41),
+        (False, True): Crossover(550, 0.67, -0.43, -0.47),
+    },
+}
+MEASURED["jax"] = MEASURED["tensorflow"] = MEASURED["torch"]
+# On accelerators only estimated, for every call: flash attention there is faster than these
+# operations for longer.
+ON_ACCELERATOR = 4096
+
+
+def crossover(
+    head_dim: int, num_features: int, groups: int, *, causal: bool, training: bool
+) -> int:
+    """The length below which exact attention is faster, as measured; beside it they are alike.
+
+    Args:
+        head_dim: int. Size h of a head.
+        num_features: int. Features m.
+        groups: int. Query heads for each key/value head.
+        causal: bool. Whether query t attends to keys up to t.
+        training: bool. Whether gradients follow.
+
+    Returns:
+        Tokens, queries and keys being as many.
+
+    Example:
+
+    >>> crossover(64, 128, 1, causal=False, training=True) > 0
+    True
+    """
+    if accelerated():
+        return ON_ACCELERATOR
+    return MEASURED[backend()][causal, training].at(num_features, head_dim, groups)
