@@ -2,11 +2,15 @@
 
 - dark: `ops.dark_attention` with a geometry that is trained;
 - dark_identity: the same with `geometry=None`, where Performer is the peer;
+- dark_auto: what a layer with `attention_mode="auto"` computes: the kernel
+  itself or `dark`, by the length;
 - dark_remat: the same as dark with `remat` turned the other way than its default;
 - darkformer_pytorch_C: darkformer-pytorch with `causal_chunk_size=C` (256 is
   its default), its geometry trained too;
 - performer_pytorch: performer-pytorch's `FastAttention`, whose projection is
   not trained;
+- fla: the chunked form in plain PyTorch of flash-linear-attention's tests, whose
+  features are `elu(x) + 1`; its kernels need a GPU;
 - sdpa: torch's `scaled_dot_product_attention`; cudnn: `jax.nn`'s on a GPU;
 - keras: `keras.ops.dot_product_attention`;
 - matmul: the product of two matrices of 1,024 x 1,024, the machine's rate;
@@ -17,6 +21,10 @@ Each gets its inputs in the layout it likes, keys and values repeated for the
 query heads beforehand where it knows no groups. Gradients are those by queries,
 keys, values and what is trained.
 """
+
+import functools
+import importlib.util
+import pathlib
 
 from common import accelerator, backend, compiled
 
@@ -33,18 +41,24 @@ class Way:
         self.function, self.inputs, self.trained = function, inputs, list(trained)
 
 
-def ways_of(shape, length, causal, names=None, dtype="float32", compile=False):
+def ways_of(shape, length, causal, names=None, dtype="float32", compile=False, gradients=False):
     """The ways this backend has, by name, on the same random inputs; `names`: only these."""
     import numpy as np
     from keras import ops
 
-    from keras_darkformer.ops import dark_attention, draw_projection
+    from keras_darkformer.ops import (
+        apply_geometry,
+        dark_attention,
+        draw_projection,
+        exact_dark_attention,
+    )
+    from keras_darkformer.ops.crossover import crossover
 
     heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    rng = np.random.default_rng(0)
+    rng, batch = np.random.default_rng(0), shape.get("batch", 1)
 
     def draw(count):
-        array = rng.standard_normal((1, length, count, head_dim), dtype="float32")
+        array = rng.standard_normal((batch, length, count, head_dim), dtype="float32")
         return ops.convert_to_tensor(array, dtype=dtype)
 
     query, key, value = draw(heads), draw(kv_heads), draw(kv_heads)
@@ -54,6 +68,17 @@ def ways_of(shape, length, causal, names=None, dtype="float32", compile=False):
 
     def dark(query, key, value, geometry=None, **options):
         return dark_attention(query, key, value, geometry, projection, causal=causal, **options)
+
+    def exact(query, key, value, geometry):
+        kernel = ops.einsum("krh,krj->khj", geometry, geometry)
+        query = ops.cast(apply_geometry(query, kernel), query.dtype)
+        return exact_dark_attention(query, key, value, causal=causal)
+
+    def dark_auto(gradients):
+        groups = heads // kv_heads
+        sizes = head_dim, shape["num_features"], groups
+        below = crossover(*sizes, causal=causal, training=gradients)
+        return exact if length < below else dark
 
     def dark_remat(*tensors):  # JAX does it by default
         return dark(*tensors, remat=backend() != "jax")
@@ -67,6 +92,7 @@ def ways_of(shape, length, causal, names=None, dtype="float32", compile=False):
     plain = [query, key, value]
     makers = {
         "dark": lambda: Way(dark, plain, [geometry]),
+        "dark_auto": lambda: Way(dark_auto(gradients), plain, [geometry]),
         "dark_remat": lambda: Way(dark_remat, plain, [geometry]),
         "keras": lambda: Way(keras_attention, [query, wide(key), wide(value)]),
     }
@@ -122,8 +148,18 @@ def torch_ways(shape, causal, plain, wide, compile):
         ).to(query.device)
         return Way(module, head_first(query, wide(key), wide(value)))
 
+    def fla():
+        module = fla_module()
+
+        def function(query, key, value):
+            query, key = functional.elu(query) + 1, functional.elu(key) + 1
+            return module.naive_chunk_linear_attn(query, key, value, normalize=True)
+
+        return Way(function, [query, wide(key), wide(value)])
+
     chunks = CHUNKS if causal else (256,)
     return {
+        **({"fla": fla} if causal and fla_module() else {}),
         "sdpa": lambda: Way(sdpa, head_first(query, key, value)),
         "performer_pytorch": performer,
         **{f"darkformer_pytorch_{c}": lambda c=c: darkformer(c) for c in chunks},
@@ -171,6 +207,18 @@ def layer_ways(shape, length, dtype="float32"):
         "layer_dark": of_layer(ours),
         "layer_keras": of_layer(theirs),
     }
+
+
+@functools.cache
+def fla_module():
+    """A file of flash-linear-attention, if that is installed: the package asks for Triton."""
+    if (found := importlib.util.find_spec("fla")) is None:
+        return None
+    path = pathlib.Path(found.origin).parent / "ops" / "linear_attn" / "naive.py"
+    spec = importlib.util.spec_from_file_location("fla_naive", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # === Running them ===

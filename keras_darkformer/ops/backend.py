@@ -120,6 +120,34 @@ def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
     return outputs.reshape(*shape[:-1], kernel.shape[-1])
 
 
+def softmax_attention(
+    query: Any, key: Any, value: Any, *, scale: float, causal: bool = False, mask: Any = None
+) -> Any:
+    """`ops.dot_product_attention` of tensors `(b, t, heads, h)` of one dtype.
+
+    On torch Keras' has each of them copied, so that heads come first in memory, and makes a float
+    of every bit of a mask. `scaled_dot_product_attention` needs neither: on a CPU that is a fifth
+    of the time at 128 tokens.
+    """
+    if _BACKEND != "torch":
+        return ops.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, is_causal=causal
+        )
+    import torch
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
 def compiled(
     function: Callable[..., Any], variables: Sequence[Any], updated: Sequence[Any] = ()
 ) -> Callable[..., Any]:

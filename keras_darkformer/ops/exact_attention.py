@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_darkformer.ops.attention import output_dtype
-from keras_darkformer.ops.backend import numbers, tensors
+from keras_darkformer.ops.backend import numbers, softmax_attention, tensors
 from keras_darkformer.ops.checks import check_attention, check_geometry
 from keras_darkformer.ops.dark_features import apply_geometry
 from keras_darkformer.types import Tensor
@@ -73,12 +73,12 @@ def exact_dark_attention(
     query, key, value = (_widen(x, width) for x in (query, key, ops.cast(value, dtype)))
     scale = head_dim**-0.5
     if visible is None:
-        output = ops.dot_product_attention(query, key, value, scale=scale, is_causal=causal)
+        output = softmax_attention(query, key, value, scale=scale, causal=causal)
     else:
         # A row without keys has no softmax: let it see all, then wipe it.
         alive = ops.any(visible, axis=-1, keepdims=True)
         mask = ops.logical_or(visible, ops.logical_not(alive))
-        output = ops.dot_product_attention(query, key, value, mask=mask, scale=scale)
+        output = softmax_attention(query, key, value, scale=scale, mask=mask)
         output = ops.where(ops.swapaxes(alive, 1, 2), output, 0.0)
     return ops.cast(output[..., :value_dim], dtype)
 

@@ -185,10 +185,10 @@ class DarkFeatureMap(FeatureMap):
         if self.placement.of_features(self.geometry) is None:
             return query
         groups = query.shape[2] // self.num_heads
-        shift = ops.repeat(self.query_shift * self.head_dim**0.25, groups, axis=0)
+        shift = self.query_shift * self.head_dim**0.25
         kernel = ops.swapaxes(self.covariance(), 1, 2)
-        moved = apply_geometry(ops.cast(query, "float32") - shift, kernel)
-        return ops.cast(moved + shift, query.dtype)
+        back = ops.repeat(shift - ops.einsum("khj,kj->kh", kernel, shift), groups, axis=0)
+        return ops.cast(apply_geometry(ops.cast(query, "float32"), kernel) + back, query.dtype)
 
     def redraw(self, seed: int | None = None) -> None:
         """Replaces the projection by a new draw; the kernel estimated stays the same.
