@@ -94,16 +94,10 @@ def multiplications(shape, length, causal):
 
 
 def time_row(label, length, causal, gradients, args):
-    ways = ways_of(
-        SHAPES[label],
-        length,
-        causal,
-        dtype=args.dtype,
-        compile=args.compile,
-        gradients=gradients,
-    )
+    ways = ways_of(SHAPES[label], length, causal, dtype=args.dtype, compile=args.compile)
     ways.pop("fla", None)  # as `use.py` has it
     if gradients:
+        del ways["dark_auto"]
         return row_of(ways, "dark", label, length, causal, gradients, args)
     del ways["dark_remat"]
     ways["matmul"] = matmul_way()

@@ -2,8 +2,8 @@
 
 - dark: `ops.dark_attention` with a geometry that is trained;
 - dark_identity: the same with `geometry=None`, where Performer is the peer;
-- dark_auto: what a layer with `attention_mode="auto"` computes: the kernel
-  itself or `dark`, by the length;
+- dark_auto: what a layer with `attention_mode="auto"` computes in inference: the
+  kernel itself or `dark`, by the length;
 - dark_remat: the same as dark with `remat` turned the other way than its default;
 - darkformer_pytorch_C: darkformer-pytorch with `causal_chunk_size=C` (256 is
   its default), its geometry trained too;
@@ -41,7 +41,7 @@ class Way:
         self.function, self.inputs, self.trained = function, inputs, list(trained)
 
 
-def ways_of(shape, length, causal, names=None, dtype="float32", compile=False, gradients=False):
+def ways_of(shape, length, causal, names=None, dtype="float32", compile=False):
     """The ways this backend has, by name, on the same random inputs; `names`: only these."""
     import numpy as np
     from keras import ops
@@ -74,11 +74,8 @@ def ways_of(shape, length, causal, names=None, dtype="float32", compile=False, g
         query = ops.cast(apply_geometry(query, kernel), query.dtype)
         return exact_dark_attention(query, key, value, causal=causal)
 
-    def dark_auto(gradients):
-        groups = heads // kv_heads
-        sizes = head_dim, shape["num_features"], groups
-        below = crossover(*sizes, causal=causal, training=gradients)
-        return exact if length < below else dark
+    sizes = head_dim, shape["num_features"], heads // kv_heads
+    dark_auto = exact if length < crossover(*sizes, causal=causal) else dark
 
     def dark_remat(*tensors):  # JAX does it by default
         return dark(*tensors, remat=backend() != "jax")
@@ -92,7 +89,7 @@ def ways_of(shape, length, causal, names=None, dtype="float32", compile=False, g
     plain = [query, key, value]
     makers = {
         "dark": lambda: Way(dark, plain, [geometry]),
-        "dark_auto": lambda: Way(dark_auto(gradients), plain, [geometry]),
+        "dark_auto": lambda: Way(dark_auto, plain, [geometry]),
         "dark_remat": lambda: Way(dark_remat, plain, [geometry]),
         "keras": lambda: Way(keras_attention, [query, wide(key), wide(value)]),
     }

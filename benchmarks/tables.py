@@ -25,6 +25,7 @@ import re
 import compatibility_table
 import pretrained_tables as pretrained
 import quality_tables as quality
+import short_tables as short
 import speed_tables as speed
 import study_tables as study
 from common import BENCHMARKS, RESULTS
@@ -39,10 +40,12 @@ TABLES = {
     "compatibility": compatibility_table.compatibility,
     "conversion-memory": quality.conversion_memory,
     "crossover": speed.crossover,
+    "crossovers": short.crossovers,
     "decode": speed.decode,
     "distil-memory": quality.distil_memory,
     "encoder": quality.encoder,
     "floor": speed.floor,
+    "forms": short.forms,
     "gemma-to-dark": quality.gemma_to_dark,
     "in-short": speed.in_short,
     "left-out": speed.left_out,
@@ -71,6 +74,8 @@ TABLES = {
     "study-features": study.features,
     "study-stability": study.stability,
     "study-variance": study.variance,
+    "use": short.use,
+    "use-in-short": short.use_in_short,
 }
 
 

@@ -179,7 +179,8 @@ class AttentionOptions(FeatureOptions):
             length, to compare with; or `"auto"`, which computes short sequences exactly, where that
             is faster, and others in linear time. A layer's `computes_exactly` tells which.
         exact_below: int. With `attention_mode="auto"`, sequences of fewer tokens are computed
-            exactly. `None` picks it by backend, shape and pass, as was measured.
+            exactly. `None` picks it by backend and shape, as was measured, and has calls that train
+            use the features.
         chunk_size: int. Tokens handled at once in causal linear attention; `None` picks by shape.
             It does not change the result.
         remat: bool. Whether training computes each block of the sequence anew in the backward pass

@@ -156,8 +156,10 @@ class FeatureAttention(CheckedWeights):
 
         With `attention_mode="auto"` short sequences are computed exactly. Without an exact memory
         these are shorter than `exact_below`, and the exact form is the kernel that the features
-        estimate; where the features were learned instead of drawn there is none. With an exact
-        memory they are those that fit into it, and the two forms are the same attention.
+        estimate; where the features were learned instead of drawn there is none. Without
+        `exact_below` calls that train use the features at any length: a model that never met their
+        noise does not stand it. With an exact memory short sequences are those that fit into it,
+        and the two forms are the same attention.
 
         Args:
             num_queries: int. Tokens that attend.
@@ -165,7 +167,7 @@ class FeatureAttention(CheckedWeights):
                 since the cost of the exact form is their product. A number that is not known when
                 the call is traced, `None`, gives false.
             causal: bool. Whether query t attends to keys up to t.
-            training: bool. Whether gradients follow: the exact form then loses its lead sooner.
+            training: bool. Whether the call is one that trains.
 
         Example:
 
@@ -184,13 +186,11 @@ class FeatureAttention(CheckedWeights):
             return False
         below = options.exact_below
         if below is None:
-            below = crossover(
-                feature_map.head_dim,
-                feature_map.num_features,
-                feature_map.num_query_heads // feature_map.num_heads,
-                causal=causal,
-                training=bool(training),
-            )
+            if training:
+                return False
+            groups = feature_map.num_query_heads // feature_map.num_heads
+            sizes = feature_map.head_dim, feature_map.num_features, groups
+            below = crossover(*sizes, causal=causal)
         # The harmonic mean is below `below`, without a division by zero.
         return 2 * num_queries * num_keys < below * (num_queries + num_keys)
 
@@ -207,7 +207,7 @@ class FeatureAttention(CheckedWeights):
 
         Args:
             heads: what came out of the projections.
-            training: bool. Whether gradients follow.
+            training: bool. Whether the call is one that trains.
             write_mask: bool, `(b, s)`: which tokens enter the state; `None` for all that are
                 attended to.
             initial_state: state of the tokens before, or `None`.

@@ -28,41 +28,35 @@ class Crossover(NamedTuple):
         return round(self.length * parts[0] * parts[1] * parts[2])
 
 
-# On one thread of a CPU, by backend and (causal, training).
+# Of forward passes on one thread of a CPU, by backend and whether they are causal.
 MEASURED = {
     "torch": {
-        (True, False): Crossover(1800, 0.74, -0.48, -0.64),
-        (True, True): Crossover(1300, 0.87, -0.48, -0.69),
-        (False, False): Crossover(700, 0.50, -0.22, -0.41),
-        (False, True): Crossover(550, 0.67, -0.43, -0.47),
+        True: Crossover(1800, 0.74, -0.48, -0.64),
+        False: Crossover(700, 0.50, -0.22, -0.41),
     },
 }
 MEASURED["jax"] = MEASURED["tensorflow"] = MEASURED["torch"]
-# On accelerators only estimated, for every call: flash attention there is faster than these
-# operations for longer.
+# On accelerators it is only estimated, for every call: flash attention keeps its lead longer there.
 ON_ACCELERATOR = 4096
 
 
-def crossover(
-    head_dim: int, num_features: int, groups: int, *, causal: bool, training: bool
-) -> int:
-    """The length below which exact attention is faster, as measured; beside it they are alike.
+def crossover(head_dim: int, num_features: int, groups: int, *, causal: bool) -> int:
+    """The length below which a forward pass is faster exactly.
 
     Args:
         head_dim: int. Size h of a head.
         num_features: int. Features m.
         groups: int. Query heads for each key/value head.
         causal: bool. Whether query t attends to keys up to t.
-        training: bool. Whether gradients follow.
 
     Returns:
         Tokens, queries and keys being as many.
 
     Example:
 
-    >>> crossover(64, 128, 1, causal=False, training=True) > 0
+    >>> crossover(64, 128, 1, causal=False) > 0
     True
     """
     if accelerated():
         return ON_ACCELERATOR
-    return MEASURED[backend()][causal, training].at(num_features, head_dim, groups)
+    return MEASURED[backend()][causal].at(num_features, head_dim, groups)

@@ -340,11 +340,13 @@ def calibrated(**options):
             model, batch, steps=6, validate_every=1, learning_rate=3e-2, verbose=0
         )
         losses = history.history["loss"]
-        assert losses[-1] < 0.9 * losses[0], losses
+        # Nothing is to be learned where the memory holds all that the stock layer's window shows.
+        assert losses[-1] < 0.9 * losses[0] or max(losses) < 1e-6, losses
         report = kd.approximation_report(model, batch).summary()
         assert np.isfinite(list(report["relative_error"].values())).all()
         # Summed over the layers, and from before the last step.
-        np.testing.assert_allclose(len(shifts) * report["kl"]["dark"], losses[-1], rtol=0.5)
+        kl = len(shifts) * report["kl"]["dark"]
+        np.testing.assert_allclose(kl, losses[-1], rtol=0.5, atol=1e-6)
 
     check.__doc__ = "Calibrates; transfer lowers the loss; the report agrees with it."
     return check

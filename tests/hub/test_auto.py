@@ -7,7 +7,6 @@ from backends import on_one_backend, to_numpy
 from keras import ops
 
 from keras_darkformer import conversion_report, convert_to_dark, distil
-from keras_darkformer.layers import core
 from keras_darkformer.layers.core import FeatureAttention
 
 from .models import LENGTH, attentions, dark, gemma, inputs, outputs, task_of
@@ -55,11 +54,11 @@ def test_it_generates_what_the_linear_model_does(models):
 def test_the_pass_reaches_the_layers(family, monkeypatch):
     asked = []
 
-    def note(*sizes, causal, training):
-        asked.append((causal, training))
-        return 0
+    def note(self, *lengths, causal, training):
+        asked.append((causal, bool(training)))
+        return False
 
-    monkeypatch.setattr(core, "crossover", note)
+    monkeypatch.setattr(FeatureAttention, "computes_exactly", note)
     stock = task_of(family)
     model = convert_to_dark(getattr(stock, "backbone", stock), attention_mode="auto")
     causal = family not in ("Bert", "ViT")

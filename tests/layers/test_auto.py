@@ -152,22 +152,24 @@ def test_features_that_are_being_fitted_are_used():
 
 
 @on_one_backend
-def test_the_length_is_that_of_the_shape_and_the_pass(monkeypatch):
+def test_the_length_is_that_of_the_shape_and_training_uses_the_features(monkeypatch):
     asked = []
 
-    def note(*sizes, **kind):
-        asked.append((sizes, kind))
-        return LENGTH + kind["training"]
+    def note(*sizes, causal):
+        asked.append((sizes, causal))
+        return LENGTH + causal
 
     monkeypatch.setattr(core, "crossover", note)
     layer = attention(attention_mode="auto", num_features=12)
-    assert not layer.computes_exactly(LENGTH, LENGTH, causal=True)
-    assert layer.computes_exactly(LENGTH, LENGTH, training=True)
-    assert asked[0] == ((4, 12, 2), {"causal": True, "training": False})
-    assert asked[1] == ((4, 12, 2), {"causal": False, "training": True})
-    exact = twin(layer, attention_mode="exact")
-    assert_close(arrays(layer(X, X, training=True)), arrays(exact(X, X)), 1e-6)
-    assert differ(arrays(layer(X, X)), arrays(exact(X, X)))
+    assert not layer.computes_exactly(LENGTH, LENGTH)
+    assert layer.computes_exactly(LENGTH, LENGTH, causal=True)
+    assert asked == [((4, 12, 2), False), ((4, 12, 2), True)]
+    exact, causal = twin(layer, attention_mode="exact"), {"use_causal_mask": True}
+    expected = arrays(exact(X, X, **causal))
+    assert_close(arrays(layer(X, X, **causal)), expected, 1e-6)
+    assert differ(arrays(layer(X, X, training=True, **causal)), expected)
+    given = twin(layer, exact_below=LENGTH + 1)
+    assert_close(arrays(given(X, X, training=True, **causal)), expected, 1e-6)
 
 
 @on_one_backend
@@ -178,9 +180,7 @@ def test_more_features_take_longer_to_pay_and_groups_pay_sooner():
             assert measured.at(256, 64, 1) > measured.at(64, 64, 1)
             assert measured.at(128, 64, 8) < measured.at(128, 64, 1)
             assert 32 < measured.at(128, 64, 1) < 8192
-    assert crossover(64, 128, 1, causal=True, training=False) == (
-        MEASURED[BACKEND][True, False].at(128, 64, 1)
-    )
+    assert crossover(64, 128, 1, causal=True) == MEASURED[BACKEND][True].at(128, 64, 1)
 
 
 @pytest.mark.parametrize("jit", MODES)

@@ -1,0 +1,99 @@
+"""The tables of short sequences and of attention as it is used: forms.py, crossover.py, use.py.
+
+Each function takes the words behind its name in a page's mark and returns Markdown.
+"""
+
+import statistics
+
+from comparisons import load as load_labelled
+from formats import load, ratio, table, unique
+
+FORMS = ("linear", "exact")
+PEERS = {
+    "dark": "ours, linear",
+    "sdpa": "sdpa",
+    "keras": "keras",
+    "fla": "fla, plain PyTorch",
+    "darkformer_pytorch_256": "darkformer-pytorch",
+    "performer_pytorch": "performer-pytorch",
+}
+
+
+def forms(backend):
+    """What a model loses in the form that it was not trained in, of forms.py."""
+    payload = load(f"forms_{backend}")
+    stages = unique(stage for row in payload["rows"] for stage in row["losses"])
+    lines = [["the source, exact", "", f"{payload['source']:.2f}"]]
+    for stage in stages:
+        found = [row["losses"][stage] for row in payload["rows"]]
+        cells = []
+        for form in FORMS:
+            values = [losses[form] for losses in found]
+            cells.append(" to ".join(unique(f"{x:.2f}" for x in (min(values), max(values)))))
+        lines.append([stage, *cells])
+    return table(["the model", *(f"judged {form}" for form in FORMS)], lines)
+
+
+def crossovers(*backends):
+    """The lengths from which on features are faster, of crossover.py."""
+    lines = []
+    for backend in backends:
+        payload = load_labelled("crossover", backend)
+        rows = [row for row in payload["rows"] if not row["masked"]]
+        shapes = unique(shape_of(row) for row in rows)
+        for shape in shapes:
+            own = [row for row in rows if shape_of(row) == shape]
+            lengths = {(row["causal"], row["pass"]): row["length"] for row in own}
+            cells = [f"{lengths[key]:,}" if key in lengths else "-" for key in kinds(rows)]
+            lines.append([payload["label"], *shape, *cells])
+    columns = ["backend", "head size", "features", "query / key heads"]
+    named = [f"{'causal' if causal else 'not causal'}, {which}" for causal, which in kinds(rows)]
+    return table([*columns, *named], lines, words=4)
+
+
+def kinds(rows):
+    """The kinds of calls, in order."""
+    return unique((row["causal"], row["pass"]) for row in rows)
+
+
+def shape_of(row):
+    """What a reader knows a shape by."""
+    return row["head_dim"], row["num_features"], f"{row['heads']} / {row['kv_heads']}"
+
+
+def use(backend):
+    """Their time over that of `attention_mode="auto"`, of use.py."""
+    rows = load(f"use_{backend}")["rows"]
+    peers = [name for name in PEERS if any(name in row["ratios"] for row in rows)]
+    lines = []
+    for row in rows:
+        kind = "causal" if row["causal"] else "not causal"
+        line = [row["threads"], row["heads"], row["batch"], f"{row['length']:,}", kind]
+        line += [row["dtype"], row["pass"], f"{row['times']['dark_auto']['median']:.2f}"]
+        lines.append(
+            [*line, *(ratio(row["ratios"][x]) if x in row["ratios"] else "-" for x in peers)]
+        )
+    columns = ["threads", "heads", "batch", "tokens", "sees", "dtype", "pass", "auto, ms"]
+    return table([*columns, *(PEERS[name] for name in peers)], lines, words=7)
+
+
+def use_in_short(*backends):
+    """Worst, median and best of these, and how many are not lost, by peer and pass."""
+    lines = []
+    for backend in backends:
+        payload = load_labelled("use", backend)
+        rows = payload["rows"]
+        for name, label in PEERS.items():
+            for which in unique(row["pass"] for row in rows):
+                own = [x for x in rows if x["pass"] == which and name in x["ratios"]]
+                if not own:
+                    continue
+                values = sorted(row["ratios"][name] for row in own)
+                three = " / ".join(
+                    ratio(x) for x in (values[0], statistics.median(values), values[-1])
+                )
+                wins = sum(value >= 1 for value in values)
+                lines.append([payload["label"], label, which, three, f"{wins} of {len(values)}"])
+    return table(
+        ["backend", "against", "pass", "worst / median / best", "not lost"], lines, words=3
+    )
