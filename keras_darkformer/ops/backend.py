@@ -104,8 +104,14 @@ def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
     """`inputs @ kernel + bias`, `(b, k, x, h)` by `(k, h, m)` or `(x, h)` by `(h, m)`.
 
     A sum of its own is a pass over all features; torch has one that is part of the product, as XLA
-    makes it by itself.
+    makes it by itself. The gradient by a kernel without the rows' axis is one product over rows and
+    tokens, for which JAX transposes both: one product a row, added up, is twice as fast. For a few
+    tokens a row a copy of the kernel would be more than all the rest.
     """
+    tokens = inputs.shape[-2]
+    is_long = isinstance(tokens, int) and tokens >= kernel.shape[-2]
+    if _BACKEND == "jax" and len(kernel.shape) == 3 and is_long:
+        kernel = ops.broadcast_to(kernel, (inputs.shape[0], *kernel.shape))
     if bias is None or _BACKEND != "torch":
         return inputs @ kernel if bias is None else inputs @ kernel + bias
     import torch
@@ -146,6 +152,27 @@ def softmax_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2)
+
+
+def inner(x: Any, y: Any) -> Any:
+    """`x @ y'`: of the rows of one with those of the other.
+
+    Of a transposed `y` JAX hands the gradient on transposed, and turns all of it around.
+    """
+    if _BACKEND == "jax":
+        return ops.einsum("...xh,...yh->...xy", x, y)
+    return x @ ops.swapaxes(y, -1, -2)
+
+
+def columns(x: Any, number: int) -> Any:
+    """`(..., 1)` as so many equal columns, for a product with each of that many.
+
+    Its gradient is a sum over them. XLA's on CPU takes as long as a product with a square matrix,
+    so on JAX it is a product with ones; elsewhere broadcasting will do.
+    """
+    if _BACKEND == "jax":
+        return x @ ops.ones((1, number), dtype=x.dtype)
+    return x
 
 
 def compiled(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_darkformer.memory import Memory
-from keras_darkformer.ops.backend import reshape, search
+from keras_darkformer.ops.backend import inner, reshape, search
 from keras_darkformer.ops.exact_memory import Part, joined, masked, tokens_at
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import Tokens
@@ -124,7 +124,7 @@ def through_block(
 def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
     """The kept keys as the queries `(b, k, N, C * g, h)`, scaled, of a block see them."""
     before = competition.before
-    logits = query @ ops.swapaxes(before.key, -1, -2)
+    logits = inner(query, before.key)
     groups = query.shape[3] // chunk
     logits = reshape(logits, (*shape_of(query)[:3], chunk, groups, before.key.shape[3]))
     token = ops.arange(chunk, dtype="int32")[:, None]

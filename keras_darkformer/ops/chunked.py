@@ -132,8 +132,8 @@ def chunked(
             write = block["write"][:, None] if competed is None else competed
             behind["written"] = add_keys(carry["written"], keys, write)
         if met is None:
+            sums = reshape(sums, (*shape_of(query)[:3], value.shape[3] + 1))
             output = normalize(*split_last(sums))
-            output = reshape(output, (*shape_of(query)[:3], value.shape[3]))
             return behind, (tokens_first(output, tokens, groups), ())
         behind["held"] = met.held
         far_scale = reshape(scale, (*shape_of(key_scale), groups)) + key_scale[..., None]

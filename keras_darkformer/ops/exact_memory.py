@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_darkformer.ops.backend import largest, power, reshape, split_at
+from keras_darkformer.ops.backend import inner, largest, power, reshape, split_at
 from keras_darkformer.ops.features import TO_BASE
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import LOG_ZERO, NOTHING, Tokens
@@ -217,7 +217,7 @@ def local_part(
         masks.append(mask[:, :, :, None] + near_mask)
     key, value = (x[0] if len(x) == 1 else ops.concatenate(x, axis=3) for x in (keys, values))
     mask = masks[0] if len(masks) == 1 else ops.concatenate(masks, axis=4)
-    logits = query @ ops.swapaxes(key, -1, -2)
+    logits = inner(query, key)
     groups = query.shape[3] // chunk
     logits = reshape(logits, (*shape_of(query)[:3], chunk, groups, key.shape[3]))
     return Part(logits, value), mask
