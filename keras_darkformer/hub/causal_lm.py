@@ -46,7 +46,7 @@ class DarkCausalLM(DarkTask, TransformersExport):
             piece by piece, in memory that does not grow with it. `None` for all at once.
     """
 
-    prefill_size: int | None = 1024
+    prefill_size: int | None = 2048
     generate_function: Any
 
     @classmethod
