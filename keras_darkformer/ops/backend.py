@@ -168,9 +168,10 @@ def columns(x: Any, number: int) -> Any:
     """`(..., 1)` as so many equal columns, for a product with each of that many.
 
     Its gradient is a sum over them. XLA's on CPU takes as long as a product with a square matrix,
-    so on JAX it is a product with ones; elsewhere broadcasting will do.
+    so there JAX has a product with ones. Elsewhere broadcasting will do, and on accelerators
+    products round what they multiply.
     """
-    if _BACKEND == "jax":
+    if _BACKEND == "jax" and not _accelerated():
         return x @ ops.ones((1, number), dtype=x.dtype)
     return x
 
