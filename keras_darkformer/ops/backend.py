@@ -171,7 +171,7 @@ def columns(x: Any, number: int) -> Any:
     so there JAX has a product with ones. Elsewhere broadcasting will do, and on accelerators
     products round what they multiply.
     """
-    if _BACKEND == "jax" and not _accelerated():
+    if _BACKEND == "jax" and not accelerated():
         return x @ ops.ones((1, number), dtype=x.dtype)
     return x
 
