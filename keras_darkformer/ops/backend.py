@@ -23,11 +23,16 @@ ACCELERATOR_BLOCK_LENGTH = 4096
 MOST_BLOCKS = 16
 
 
-def block_length(length: int) -> int:
-    """Tokens per block of a causal sequence on the device that Keras computes on."""
+def block_length(length: int | None) -> int:
+    """Tokens per block of a causal sequence on the device that Keras computes on.
+
+    `None` stands for a length that is known only to the run.
+    """
+    usual = ACCELERATOR_BLOCK_LENGTH if accelerated() else BLOCK_LENGTH
+    if length is None or _BACKEND != "tensorflow":
+        return usual
     # TensorFlow unrolls the blocks: more of them take minutes to compile.
-    least = -(-length // MOST_BLOCKS) if _BACKEND == "tensorflow" else 1
-    return max(least, ACCELERATOR_BLOCK_LENGTH if accelerated() else BLOCK_LENGTH)
+    return max(-(-length // MOST_BLOCKS), usual)
 
 
 def backend() -> str:
@@ -242,14 +247,19 @@ def track_variables(layers: Iterable[Any]) -> None:
             layer._track_variables()
 
 
-def split_at(x: Any, index: int, axis: int) -> Any:
-    """`x` before `index` and from there on.
+def split_at(x: Any, index: Any, axis: int) -> Any:
+    """`x` before `index` and from there on. On TensorFlow `index` may be a tensor.
 
     On torch `ops.split` makes a tensor of the index and reads it back: it waits for the device, and
-    `torch.export` then knows no sizes.
+    `torch.export` then knows no sizes. Slices would do, but their gradient fills tensors with
+    zeros.
     """
     if _BACKEND == "torch":
         return x.split((index, x.shape[axis] - index), dim=axis)
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.split(x, [index, tf.shape(x)[axis] - index], axis=axis)
     return ops.split(x, [index], axis=axis)
 
 
@@ -291,12 +301,60 @@ def scan(
         swapped = tree.map_structure(_swap, inputs)
         carry, outputs = ops.scan(lambda c, x: step(c, x, constants), carry, swapped)
         return carry, tree.map_structure(_swap, outputs)
+    if length is None:
+        return _loop(step, carry, inputs, constants)
     unstacked = [ops.unstack(leaf, length, axis=1) for leaf in leaves]
     steps = []
     for block in zip(*unstacked, strict=True):
         carry, output = step(carry, tree.pack_sequence_as(inputs, list(block)), constants)
         steps.append(output)
     return carry, tree.map_structure(lambda *blocks: ops.stack(blocks, axis=1), *steps)
+
+
+def _loop(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, constants: Any
+) -> tuple[Any, Any]:
+    """`scan` on TensorFlow over a length that is known only to the run, and at least 1.
+
+    The first step is taken before the loop: it tells the loop what an output is, and no loop turns
+    where there is but one block. XLA has a gradient of loops that say how often they turn at most.
+    """
+    import tensorflow as tf
+
+    by_step = [_swap(x) for x in tree.flatten(inputs)]
+    count = tf.shape(by_step[0])[0]
+    given = [_steps(x.dtype, count, x.shape[1:]).unstack(x) for x in by_step]
+
+    def at(index: Any) -> Any:
+        return tree.pack_sequence_as(inputs, [array.read(index) for array in given])
+
+    carry, output = step(carry, at(0), constants)
+    made = [_steps(x.dtype, count, x.shape).write(0, x) for x in tree.flatten(output)]
+    carried = tree.flatten(carry)
+    shapes = [x.shape for x in carried]
+
+    def body(index: Any, carried: list[Any], made: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+        after, output = step(tree.pack_sequence_as(carry, carried), at(index), constants)
+        carried = [tf.ensure_shape(x, s) for x, s in zip(tree.flatten(after), shapes, strict=True)]
+        outputs = zip(made, tree.flatten(output), strict=True)
+        return index + 1, carried, [array.write(index, x) for array, x in outputs]
+
+    _, carried, made = tf.while_loop(
+        lambda index, *_: index < count,
+        body,
+        (1, carried, made),
+        maximum_iterations=count,  # XLA makes no room for none
+        parallel_iterations=1,
+    )
+    outputs = [_swap(array.stack()) for array in made]
+    return tree.pack_sequence_as(carry, carried), tree.pack_sequence_as(output, outputs)
+
+
+def _steps(dtype: Any, count: Any, shape: Any) -> Any:
+    """A `tf.TensorArray` of what a loop takes or makes, one entry a turn."""
+    import tensorflow as tf
+
+    return tf.TensorArray(dtype, size=count, element_shape=shape)
 
 
 def search(

@@ -202,9 +202,10 @@ def local_part(
     masks: list[Tensor] = []
     if sinks is not None:
         batch, kv_heads = shape_of(seen.key)[:2]
-        shape = (batch, kv_heads, chunks)
+        # XLA's loops have no gradient of `broadcast_to` where its shape is known to the run alone.
+        for_each = ops.zeros((batch, kv_heads, chunks, 1, 1), dtype="float32")
         for into, x in ((keys, sinks.tokens.key), (values, with_ones(sinks.tokens.value))):
-            into.append(ops.broadcast_to(x[:, :, None], (*shape, *x.shape[2:])))
+            into.append(x[:, :, None] + for_each)
         there = sinks.position[:, None] <= index[..., None]  # (b, T, S)
         there = reshape(there, (batch, 1, chunks, chunk, sinks.tokens.key.shape[2]))
         there = ops.logical_and(there, sinks.tokens.is_real[:, :1, None, None])

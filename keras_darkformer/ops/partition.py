@@ -7,15 +7,22 @@ from keras_darkformer.ops.backend import block_length, reshape
 from keras_darkformer.types import Tensor
 
 
-def block_partition(length: Tensor) -> tuple[int, Tensor]:
+def block_partition(length: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks and tokens per block, at least one, that cover `length` with little padding.
 
-    A block without chunks holds less: it may have twice the tokens. A length known only at run time
-    (TensorFlow) makes one block: XLA there has no gradient of a loop.
+    A block without chunks holds less: it may have twice the tokens.
     """
     length = at_least_one(length)
-    blocks = -(-length // (2 * block_length(length))) if isinstance(length, int) else 1
+    most = _most_tokens(length)
+    blocks = 1 if most is None else -(-length // (2 * most))
     return blocks, -(-length // blocks)
+
+
+def _most_tokens(length: Tensor) -> int | None:
+    """Tokens per block of so many; `None` where a length stands for any: that is one block."""
+    if isinstance(length, int):
+        return block_length(length)
+    return block_length(None) if ops.is_tensor(length) else None
 
 
 def at_least_one(length: Tensor) -> Tensor:
@@ -44,21 +51,20 @@ def chunk_partition(
 ) -> tuple[Tensor, Tensor, int]:
     """Blocks, chunks per block and chunk size that cover `length` with little padding.
 
-    They hold at least one token. The one block of a length known only at run time has many chunks;
-    the (N, N) decays between them are small change up to some hundred thousand tokens.
+    They hold at least one token.
     """
     length = at_least_one(length)
+    most = _most_tokens(length)
     if chunk_size is None:
         chunk_size = pick_chunk_size(head_dim, groups)
-    if not isinstance(length, int):
-        return 1, (length + chunk_size - 1) // chunk_size, chunk_size
-    chunk_size = min(chunk_size, length)
-    chunks = -(-length // chunk_size)
-    blocks = -(-chunks * chunk_size // max(block_length(length), chunk_size))
+    if isinstance(length, int):
+        chunk_size = min(chunk_size, length)
+    chunks = (length + chunk_size - 1) // chunk_size
+    blocks = 1 if most is None else -(-chunks * chunk_size // max(most, chunk_size))
     return blocks, -(-chunks // blocks), chunk_size
 
 
-def split_blocks(inputs: dict[str, Tensor], blocks: int, tokens: Tensor) -> dict[str, Tensor]:
+def split_blocks(inputs: dict[str, Tensor], blocks: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """`(b, length, ...) -> (b, blocks, tokens, ...)`, filled up before the first token.
 
     Behind the last one, what fills up would push the last tokens out of a window. Keys that fill up

@@ -226,11 +226,8 @@ def chunked_sums(
     states = power(mark_logits - reached[..., None]) @ states
     states = reshape(states, (batch, kv_heads, chunks + 1, num_features, value_dim))
 
-    if isinstance(chunks, int):  # the gradient of slices fills tensors with zeros
-        states, last = split_at(states, chunks, axis=2)
-        last = last[:, :, 0]
-    else:
-        states, last = states[:, :, :-1], states[:, :, -1]
+    states, last = split_at(states, chunks, axis=2)
+    last = last[:, :, 0]
     far = query @ states
     far = reshape(far, (batch, kv_heads, chunks, chunk, groups, value_dim))
     far = far * power(before - scale)[..., None, None]
