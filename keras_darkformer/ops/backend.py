@@ -269,6 +269,7 @@ def scan(
     inputs: Any,
     constants: Any,
     *,
+    shapes: Sequence[tuple[Any, ...]] = (),
     remat: bool | None = None,
 ) -> tuple[Any, Any]:
     """Runs `carry, output = step(carry, input, constants)` over the second axis of `inputs`.
@@ -276,14 +277,16 @@ def scan(
     JAX compiles one step and loops over it: unrolled, its compile time grows with the length. The
     others run a Python loop: TensorFlow's `ops.scan` has no gradient under `jit_compile`, and
     torch's indexes its inputs step by step, which makes the backward pass quadratic (`unstack` does
-    not).
+    not). A length that TensorFlow knows only in the run needs a loop of its own.
 
     Args:
         step: function of `(carry, input, constants)` to `(carry, output)`; it must reach tensors
             that have gradients through its arguments.
         carry: nested structure of tensors.
-        inputs: nested structure of tensors whose second axis has a length known before the run.
+        inputs: nested structure of tensors whose second axes have the same length.
         constants: nested structure of tensors.
+        shapes: of the tensors of an output, in the order of `keras.tree`, all of them float32.
+            They are asked for where the length is known only to the run.
         remat: whether the backward pass computes a step anew instead of keeping what it made on the
             way. `None`: where that is faster. On JAX it is, as soon as there are two steps, since a
             loop there writes all that it keeps into arrays of its own.
@@ -302,7 +305,7 @@ def scan(
         carry, outputs = ops.scan(lambda c, x: step(c, x, constants), carry, swapped)
         return carry, tree.map_structure(_swap, outputs)
     if length is None:
-        return _loop(step, carry, inputs, constants)
+        return _loop(step, carry, inputs, constants, shapes)
     unstacked = [ops.unstack(leaf, length, axis=1) for leaf in leaves]
     steps = []
     for block in zip(*unstacked, strict=True):
@@ -312,49 +315,48 @@ def scan(
 
 
 def _loop(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, constants: Any
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any,
+    constants: Any,
+    shapes: Sequence[tuple[Any, ...]],
 ) -> tuple[Any, Any]:
     """`scan` on TensorFlow over a length that is known only to the run, and at least 1.
 
-    The first step is taken before the loop: it tells the loop what an output is, and no loop turns
-    where there is but one block. XLA has a gradient of loops that say how often they turn at most.
+    XLA has a gradient of loops that say how often they turn at most.
     """
     import tensorflow as tf
 
+    def steps(dtype: Any, shape: Any) -> Any:
+        return tf.TensorArray(dtype, size=count, element_shape=shape)
+
     by_step = [_swap(x) for x in tree.flatten(inputs)]
     count = tf.shape(by_step[0])[0]
-    given = [_steps(x.dtype, count, x.shape[1:]).unstack(x) for x in by_step]
-
-    def at(index: Any) -> Any:
-        return tree.pack_sequence_as(inputs, [array.read(index) for array in given])
-
-    carry, output = step(carry, at(0), constants)
-    made = [_steps(x.dtype, count, x.shape).write(0, x) for x in tree.flatten(output)]
-    carried = tree.flatten(carry)
-    shapes = [x.shape for x in carried]
+    given = [steps(x.dtype, x.shape[1:]).unstack(x) for x in by_step]
+    made = [steps("float32", [x if isinstance(x, int) else None for x in s]) for s in shapes]
+    carried, structure = tree.flatten(carry), None
 
     def body(index: Any, carried: list[Any], made: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-        after, output = step(tree.pack_sequence_as(carry, carried), at(index), constants)
-        carried = [tf.ensure_shape(x, s) for x, s in zip(tree.flatten(after), shapes, strict=True)]
-        outputs = zip(made, tree.flatten(output), strict=True)
-        return index + 1, carried, [array.write(index, x) for array, x in outputs]
+        nonlocal structure
+        given_now = tree.pack_sequence_as(inputs, [array.read(index) for array in given])
+        after, structure = step(tree.pack_sequence_as(carry, carried), given_now, constants)
+        pairs = zip(tree.flatten(after), carried, strict=True)
+        outputs = zip(made, tree.flatten(structure), strict=True)
+        return (
+            index + 1,
+            [tf.ensure_shape(x, before.shape) for x, before in pairs],
+            [array.write(index, x) for array, x in outputs],
+        )
 
     _, carried, made = tf.while_loop(
         lambda index, *_: index < count,
         body,
-        (1, carried, made),
-        maximum_iterations=count,  # XLA makes no room for none
+        (0, carried, made),
+        maximum_iterations=count,
         parallel_iterations=1,
     )
     outputs = [_swap(array.stack()) for array in made]
-    return tree.pack_sequence_as(carry, carried), tree.pack_sequence_as(output, outputs)
-
-
-def _steps(dtype: Any, count: Any, shape: Any) -> Any:
-    """A `tf.TensorArray` of what a loop takes or makes, one entry a turn."""
-    import tensorflow as tf
-
-    return tf.TensorArray(dtype, size=count, element_shape=shape)
+    return tree.pack_sequence_as(carry, carried), tree.pack_sequence_as(structure, outputs)
 
 
 def search(

@@ -46,7 +46,7 @@ from keras_darkformer.ops.sums import (
     split_last,
     unpack,
 )
-from keras_darkformer.types import Tensor
+from keras_darkformer.types import Shape, Tensor
 
 
 class Carry(TypedDict, total=False):
@@ -79,7 +79,7 @@ def chunked(
     Without `call.with_state` the state says nothing where masks are given.
     """
     memory, kv_heads = call.memory, key.shape[2]
-    length, num_heads, head_dim = shape_of(query)[1:]
+    batch, length, num_heads, head_dim = shape_of(query)
     groups = num_heads // kv_heads
     blocks, chunks, chunk = chunk_partition(length, head_dim, groups, call.chunk_size)
     tokens = chunks * chunk
@@ -142,7 +142,10 @@ def chunked(
 
     constants = features, (future(chunk), future(chunks + 1)), near_mask, sinks
     inputs = split_blocks(inputs, blocks, tokens)
-    carry, (output, exits) = scan(step, carry, inputs, constants, remat=call.remat)
+    shapes: list[Shape] = [(batch, tokens, num_heads, value.shape[3])]
+    shapes += [(batch, kv_heads, tokens)] if memory else []
+    remat = call.remat
+    carry, (output, exits) = scan(step, carry, inputs, constants, shapes=shapes, remat=remat)
     output = join_blocks(output, length)
     if isinstance(state, State):
         return output, unpack(carry.get("written", carry["seen"]))

@@ -9,7 +9,13 @@ from keras import ops
 from keras_darkformer.ops.backend import scan
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.features import FoldedFeatures
-from keras_darkformer.ops.partition import block_partition, join_blocks, split_blocks, tokens_first
+from keras_darkformer.ops.partition import (
+    block_partition,
+    join_blocks,
+    shape_of,
+    split_blocks,
+    tokens_first,
+)
 from keras_darkformer.ops.state import State
 from keras_darkformer.ops.sums import (
     Sums,
@@ -47,7 +53,7 @@ def absorb(key: Tensor, value: Tensor, features: FoldedFeatures, state: State, c
 
 def read(query: Tensor, features: FoldedFeatures, state: State, call: Call) -> Tensor:
     """What every query reads from the state, block by block."""
-    length = ops.shape(query)[1]
+    batch, length, num_heads = shape_of(query)[:3]
     blocks, tokens = block_partition(length)
     inputs = split_blocks({"query": query}, blocks, tokens)
 
@@ -59,5 +65,7 @@ def read(query: Tensor, features: FoldedFeatures, state: State, call: Call) -> T
         of_queries, _ = features_of_queries(by_head(query, features.num_heads), features)
         return carry, tokens_first(normalize(*split_last(of_queries @ both)), tokens, groups)
 
-    output = scan(step, (), inputs, (features, pack(state).both), remat=call.remat)[1]
+    constants = features, pack(state).both
+    shapes = [(batch, tokens, num_heads, state.kv_state.shape[3])]
+    output = scan(step, (), inputs, constants, shapes=shapes, remat=call.remat)[1]
     return join_blocks(output, length)
