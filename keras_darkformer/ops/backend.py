@@ -40,13 +40,17 @@ def backend() -> str:
     return _BACKEND
 
 
-@functools.cache
 def accelerated() -> bool:
     """Whether Keras computes on an accelerator."""
     if _BACKEND == "torch":
         import torch
 
-        return torch.cuda.is_available()
+        return torch.cuda.is_available()  # quick, and `torch.compile` warns of what is cached
+    return _has_accelerator()
+
+
+@functools.cache
+def _has_accelerator() -> bool:
     if _BACKEND == "jax":
         import jax
 

@@ -7,7 +7,7 @@ token, and the queries further meet the keys in the memory themselves.
 The shapes' letters are those of `ops.features`.
 """
 
-from typing import TypedDict
+from typing import NamedTuple
 
 from keras import ops
 
@@ -49,17 +49,17 @@ from keras_darkformer.ops.sums import (
 from keras_darkformer.types import Shape, Tensor
 
 
-class Carry(TypedDict, total=False):
-    """What goes from block to block.
+class Carry(NamedTuple):
+    """What goes from block to block. Parts that it has not are empty tuples.
 
     `seen` are the sums that queries see; none without features. `written` are those of the state,
     where they differ: each key's features are then computed once and added twice. `held` is the
     memory.
     """
 
-    seen: Sums
-    written: Sums
-    held: Held
+    seen: Sums | tuple[()] = ()
+    written: Sums | tuple[()] = ()
+    held: Held | tuple[()] = ()
 
 
 # What does not change from block to block, and has gradients.
@@ -99,11 +99,11 @@ def chunked(
         first, rest = padded_before(recent, new, padding, memory.window)
         carry = Carry(held=Held(first, state.kept))
         if isinstance(state.sums, State):
-            carry["seen"] = pack(state.sums)
+            carry = carry._replace(seen=pack(state.sums))
         inputs |= {name: ops.swapaxes(x, 1, 2) for name, x in rest._asdict().items()}
         inputs |= arrival.marks._asdict()
     if write is not None and call.with_state and features is not None:
-        carry["written"], inputs["write"] = carry["seen"], write
+        carry, inputs["write"] = carry._replace(written=carry.seen), write
 
     def step(
         carry: Carry, block: dict[str, Tensor], constants: Constants
@@ -114,7 +114,8 @@ def chunked(
             new = Tokens(*(ops.swapaxes(block[name], 1, 2) for name in Tokens._fields))
             marks = Marks(block["index"], block["asks"], block.get("enters"))
             sizes = chunks, chunk, groups
-            met = meet(query, new, carry["held"], sinks, marks, near_mask, *sizes, memory)
+            assert isinstance(carry.held, Held)
+            met = meet(query, new, carry.held, sinks, marks, near_mask, *sizes, memory)
             if features is None:
                 output = combined(met.parts, None)
                 return Carry(held=met.held), (tokens_first(output, tokens, groups), met.exits)
@@ -122,20 +123,21 @@ def chunked(
         else:
             assert features is not None
             keys = features_of_keys(block["key"], block["value"], block.get("mask"), features)
+        assert isinstance(carry.seen, Sums)
         of_queries, scale = features_of_queries(query, features, scaled=bool(memory))
         sums, key_scale, seen_after = chunked_sums(
-            of_queries, keys, carry["seen"], groups, chunks, chunk, futures
+            of_queries, keys, carry.seen, groups, chunks, chunk, futures
         )
         behind = Carry(seen=seen_after)
-        if "written" in carry:
+        if isinstance(carry.written, Sums):
             competed = None if met is None else met.competed
             write = block["write"][:, None] if competed is None else competed
-            behind["written"] = add_keys(carry["written"], keys, write)
+            behind = behind._replace(written=add_keys(carry.written, keys, write))
         if met is None:
             sums = reshape(sums, (*shape_of(query)[:3], value.shape[3] + 1))
             output = normalize(*split_last(sums))
             return behind, (tokens_first(output, tokens, groups), ())
-        behind["held"] = met.held
+        behind = behind._replace(held=met.held)
         far_scale = reshape(scale, (*shape_of(key_scale), groups)) + key_scale[..., None]
         output = combined(met.parts, Far(sums, far_scale))
         return behind, (tokens_first(output, tokens, groups), met.exits)
@@ -147,9 +149,12 @@ def chunked(
     remat = call.remat
     carry, (output, exits) = scan(step, carry, inputs, constants, shapes=shapes, remat=remat)
     output = join_blocks(output, length)
+    last = carry.written or carry.seen
     if isinstance(state, State):
-        return output, unpack(carry.get("written", carry["seen"]))
-    recent = carry["held"].recent
+        assert isinstance(last, Sums)
+        return output, unpack(last)
+    assert isinstance(carry.held, Held)
+    recent = carry.held.recent
     if memory.window and written is not None and call.with_state:
         # What all tokens had received when they left the window, or have by now.
         rows = shape_of(recent.received)[:2]
@@ -158,10 +163,9 @@ def chunked(
         assert isinstance(state.recent, Tokens)
         stream = joined(state.recent, arrival.tokens)._replace(received=gone)
         recent = window_by_row(stream, arrival.marks.asks, memory.window)
-    last = carry.get("written", carry.get("seen"))
     return output, MemoryState(
-        () if last is None else unpack(last),
+        unpack(last) if isinstance(last, Sums) else (),
         () if sinks is None else sinks.tokens,
         recent if memory.window else (),
-        carry["held"].kept,
+        carry.held.kept,
     )

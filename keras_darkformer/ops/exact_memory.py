@@ -158,7 +158,8 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
     place = ops.sum(earlier, axis=1)  # of the token of each slot; the length, if there is none
     is_old, is_new = slot < filled, place < length
     # Of both, since there may be no new ones.
-    places = ops.where(is_old, slot, size + ops.minimum(place, length - 1))
+    last = place - ops.cast(ops.logical_not(is_new), "int32")
+    places = ops.where(is_old, slot, size + last)
     found = tokens_at(joined(before, new), places[:, None])
     is_there = ops.logical_or(is_old, is_new)
     tokens = _where(is_there, found, Tokens(0.0, 0.0, NOTHING))

@@ -14,8 +14,16 @@ def block_partition(length: Tensor) -> tuple[Tensor, Tensor]:
     """
     length = at_least_one(length)
     most = _most_tokens(length)
-    blocks = 1 if most is None else -(-length // (2 * most))
-    return blocks, -(-length // blocks)
+    blocks = 1 if most is None else _parts(length, 2 * most)
+    return blocks, _parts(length, blocks)
+
+
+def _parts(length: Tensor, size: Tensor) -> Tensor:
+    """How many parts of so many hold all.
+
+    `torch.compile` gets the shorter `-(-length // size)` wrong where it does not know the length.
+    """
+    return (length + size - 1) // size
 
 
 def _most_tokens(length: Tensor) -> int | None:
@@ -57,11 +65,11 @@ def chunk_partition(
     most = _most_tokens(length)
     if chunk_size is None:
         chunk_size = pick_chunk_size(head_dim, groups)
-    if isinstance(length, int):
-        chunk_size = min(chunk_size, length)
-    chunks = (length + chunk_size - 1) // chunk_size
-    blocks = 1 if most is None else -(-chunks * chunk_size // max(most, chunk_size))
-    return blocks, -(-chunks // blocks), chunk_size
+    if isinstance(length, int) and length < chunk_size:
+        chunk_size = length
+    chunks = _parts(length, chunk_size)
+    blocks = 1 if most is None else _parts(chunks * chunk_size, max(most, chunk_size))
+    return blocks, _parts(chunks, blocks), chunk_size
 
 
 def split_blocks(inputs: dict[str, Tensor], blocks: Tensor, tokens: Tensor) -> dict[str, Tensor]:
