@@ -1,20 +1,19 @@
-"""One small Gemma four ways: exact, converted as the example does it, the paper's way, Performer.
+"""One small Gemma four ways: exact, converted and fitted, the paper's way, Performer.
 
     python benchmarks/gemma_to_dark.py                       # Python's own help topics
     python benchmarks/gemma_to_dark.py --text book.txt       # any other text
     python benchmarks/gemma_to_dark.py --preset gemma_2b_en  # a real Gemma
 
-Trains the Gemma of examples/gemma_to_dark.py, or takes a preset. All arms are
-finetuned for as many steps on the same text; of the example's arm the first
-half of them are distillation. Perplexities of held-out text are noted after
-every stage, then speeds and memory. Writes results/gemma_to_dark.json and
+Trains a small Gemma, or takes a preset. All arms are finetuned for as many
+steps on the same text; of the fitted arm the first half of them are
+distillation. Perplexities of held-out text are noted after every stage, then
+speeds and memory. Writes results/gemma_to_dark.json and
 approximation.png; `plots.py` draws the other figure.
 """
 
 import gc
 import math
 import pathlib
-import sys
 import tempfile
 import time
 
@@ -22,6 +21,8 @@ import common
 import keras
 import keras_hub
 import numpy as np
+from small_gemma import CHARACTERS_PER_TOKEN, compile_for_training, train_gemma, windows
+from text import load_text, split_text
 
 from keras_darkformer import (
     LossSpikeCounter,
@@ -31,10 +32,6 @@ from keras_darkformer import (
     distil,
     transfer_attention,
 )
-
-sys.path.insert(0, str(common.BENCHMARKS.parent / "examples"))
-from small_gemma import CHARACTERS_PER_TOKEN, compile_for_training, train_gemma, windows
-from text import load_text, split_text
 
 # What each arm is converted with.
 ARMS = {

@@ -6,14 +6,10 @@ sees near tokens predicts text nearly as well, and repeats nothing.
 """
 
 import io
-import pathlib
-import sys
 
 import keras
 import models
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
 from text import load_text, split_text
 
 VOCABULARY = 1024

@@ -1,91 +1,127 @@
-"""Finetunes the queries, keys and values of a trained Gemma: DARKFormer against Performer.
-
-    python examples/finetune_projections.py
-    python examples/finetune_projections.py --text book.txt --other another.txt
-
-A small exact Gemma is trained on one text. Then its attention becomes linear, and its projections
-of queries, keys and values learn another text, as in the paper: with Performer's isotropic
-features, with DARKFormer's learned covariance, and with one that `calibrate` has started. All take
-the same steps at the same rates; figures are of held-out text.
+"""
+Title: Finetuning queries, keys and values
+Author: The keras_darkformer developers
+Date created: 2026/11/26
+Last modified: 2026/11/26
+Description: DARKFormer against Performer, where only the attention's projections learn.
+Accelerator: None
 """
 
-import argparse
+"""
+## Introduction
+
+As in the paper's study, a decoder with softmax attention is trained on one text. Then its attention
+becomes linear, and only its projections of queries, keys and values learn another text. They do so
+with Performer's isotropic features, with DARKFormer's learned covariance, and with a covariance
+that `calibrate` has fitted first. All take the same steps at the same rates.
+
+The decoder is a small Gemma that reads bytes. It first learns Python's help topics, then code.
+
+## Setup
+"""
+
 import inspect
+import os
+from pydoc_data.topics import topics
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", or "tensorflow"
 
 import keras
-from small_gemma import compile_for_training, train_gemma, windows
-from text import load_text, split_text
+import keras_hub
+import numpy as np
 
 from keras_darkformer import calibrate, convert_to_dark
 
-PERFORMER = {"train_geometry": False, "geometry_scale": 1.0}
+QUICK = bool(os.environ.get("QUICK"))  # a few steps, to see that it runs
+TRAIN_STEPS, STEPS, LENGTH, BATCH_SIZE = (2, 2, 32, 4) if QUICK else (300, 60, 128, 8)
+RATES = (1e-3,) if QUICK else (3e-3, 1e-2)
+NUM_FEATURES = 16 if QUICK else 64
 ARMS = {
     "exact attention": None,
-    "Performer": PERFORMER,
+    "Performer": {"train_geometry": False, "geometry_scale": 1.0},
     "DARKFormer": {"geometry_scale": 1.0},
     "DARKFormer, calibrated": {"tie_geometry": False},
 }
+
+"""
+## Two texts
+
+Windows of both are drawn at random. Of the second text, a tenth is held out to choose each arm's
+learning rate by, and another tenth to judge it by.
+"""
+
+
+def windows(text, count, seed):
+    text = np.frombuffer(text.encode(), "uint8").astype("int32")
+    starts = np.random.default_rng(seed).integers(len(text) - LENGTH, size=count)
+    found = text[starts[:, None] + np.arange(LENGTH + 1)]
+    tokens = {"token_ids": found[:, :-1], "padding_mask": np.ones_like(found[:, :-1])}
+    return tokens, found[:, 1:]
+
+
+first = "\n\n".join(topics[name].strip() for name in sorted(topics))
+second = "".join(inspect.getsource(module) for module in (inspect, keras.Model, keras.Layer))
+tenth = len(second) // 10
+train = windows(second[: 8 * tenth], STEPS * BATCH_SIZE, 1)
+chosen_by = windows(second[8 * tenth : 9 * tenth], 8 * BATCH_SIZE, 2)
+judged_by = windows(second[9 * tenth :], 8 * BATCH_SIZE, 3)
+
+"""
+## The exact model
+"""
+
+
+def compile_for_training(model, rate, steps):
+    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.AdamW(schedule, clipnorm=1.0), loss)
+
+
+keras.utils.set_random_seed(0)
+backbone = keras_hub.models.GemmaBackbone(
+    vocabulary_size=256,
+    num_layers=2,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    hidden_dim=128,
+    intermediate_dim=512,
+    head_dim=32,
+)
+exact = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+compile_for_training(exact, 3e-3, TRAIN_STEPS)
+exact.fit(*windows(first, TRAIN_STEPS * BATCH_SIZE, 0), batch_size=BATCH_SIZE, verbose=2)
+
+"""
+## The arms
+
+Each starts from the exact model. What is not a projection or a feature map is frozen.
+"""
+
+exact.save("exact_gemma.keras")
 TRAINED = ("query/kernel", "key/kernel", "value/kernel")
 
 
-def other_text(path):
-    """A file's text, or by default code: two modules that every Python carries."""
-    return load_text(path) if path else inspect.getsource(argparse) + inspect.getsource(inspect)
-
-
-def make_linear(preset, options, texts, num_features):
-    """The trained model, its attention replaced."""
-    model = keras.saving.load_model(preset, compile=False)
+def make_arm(options):
+    model = keras.saving.load_model("exact_gemma.keras", compile=False)
     if options is not None:
-        convert_to_dark(model, num_features=num_features, seed=0, **options)
-        if "tie_geometry" in options:
-            calibrate(model, texts, verbose=False)
-    return model
-
-
-def train_projections_only(model):
-    """Freezes all but the projections of queries, keys and values and the feature maps."""
+        convert_to_dark(model, num_features=NUM_FEATURES, **options)
+    if options and "tie_geometry" in options:
+        calibrate(model, {k: x[: 2 * BATCH_SIZE] for k, x in train[0].items()}, verbose=False)
     for variable in model.trainable_variables:
         chosen = variable.path.endswith(TRAINED) or "/feature_map/" in variable.path
         variable.trainable = chosen
+    return model
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", help="a text file; default: Python's own help topics")
-    parser.add_argument("--other", help="a text file to finetune on; default: code")
-    parser.add_argument("--train-steps", type=int, default=400, help="of the exact model")
-    parser.add_argument("--steps", type=int, default=60, help="of finetuning")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--num-features", type=int, default=64)
-    parser.add_argument("--model", default="exact_gemma.keras", help="file of the exact model")
-    args = parser.parse_args()
-    keras.utils.set_random_seed(0)
-
-    size, length = args.batch_size, args.sequence_length
-    text = split_text(load_text(args.text), 6 * length)
-    source = train_gemma(text["train"], args.train_steps, size, length)
-    source.save(args.model)
-    other = split_text(other_text(args.other), 6 * length)
-    train = windows(other["train"], args.steps * size, length, 1)
-    judged = {part: windows(other[part], 32, length, 2) for part in ("validation", "test")}
-
-    print(f"\n{'':24s}{'before':>8s}{'after':>8s}{'rate':>8s}   held-out loss")
-    for name, options in ARMS.items():
-        tried = []
-        for rate in args.rates:
-            model = make_linear(args.model, options, train[: 2 * size], args.num_features)
-            train_projections_only(model)
-            compile_for_training(model, args.steps, rate)
-            before = model.evaluate(judged["test"], batch_size=size, verbose=0)
-            model.fit(train, batch_size=size, shuffle=False, verbose=0)
-            losses = [model.evaluate(judged[part], batch_size=size, verbose=0) for part in judged]
-            tried.append((losses[0], before, losses[1], rate))
-        _, before, after, rate = min(tried)  # chosen on another part than it is judged by
-        print(f"{name:24s}{before:8.3f}{after:8.3f}{rate:8.0e}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+print(f"{'':24s}{'before':>8s}{'after':>8s}{'rate':>8s}   held-out loss")
+for name, options in ARMS.items():
+    tried = []
+    for rate in RATES:
+        model = make_arm(options)
+        compile_for_training(model, rate, STEPS)
+        before = model.evaluate(*judged_by, verbose=0)
+        model.fit(*train, batch_size=BATCH_SIZE, shuffle=False, verbose=0)
+        losses = [model.evaluate(*x, verbose=0) for x in (chosen_by, judged_by)]
+        tried.append((losses[0], before, losses[1], rate))
+    _, before, after, rate = min(tried)
+    print(f"{name:24s}{before:8.3f}{after:8.3f}{rate:8.0e}", flush=True)

@@ -1,76 +1,110 @@
-"""Trains the decoder of train_decoder.py in several processes with PyTorch's DDP.
-
-    torchrun --nproc-per-node 2 examples/train_ddp.py --steps 300
-    python examples/train_ddp.py                        # one process, the same result
-
-Every process has the whole model and its part of each batch; DDP averages the
-gradients. On GPUs Keras puts the model on the current device, so each process
-takes its own.
+"""
+Title: Two processes with PyTorch
+Author: The keras_darkformer developers
+Date created: 2026/11/22
+Last modified: 2026/11/26
+Description: Train one decoder in several processes with DistributedDataParallel.
+Accelerator: GPU
 """
 
-import argparse
+"""
+## Introduction
+
+Every process has the whole model and its part of each batch. `DistributedDataParallel` averages the
+gradients, so that all processes take the same steps. `torchrun` starts this script twice:
+
+```bash
+torchrun --nproc-per-node 2 train_ddp.py
+```
+
+A notebook, or `python train_ddp.py`, is one process and learns the same.
+
+## Setup
+"""
+
 import os
+from pydoc_data.topics import topics
 
 os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
+import numpy as np
 import torch
-from text import load_text, sample_windows, split_text
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from train_decoder import ByteDecoder, to_batches
 
+from keras_darkformer import DarkTransformerBlock
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", help="a text file; default: Python's own help topics")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--length", type=int, default=256, help="bytes per training sequence")
-    parser.add_argument("--batch-size", type=int, default=8, help="of all processes together")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--output", help="where to save the weights: FILE.weights.h5")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+QUICK = bool(os.environ.get("QUICK"))  # a few steps, to see that it runs
+WEIGHTS = os.environ.get("WEIGHTS", "ddp.weights.h5")  # where to save them
+STEPS, LENGTH, BATCH_SIZE = (3, 8, 6) if QUICK else (200, 256, 8)  # a batch of all together
 
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if size > 1:  # torchrun's environment says where the others are
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if args.batch_size % size:
-        raise SystemExit(f"--batch-size {args.batch_size} can't be split into {size} equal parts.")
+"""
+## The processes meet
 
-    keras.utils.set_random_seed(args.seed)  # the same weights everywhere
-    text = split_text(load_text(args.text), args.length + 1)["train"]
-    windows = sample_windows(
-        [stretch.encode() for stretch in text], args.steps * args.batch_size, args.length + 1, 1
+`torchrun` tells each process its rank and how many there are. On GPUs each takes its own, and Keras
+puts the model there.
+"""
+
+rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if torch.cuda.is_available():
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+if size > 1:
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+assert BATCH_SIZE % size == 0, "All processes get equal parts of a batch."
+
+"""
+## Data and model
+
+The seed is the same everywhere, and so are the windows of text and the weights at the start.
+"""
+
+keras.utils.set_random_seed(0)
+text = "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()
+text = np.frombuffer(text, "uint8").astype("int32")
+starts = np.random.default_rng(1).integers(len(text) - LENGTH, size=STEPS * BATCH_SIZE)
+windows = torch.from_numpy(text[starts[:, None] + np.arange(LENGTH + 1)])
+
+tokens = keras.Input((None,), dtype="int32")
+x = keras.layers.Embedding(256, 128)(tokens)
+for seed in range(2):
+    x = DarkTransformerBlock(
+        512, num_heads=4, num_features=64, rope_max_wavelength=10_000, activation="gelu", seed=seed
+    )(x)
+logits = keras.layers.Dense(256)(keras.layers.LayerNormalization()(x))
+model = keras.Model(tokens, logits)
+
+"""
+## Training
+
+It is a loop of PyTorch. Each process takes its rows of a batch.
+"""
+
+device = model(windows[:1, :-1]).device
+parallel = DistributedDataParallel(model) if size > 1 else model
+weights = [weight for weight in model.parameters() if weight.requires_grad]
+optimizer = torch.optim.AdamW(weights, 2e-3, eps=1e-6)
+for step in range(STEPS):
+    rows = slice(step * BATCH_SIZE + rank, (step + 1) * BATCH_SIZE, size)
+    batch = windows[rows].to(device)
+    loss = torch.nn.functional.cross_entropy(
+        parallel(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten().long()
     )
-    inputs, targets = (torch.from_numpy(x) for x in to_batches(windows))
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    if rank == 0 and (step % 20 == 0 or step == STEPS - 1):
+        print(f"step {step}: loss {loss.item():.4f} in this process of {size}", flush=True)
 
-    model = ByteDecoder()
-    device = model(inputs[:1]).device  # built: DDP wants to see all weights
-    parallel = DistributedDataParallel(model) if size > 1 else model
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, args.learning_rate, eps=1e-6)
-    for step in range(args.steps):
-        start = step * args.batch_size
-        part = slice(start + rank, start + args.batch_size, size)
-        logits = parallel(inputs[part].to(device))
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets[part].to(device).flatten().long()
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        if rank == 0 and (step % 20 == 0 or step == args.steps - 1):
-            print(f"step {step}: loss {loss.item():.4f} in this process of {size}", flush=True)
-    if rank == 0 and args.output:
-        model.save_weights(args.output)
-    if size > 1:
-        distributed.barrier()  # none ends while another still talks to it
-        distributed.destroy_process_group()
+"""
+## Saving
 
+One process saves for all. None ends while another still talks to it.
+"""
 
-if __name__ == "__main__":
-    main()
+if rank == 0:
+    model.save_weights(WEIGHTS)
+if size > 1:
+    distributed.barrier()
+    distributed.destroy_process_group()

@@ -1,18 +1,26 @@
 """
-Title: A vision transformer over small patches, converted to linear attention
-Description: Trains a ViT on 1,024 patches, converts it, and compares accuracy and time.
+Title: A vision transformer over small patches, converted
+Author: The keras_darkformer developers
+Date created: 2026/11/26
+Last modified: 2026/11/26
+Description: Convert a Keras model of your own, and compare accuracy and time.
 Accelerator: None
-
-    python examples/vision_transformer.py              # writes vision_transformer.png
-
-An image of 64 x 64 pixels has 1,024 patches of 2 x 2, and attention among these costs the square of
-their number. A small ViT of Keras' own layers is trained from scratch, and a copy of it gets
-DARKFormer attention, whose cost is linear. What that does to accuracy and time is printed.
 """
 
-import argparse
+"""
+## Introduction
+
+An image of 64 x 64 pixels has 1,024 patches of 2 x 2, and attention among these costs the square of
+their number. A small ViT of Keras' own layers is trained, and a copy of it gets DARKFormer
+attention, whose cost is linear. The same calls convert any model with `MultiHeadAttention` in it.
+
+## Setup
+"""
+
+import os
 import time
-from functools import partial
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", or "tensorflow"
 
 import keras
 import matplotlib.pyplot as plt
@@ -20,13 +28,16 @@ import numpy as np
 
 from keras_darkformer import calibrate, convert_to_dark, transfer_attention
 
-PATCH, BATCH_SIZE, NUM_FEATURES = 2, 8, 64
+QUICK = bool(os.environ.get("QUICK"))  # a few steps, to see that it runs
+SIZE, NUM_IMAGES, EPOCHS = (16, 32, 1) if QUICK else (64, 1024, 4)
+TIMED_SIZES, REPEATS = ((16,), 2) if QUICK else ((32, 64, 128), 7)
+PATCH, BATCH_SIZE = 2, 8
 
 """
-The rule of the images: on noise of standard deviation 0.8 there are two striped squares, a quarter
-of the image wide, one anywhere in the left half and one in the right. Their stripes of +1 and -1
-run across or down. The label says whether both run the same way. Each pair of ways is as frequent,
-so no square alone tells anything: one has to be compared with the other.
+## The images
+
+On noise there are two striped squares, one in the left half and one in the right. Their stripes run
+across or down, and the label says whether both run the same way. No square alone tells anything.
 """
 
 
@@ -35,12 +46,16 @@ def make_images(count, size, rng):
     across = np.tile(np.where(np.arange(width) % 2, 1.0, -1.0)[:, None], (1, width))
     images = rng.normal(0, 0.8, (count, size, size, 1))
     ways = rng.integers(0, 2, (count, 2))
-    for image, pair in zip(images, ways, strict=True):
-        for side, way in enumerate(pair):
-            top = PATCH * rng.integers((size - width) // PATCH + 1)
-            left = PATCH * rng.integers((half - width) // PATCH + 1) + side * half
-            image[top : top + width, left : left + width, 0] += across.T if way else across
+    for (i, side), way in np.ndenumerate(ways):
+        top = PATCH * rng.integers((size - width) // PATCH + 1)
+        left = PATCH * rng.integers((half - width) // PATCH + 1) + side * half
+        images[i, top : top + width, left : left + width, 0] += across.T if way else across
     return images.astype("float32"), (ways[:, 0] == ways[:, 1]).astype("int32")
+
+
+"""
+## The exact model
+"""
 
 
 @keras.saving.register_keras_serializable(package="examples")
@@ -57,94 +72,78 @@ def compile_for_training(model, rate):
     model.compile(keras.optimizers.AdamW(rate, clipnorm=1.0), loss, metrics=["accuracy"])
 
 
-def make_vit(size, hidden_dim=32, num_heads=2, num_blocks=2):
+def make_vit(size):
     images = keras.Input((size, size, 1))
-    x = keras.layers.Conv2D(hidden_dim, PATCH, PATCH)(images)
-    x = AddPositions()(keras.layers.Reshape((-1, hidden_dim))(x))
-    for _ in range(num_blocks):
+    x = keras.layers.Conv2D(32, PATCH, PATCH)(images)
+    x = AddPositions()(keras.layers.Reshape((-1, 32))(x))
+    for _ in range(2):
         y = keras.layers.LayerNormalization()(x)
-        x = x + keras.layers.MultiHeadAttention(num_heads, hidden_dim // num_heads)(y, y)
+        x = x + keras.layers.MultiHeadAttention(num_heads=2, key_dim=16)(y, y)
         y = keras.layers.LayerNormalization()(x)
-        x = x + keras.layers.Dense(hidden_dim)(keras.layers.Dense(2 * hidden_dim, "gelu")(y))
+        x = x + keras.layers.Dense(32)(keras.layers.Dense(64, "gelu")(y))
     x = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(x))
     model = keras.Model(images, keras.layers.Dense(2)(x))
     compile_for_training(model, 3e-3)
     return model
 
 
-"""
-Timed models take turns, so that whatever else the machine does falls on both alike. The first two
-calls, which may compile, do not count.
-"""
+keras.utils.set_random_seed(0)
+accuracy, rng = {}, np.random.default_rng(0)
+images, labels = make_images(NUM_IMAGES, SIZE, rng)
+test = make_images(64 if QUICK else 512, SIZE, rng)
 
 
-def median_milliseconds(calls, repeats=9):
-    seconds = {name: [] for name in calls}
-    for _ in range(2 + repeats):
-        for name, call in calls.items():
+def judge(model, stage):
+    accuracy[stage] = model.evaluate(*test, batch_size=BATCH_SIZE, verbose=0)[1]
+    print(f"accuracy on held-out images, {stage}: {accuracy[stage]:.3f}", flush=True)
+
+
+exact = make_vit(SIZE)
+exact.fit(images, labels, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=2)
+judge(exact, "exact")
+
+"""
+## The dark model
+
+A copy guesses until `calibrate` has fitted its features. Then each layer learns its own softmax.
+"""
+
+dark = convert_to_dark(exact, copy=True, num_features=64)
+judge(dark, "converted")
+calibrate(dark, images[:32], verbose=False)
+judge(dark, "calibrated")
+transfer_attention(dark, images, steps=NUM_IMAGES // 32, verbose=0)
+judge(dark, "transferred")
+for name, model in {"exact": exact, "dark": dark}.items():
+    compile_for_training(model, 1e-3)
+    model.fit(images, labels, batch_size=BATCH_SIZE, verbose=2)
+    judge(model, f"{name}, one epoch more")
+
+"""
+## Time
+
+Both take turns. The first two calls, which may compile, do not count.
+"""
+
+milliseconds = {}
+for size in TIMED_SIZES:
+    batch, exact = make_images(BATCH_SIZE, size, rng)[0], make_vit(size)
+    dark = convert_to_dark(exact, copy=True, num_features=64)
+    seconds = {"exact": [], "dark": []}
+    for _ in range(2 + REPEATS):
+        for name, model in {"exact": exact, "dark": dark}.items():
             start = time.perf_counter()
-            call()
+            model.predict_on_batch(batch)
             seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * float(np.median(times[2:])) for name, times in seconds.items()}
+    ms = {name: 1000 * np.median(x[2:]) for name, x in seconds.items()}
+    milliseconds[f"{(size // PATCH) ** 2:,}"] = ms
+    print(f"{size} x {size}: exact {ms['exact']:.1f} ms, dark {ms['dark']:.1f} ms")
 
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
-    parser.add_argument("--size", type=int, default=64, help="of an image, in pixels")
-    parser.add_argument("--images", type=int, default=1024, help="to train on")
-    parser.add_argument("--epochs", type=int, default=4, help="of the exact model")
-    parser.add_argument("--timed-sizes", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--output", default="vision_transformer.png")
-    args = parser.parse_args()
-    keras.utils.set_random_seed(0)
-    accuracy, forward, rng = {}, {}, np.random.default_rng(0)
-    images, labels = make_images(args.images, args.size, rng)
-    test = make_images(512, args.size, rng)
-
-    def judge(model, stage):
-        accuracy[stage] = model.evaluate(*test, batch_size=BATCH_SIZE, verbose=0)[1]
-        print(f"accuracy on held-out images, {stage}: {accuracy[stage]:.3f}", flush=True)
-
-    exact = make_vit(args.size)
-    exact.fit(images, labels, batch_size=BATCH_SIZE, epochs=args.epochs, verbose=2)
-    judge(exact, "exact")
-    dark = convert_to_dark(exact, copy=True, num_features=NUM_FEATURES)
-    judge(dark, "converted")
-    calibrate(dark, images[:32], verbose=False)
-    judge(dark, "calibrated")
-    transfer_attention(dark, images, steps=len(images) // 32, verbose=0)
-    judge(dark, "transferred")
-    for name, model in {"exact": exact, "dark": dark}.items():
-        compile_for_training(model, 1e-3)
-        model.fit(images, labels, batch_size=BATCH_SIZE, verbose=2)
-        judge(model, f"{name}, one epoch more")
-
-    for size in args.timed_sizes:
-        batch, exact = make_images(BATCH_SIZE, size, rng), make_vit(size)
-        dark = convert_to_dark(exact, copy=True, num_features=NUM_FEATURES)
-        pair, tokens = {"exact": exact, "dark": dark}, (size // PATCH) ** 2
-        calls = {name: partial(x.predict_on_batch, batch[0]) for name, x in pair.items()}
-        times = {"forward": median_milliseconds(calls)}
-        forward[tokens] = times["forward"]
-        if size <= args.size:
-            calls = {name: partial(x.train_on_batch, *batch) for name, x in pair.items()}
-            times["training step"] = median_milliseconds(calls)
-        for what, ms in times.items():
-            shown = f"exact {ms['exact']:.1f} ms, dark {ms['dark']:.1f} ms"
-            print(f"{tokens} tokens, {what} of a batch of {BATCH_SIZE}: {shown}", flush=True)
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    colours = ["C0" if stage.startswith("exact") else "C1" for stage in accuracy]
-    left.barh(list(accuracy), accuracy.values(), color=colours)
-    left.set(title="accuracy, held-out images", xlim=(0.4, 1), ylim=(len(accuracy) - 0.5, -0.5))
-    for name in ("exact", "dark"):
-        times = [ms[name] for ms in forward.values()]
-        right.semilogy([str(tokens) for tokens in forward], times, "o-", label=name)
-    right.set(title="milliseconds of a batch, forward", xlabel="tokens")
-    right.legend(frameon=False)
-    figure.savefig(args.output, dpi=110)
-    print(f"wrote {args.output}")
-
-
-if __name__ == "__main__":
-    main()
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+left.barh(list(accuracy), accuracy.values())
+left.set(title="accuracy, held-out images", xlim=(0.4, 1))
+for name in ("exact", "dark"):
+    right.semilogy(list(milliseconds), [ms[name] for ms in milliseconds.values()], label=name)
+right.set(title="milliseconds of a batch, forward", xlabel="tokens")
+right.legend(frameon=False)
+figure.savefig("vision_transformer.png", dpi=110)

@@ -11,14 +11,14 @@ from backends import BACKEND
 from fresh_process import ROOT
 
 pytestmark = pytest.mark.slow
-STEPS = ("--steps", 3, "--length", 8, "--batch-size", 6)
 LIMIT = 120  # seconds until processes that wait for each other are given up
 
 
-def start(*arguments, **environment):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+def start(script, weights, **environment):
+    known = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QUICK": "1"}
+    environment = os.environ | known | {"WEIGHTS": str(weights)} | environment
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, script],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -78,14 +78,11 @@ def free_ports(count):
 @pytest.mark.skipif(BACKEND != "torch", reason="DDP is PyTorch's")
 def test_two_processes_of_ddp_learn_what_one_does(tmp_path):
     one, two = tmp_path / "one.weights.h5", tmp_path / "two.weights.h5"
-    finish(start("examples/train_ddp.py", *STEPS, "--output", one))
+    finish(start("examples/train_ddp.py", one))
     # What torchrun tells them.
     port = str(free_ports(1)[0])
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    both = [
-        start("examples/train_ddp.py", *STEPS, "--output", two, RANK=str(rank), **together)
-        for rank in range(2)
-    ]
+    both = [start("examples/train_ddp.py", two, RANK=str(rank), **together) for rank in range(2)]
     printed = finish(*both)
     assert "in this process of 2" in printed
     assert_same_weights(one, two)
@@ -97,12 +94,9 @@ def test_two_workers_of_tf_distribute_learn_what_one_does(tmp_path):
         "examples/train_tf_distribute.py",
         *(tmp_path / f"{name}.weights.h5" for name in ("one", "two")),
     )
-    alone = finish(start(recipe, *STEPS, "--output", one))
+    alone = finish(start(recipe, one))
     workers = ",".join(f"localhost:{port}" for port in free_ports(2))
-    both = [
-        start(recipe, *STEPS, "--workers", workers, "--worker", worker, "--output", two)
-        for worker in range(2)
-    ]
+    both = [start(recipe, two, WORKERS=workers, WORKER=str(worker)) for worker in range(2)]
     printed = finish(*both)
     losses = [
         [line for line in x.splitlines() if line.startswith("step")] for x in (alone, printed)

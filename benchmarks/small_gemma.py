@@ -1,4 +1,4 @@
-"""A small Gemma for the examples: a tokenizer learned from text, and a model trained on it."""
+"""A small Gemma for the benchmarks: a tokenizer learned from text, and a model trained on it."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Text for the examples: a file, or what every Python carries; and windows of it."""
+"""Text for the benchmarks: a file, or what every Python carries; and windows of it."""
 
 from pydoc_data.topics import topics
 

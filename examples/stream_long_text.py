@@ -1,0 +1,133 @@
+"""
+Title: Streaming a text that is longer than memory
+Author: The keras_darkformer developers
+Date created: 2026/11/26
+Last modified: 2026/11/26
+Description: Read a file piece by piece with a state of constant size, stop, and go on later.
+Accelerator: None
+"""
+
+"""
+## Introduction
+
+A decoder with a key/value cache needs more memory with every token that it reads, so a long text
+does not fit. The state of a dark model has one size, whatever was read. `hub.Stream` keeps this
+state between calls: a text is read piece by piece, the state is saved to disk and loaded again, and
+the model writes on from where it was.
+
+The model here is a small Gemma that reads bytes, so it needs no tokenizer. It learns from the first
+half of a file, in sequences of 256 bytes, and then reads the second half as one text.
+
+## Setup
+"""
+
+import os
+from pydoc_data import topics
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", or "tensorflow"
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_darkformer import calibrate, convert_to_dark, transfer_attention
+from keras_darkformer.hub import Stream
+
+QUICK = bool(os.environ.get("QUICK"))  # a few steps, to see that it runs
+TEXT_FILE = os.environ.get("TEXT_FILE", topics.__file__)  # Python's own help topics
+STATE_FILE = os.environ.get("STATE_FILE", "stream.npz")
+STEPS, LENGTH, BATCH_SIZE = (2, 96, 4) if QUICK else (250, 256, 8)
+PIECE = 128  # bytes
+LONGEST, NUM_WRITTEN = (1_024, 8) if QUICK else (200_000, 200)  # bytes, as one text
+
+"""
+## A decoder with softmax attention
+
+It is trained on windows of the first half of the file.
+"""
+
+half = os.path.getsize(TEXT_FILE) // 2
+first_half = np.fromfile(TEXT_FILE, "uint8", count=half)
+starts = np.random.default_rng(0).integers(half - LENGTH, size=STEPS * BATCH_SIZE)
+windows = first_half[starts[:, None] + np.arange(LENGTH + 1)].astype("int32")
+tokens = {"token_ids": windows[:, :-1], "padding_mask": np.ones_like(windows[:, :-1])}
+
+keras.utils.set_random_seed(0)
+backbone = keras_hub.models.GemmaBackbone(
+    vocabulary_size=256,
+    num_layers=2,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    hidden_dim=128,
+    intermediate_dim=512,
+    head_dim=32,
+)
+model = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+rate = keras.optimizers.schedules.CosineDecay(4e-3, STEPS)
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+model.compile(keras.optimizers.AdamW(rate, clipnorm=1.0), loss, sampler="greedy")
+model.fit(tokens, windows[:, 1:], batch_size=BATCH_SIZE, verbose=2)
+
+"""
+## Its dark copy
+
+All layers are converted: each keeps the first 4 tokens and the last 64 exactly, and sums of 64
+features stand for all that lies between. `calibrate` and `transfer_attention` fit the features.
+"""
+
+convert_to_dark(model, num_features=64, sliding_window=64, num_sinks=4)
+some = {name: value[: 8 * BATCH_SIZE] for name, value in tokens.items()}
+calibrate(model, some, verbose=False)
+transfer_attention(model, some, steps=8, batch_size=BATCH_SIZE, verbose=0)
+model.evaluate({k: v[:64] for k, v in tokens.items()}, windows[:64, 1:], verbose=2)
+
+"""
+## Reading
+
+A generator hands out pieces of the second half of the file, so no more than a piece is in memory.
+`read` returns the logits of the byte that follows. That byte begins the next piece, so every piece
+says how well the model has predicted it, in bits.
+"""
+
+
+def pieces(position, end):
+    with open(TEXT_FILE, "rb") as file:
+        file.seek(half + position)
+        while position < end and (piece := file.read(PIECE)):
+            position += len(piece)
+            yield np.frombuffer(piece, "uint8").astype("int32")
+
+
+def read(stream, end):
+    bits, logits = [], None
+    for piece in pieces(stream.position, end):
+        if logits is not None:
+            known = ops.convert_to_numpy(ops.log_softmax(logits))
+            bits.append(-known[0, piece[0]] / np.log(2))
+        logits = stream.read(piece)
+    stream.save(STATE_FILE)
+    size, cache = os.path.getsize(STATE_FILE), stream.position * CACHE_OF_A_TOKEN
+    print(f"{stream.position:>9,} bytes of text read, {np.mean(bits):.2f} bits per byte; "
+          f"state {size / 1024:,.0f} KiB, keys and values {cache / 1024:,.0f} KiB")  # fmt: skip
+
+
+CACHE_OF_A_TOKEN = 2 * 2 * 2 * 32 * 4  # layers, keys and values, heads, their size, float32
+stream = Stream(model)
+for quarter in (1, 2, 3):
+    read(stream, quarter * LONGEST // 4)
+
+"""
+## Going on later
+
+The file of the state is all that another session needs beside the model. The text is read on where
+it was left, and both streams then write the same.
+"""
+
+loaded = Stream.load(STATE_FILE, model)
+read(loaded, LONGEST)
+for piece in pieces(stream.position, LONGEST):
+    stream.read(piece)
+written = [x.write(NUM_WRITTEN)[0] for x in (stream, loaded)]
+assert np.array_equal(*written)
+print(bytes(written[0].tolist()).decode(errors="replace"))
