@@ -74,7 +74,7 @@ judged_by = windows(second[9 * tenth :], 8 * BATCH_SIZE, 3)
 def compile_for_training(model, rate, steps):
     schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(schedule, clipnorm=1.0), loss)
+    model.compile(keras.optimizers.AdamW(schedule, clipnorm=1.0), loss, weighted_metrics=[])
 
 
 keras.utils.set_random_seed(0)
