@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from backends import BACKEND, on_one_backend
@@ -79,6 +80,13 @@ def test_the_code_of_a_notebook_is_that_of_the_example(name):
 def test_a_header_without_a_field_is_refused():
     with pytest.raises(ValueError, match="A header has the lines Title, Author"):
         notebooks.notebook('"""\nTitle: None\n"""\nprint(1)\n')
+
+
+@on_one_backend
+def test_the_site_offers_the_notebook_beside_the_script():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=notebooks.PAGE))
+    shown = notebooks.on_page_markdown("[A title](examples/one.py) and more", page, None, None)
+    assert shown == "[A title](examples/one.py) ([notebook](examples/one.ipynb)) and more"
 
 
 @on_one_backend
