@@ -85,8 +85,8 @@ def train_tokenizer():
 def train_gemma():
     tokenizer = train_tokenizer()
     backbone = keras_hub.models.GemmaBackbone(
-        vocabulary_size=tokenizer.vocabulary_size(), num_layers=4, num_query_heads=4,
-        num_key_value_heads=2, hidden_dim=128, intermediate_dim=512, head_dim=32,
+        vocabulary_size=tokenizer.vocabulary_size(), num_layers=1 if QUICK else 4,
+        num_query_heads=4, num_key_value_heads=2, hidden_dim=128, intermediate_dim=512, head_dim=32,
     )  # fmt: skip
     preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(tokenizer, sequence_length=LENGTH)
     model = keras_hub.models.GemmaCausalLM(backbone, preprocessor)

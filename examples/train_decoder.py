@@ -34,8 +34,8 @@ from keras_darkformer import DarkTransformerBlock
 
 QUICK = bool(os.environ.get("QUICK"))  # a few steps, to see that it runs
 TEXT_FILE = os.environ.get("TEXT_FILE")
-EPOCHS, LENGTH, BATCH_SIZE = (1, 16, 8) if QUICK else (2, 256, 8)
-PROMPT, WRITTEN = "The statement ", 16 if QUICK else 200
+EPOCHS, LENGTH, BATCH_SIZE = (1, 16, 9) if QUICK else (2, 256, 8)
+PROMPT, WRITTEN = "The statement ", 4 if QUICK else 200
 
 """
 ## The text

@@ -152,7 +152,7 @@ def test_a_text_is_read_in_pieces_and_read_on_from_a_file(tmp_path):
 
 
 @pytest.mark.slow
-@only("tensorflow")
+@only("torch")
 def test_a_checkpoint_is_made_dark_saved_and_loaded(tmp_path):
     printed = run_example("checkpoint_to_dark", tmp_path, OUTPUT=str(tmp_path / "dark"))
     assert "The preset loads and writes the same." in printed
