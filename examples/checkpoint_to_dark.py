@@ -42,7 +42,7 @@ QUICK = bool(os.environ.get("QUICK"))  # a few steps, to see that it runs
 CHECKPOINT = os.environ.get("CHECKPOINT")
 TEXT_FILE = os.environ.get("TEXT_FILE")
 OUTPUT = os.environ.get("OUTPUT", "results/dark_preset")
-PROMPT = "The statement is"
+PROMPT = "The value of"
 LENGTH, BATCH_SIZE = 32 if QUICK else 512 if CHECKPOINT else 128, 8
 EPOCHS, TOKENS = (1, 1_000) if QUICK else (6, 200_000)  # of training; to fit the dark model
 
@@ -55,7 +55,7 @@ It is cut into stretches. One of ten is held out, to judge by.
 if TEXT_FILE:
     text = Path(TEXT_FILE).read_text(encoding="utf-8")
 else:
-    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    text = " ".join(" ".join(topics[name] for name in sorted(topics)).split())
 if QUICK:
     text = text[:40_000]
 stretches = [text[start : start + 600] for start in range(0, len(text), 600)]

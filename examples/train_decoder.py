@@ -55,6 +55,7 @@ train = np.delete(windows, np.s_[9::10], axis=0)
 """
 ## The model
 
+Each block meets the last 32 bytes exactly, and sums of 64 features stand for all that came before.
 With `states`, the model goes on where the call that returned them has ended.
 """
 
@@ -68,6 +69,7 @@ class Decoder(keras.Model):
                 4 * hidden_dim,
                 num_heads,
                 num_features=64,
+                sliding_window=32,
                 rope_max_wavelength=10_000,
                 activation="gelu",
                 seed=seed,
