@@ -8,17 +8,14 @@ either form, and each result is judged in both, on held-out text. Writes results
 """
 
 import pathlib
-import sys
 import tempfile
 
 import common
 import keras_hub
-
-from keras_darkformer import calibrate, convert_to_dark
-
-sys.path.insert(0, str(common.BENCHMARKS.parent / "examples"))
 from small_gemma import compile_for_training, train_gemma, windows
 from text import load_text, split_text
+
+from keras_darkformer import calibrate, convert_to_dark
 
 # Both by "auto", so that all else is the same.
 FORMS = {"linear": {"exact_below": 1}, "exact": {"exact_below": 1_000_000}}
