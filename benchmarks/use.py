@@ -56,7 +56,7 @@ def row_of(case, gradients, clock, args):
     heads, batch, length, causal, dtype = case
     shape = {"heads": heads, "kv_heads": heads, "head_dim": HEAD_DIM}
     shape |= {"num_features": NUM_FEATURES, "batch": batch}
-    ways = ways_of(shape, length, causal, WAYS, dtype, gradients=gradients)
+    ways = ways_of(shape, length, causal, WAYS, dtype)
     runs, total, skipped = {}, 0.0, {}
     for name, way in ways.items():
         gib = (4 if gradients else 2) * 4 * batch * heads * length**2 / 2**30

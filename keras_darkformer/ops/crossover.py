@@ -39,8 +39,8 @@ MEASURED = {
         False: Crossover(271, 0.75, -0.31, -0.55),
     },
     "tensorflow": {
-        True: Crossover(373, 0.87, -0.19, -0.61),
-        False: Crossover(271, 0.75, -0.31, -0.55),
+        True: Crossover(512, 0.75, -0.06, -0.50),
+        False: Crossover(304, 0.75, -0.06, -0.50),
     },
 }
 # On accelerators it is only estimated, for every call: flash attention keeps its lead longer there.
