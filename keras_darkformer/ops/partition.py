@@ -13,9 +13,22 @@ def block_partition(length: Tensor) -> tuple[Tensor, Tensor]:
     A block without chunks holds less: it may have twice the tokens.
     """
     length = at_least_one(length)
-    most = _most_tokens(length)
-    blocks = 1 if most is None else _parts(length, 2 * most)
+    blocks = _blocks(length, 2)
     return blocks, _parts(length, blocks)
+
+
+def _blocks(length: Tensor, times: int = 1, least: int = 1) -> Tensor:
+    """Blocks of so many times the usual tokens, and of `least`, that cover `length`."""
+    if isinstance(length, int):
+        most = max(times * block_length(length), least)
+        # `torch.compile` then knows how many, if not how long: a loop in Python goes over them.
+        blocks = 1
+        while blocks * most < length:
+            blocks += 1
+        return blocks
+    if not ops.is_tensor(length):  # a size that stands for any
+        return 1
+    return _parts(length, max(times * block_length(None), least))
 
 
 def _parts(length: Tensor, size: Tensor) -> Tensor:
@@ -24,13 +37,6 @@ def _parts(length: Tensor, size: Tensor) -> Tensor:
     `torch.compile` gets the shorter `-(-length // size)` wrong where it does not know the length.
     """
     return (length + size - 1) // size
-
-
-def _most_tokens(length: Tensor) -> int | None:
-    """Tokens per block of so many; `None` where a length stands for any: that is one block."""
-    if isinstance(length, int):
-        return block_length(length)
-    return block_length(None) if ops.is_tensor(length) else None
 
 
 def at_least_one(length: Tensor) -> Tensor:
@@ -62,13 +68,12 @@ def chunk_partition(
     They hold at least one token.
     """
     length = at_least_one(length)
-    most = _most_tokens(length)
     if chunk_size is None:
         chunk_size = pick_chunk_size(head_dim, groups)
     if isinstance(length, int) and length < chunk_size:
         chunk_size = length
     chunks = _parts(length, chunk_size)
-    blocks = 1 if most is None else _parts(chunks * chunk_size, max(most, chunk_size))
+    blocks = _blocks(length, least=chunk_size)
     return blocks, _parts(chunks, blocks), chunk_size
 
 
