@@ -272,6 +272,24 @@ def model(kind, *sources):
     return table(columns, lines)
 
 
+# === docs/how_to.md ===
+
+
+def torch_compile():
+    """Eager time over compiled time, and the seconds that compiling takes."""
+    lines = []
+    for row in load("torch_compile", "torch")["rows"]:
+        times = row["milliseconds"]
+        eager, compiled = (times[name]["median"] for name in ("eager", "compiled"))
+        kind = "causal" if row["causal"] else "not causal"
+        length = "any" if row["any_length"] else "one"
+        line = [f"{row['length']:,}", f"{kind}, {row['pass']}", length]
+        line += [number(eager), number(compiled), ratio(eager / compiled)]
+        lines.append([*line, f"{row['seconds_to_compile']:.0f}"])
+    columns = ["tokens", "pass", "compiled for", "eager, ms", "compiled, ms", "eager / compiled"]
+    return table([*columns, "compiling, s"], lines, words=3)
+
+
 # === docs/results.md ===
 
 

@@ -74,6 +74,7 @@ TABLES = {
     "study-features": study.features,
     "study-stability": study.stability,
     "study-variance": study.variance,
+    "torch-compile": speed.torch_compile,
     "use": short.use,
     "use-in-short": short.use_in_short,
 }

@@ -130,6 +130,7 @@ class StandIns:
             "qwen2.5_0.5b_en": self.preset,
             "max_length=8192": "max_length=16",
             "write(100)": "write(4)",
+            "fullgraph=True)": 'fullgraph=True, backend="eager")',
             "steps=100": "steps=2",
             "steps=300": "steps=2",
             "targets, texts)": "targets, texts, steps=2)",

@@ -67,7 +67,7 @@ def test_one_graph_then_one_for_all_lengths(make, inputs):
 
     program = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
-        for length, count in {70: 1, 80: 2, 200: 2, 300: 2}.items():
+        for length, count in {70: 1, 80: 2, 300: 2}.items():
             output, expected = program(inputs(length)), model(inputs(length))
             np.testing.assert_allclose(to_numpy(output), to_numpy(expected), rtol=0, atol=1e-5)
             assert len(graphs) == count, length
