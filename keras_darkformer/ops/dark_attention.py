@@ -110,8 +110,9 @@ def dark_attention(
         remat: bool. Whether the backward pass computes each block of the sequence anew instead of
             keeping its features. Measured on CPU: on JAX it halves the memory of long sequences and
             is no slower, so it is the default there (`None`); on torch it saves a third of the
-            memory for nearly half more time; on TensorFlow XLA undoes it. It has derivatives of
-            second order on every backend.
+            memory for nearly half more time; on TensorFlow XLA undoes it, but a length that is
+            unknown when traced then takes half the memory. It has derivatives of second order on
+            every backend.
 
     Returns:
         The output, of shape `(b, t, n, v)` and the inputs' dtype. With `return_state`,
