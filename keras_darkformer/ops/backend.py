@@ -251,6 +251,19 @@ def track_variables(layers: Iterable[Any]) -> None:
             layer._track_variables()
 
 
+def pad(x: Any, widths: Sequence[tuple[int, int]]) -> Any:
+    """`ops.pad` with zeros.
+
+    On torch Keras' makes an operation with a name of its own at every call, and `torch.compile`
+    then a new program.
+    """
+    if _BACKEND != "torch":
+        return ops.pad(x, widths)
+    import torch
+
+    return torch.nn.functional.pad(x, [size for both in reversed(widths) for size in both])
+
+
 def split_at(x: Any, index: Any, axis: int) -> Any:
     """`x` before `index` and from there on. On TensorFlow `index` may be a tensor.
 

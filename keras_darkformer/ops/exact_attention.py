@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_darkformer.ops.attention import output_dtype
-from keras_darkformer.ops.backend import numbers, softmax_attention, tensors
+from keras_darkformer.ops.backend import numbers, pad, softmax_attention, tensors
 from keras_darkformer.ops.checks import check_attention, check_geometry
 from keras_darkformer.ops.dark_features import apply_geometry
 from keras_darkformer.types import Tensor
@@ -153,4 +153,4 @@ def _causal(key: Tensor) -> Tensor:
 
 def _widen(x: Tensor, width: int) -> Tensor:
     missing = width - x.shape[-1]
-    return ops.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
+    return pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x

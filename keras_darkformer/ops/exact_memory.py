@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_darkformer.ops.backend import inner, largest, power, reshape, split_at
+from keras_darkformer.ops.backend import inner, largest, pad, power, reshape, split_at
 from keras_darkformer.ops.features import TO_BASE
 from keras_darkformer.ops.partition import shape_of
 from keras_darkformer.ops.state import LOG_ZERO, NOTHING, Tokens
@@ -119,7 +119,7 @@ def tokens_at(tokens: Tokens, places: Tensor) -> Tokens:
 def last_written(written: Tensor) -> Tensor:
     """Up to and with which token a row is written, `(b, s) -> (b, 1)`."""
     index = ops.arange(ops.shape(written)[1], dtype="int32")
-    numbers = ops.pad(ops.where(written, index + 1, 0), [(0, 0), (1, 0)])  # 0 of no tokens, too
+    numbers = pad(ops.where(written, index + 1, 0), [(0, 0), (1, 0)])  # 0 of no tokens, too
     return largest(numbers, 1, keepdims=True)
 
 
@@ -320,9 +320,9 @@ def added_up(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
     batch, heads = shape_of(x)[:2]
     before = -(-size // chunk)
     missing = before * chunk - size
-    x = ops.pad(x, [(0, 0), (0, 0), (0, 0), (missing, 0)])
+    x = pad(x, [(0, 0), (0, 0), (0, 0), (missing, 0)])
     x = reshape(x, (batch, heads, chunks, before + 1, chunk))
     total = sum(
-        ops.pad(x[:, :, :, i], [(0, 0), (0, 0), (i, before - i), (0, 0)]) for i in range(before + 1)
+        pad(x[:, :, :, i], [(0, 0), (0, 0), (i, before - i), (0, 0)]) for i in range(before + 1)
     )
     return reshape(total, (batch, heads, (chunks + before) * chunk))[:, :, missing:]

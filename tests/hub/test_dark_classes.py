@@ -39,7 +39,8 @@ CONFIGS = [
     {"sliding_window": 5, "num_sinks": 2, "cache_size": 3},
     {"feature_map": ["none", "dark"], "layers": [0, 2], "sliding_window": 5},
     {"rope_geometry": "before", "attention_mode": "exact", "chunk_size": 4},
-    {"train_geometry": False, "train_projection": True},
+    {"train_geometry": False, "train_projection": True}
+    | {"attention_mode": "auto", "exact_below": 20},
 ]
 
 
