@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import on_one_backend, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import tried
@@ -116,6 +116,7 @@ def refusal(sample):
     return None
 
 
+@on_one_backend
 @given(samples)
 @tried(0.1)
 def test_a_conversion_is_whole_or_leaves_all_as_it_was(sample):

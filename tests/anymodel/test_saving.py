@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import on_one_backend, to_numpy
 from fresh_process import run_python
 from keras.layers import MultiHeadAttention
 from layers.helpers import assert_close
@@ -191,6 +191,7 @@ SESSION = """
 """
 
 
+@on_one_backend
 @pytest.mark.slow
 def test_a_fresh_process_loads_it_dark(tmp_path):
     models = {name: dark(make()) for name, make in MODELS.items()}

@@ -60,7 +60,6 @@ def tokens_of(length):
         # A sequence that fills its chunks goes without padding: a graph of its own.
         pytest.param(NO_MEMORY, True, {20: 1, 31: 1, 32: 2, 42: 3, 25: 3}, id="causal"),
         pytest.param(NO_MEMORY, False, {20: 1, 63: 1, 65: 2}, id="bidirectional"),
-        pytest.param(Memory(3, 2), True, {20: 1, 27: 1}, id="memory", marks=pytest.mark.slow),
         # The keys that are kept compete chunk by chunk: a graph for each number of chunks.
         pytest.param(Memory(3, 2, 2), True, {20: 1, 23: 1}, id="kept", marks=pytest.mark.slow),
     ],
@@ -83,15 +82,6 @@ def test_gradients_go_through_one_graph():
         found.append(torch.autograd.grad(torch.sum(call(*tokens) ** 2), tokens))
     for actual, expected in zip(*found, strict=True):
         assert_close(to_numpy(actual), to_numpy(expected), 1e-6)
-
-
-def test_a_length_that_is_not_marked_is_known_then_unknown():
-    function, graphs = attend(), Graphs()
-    program = torch.compile(function, backend=graphs, fullgraph=True)
-    for length, count in {20: 1, 27: 2, 31: 2}.items():
-        tokens = [torch.tensor(x) for x in Case(length=length).arrays[:3]]
-        assert_close(to_numpy(program(*tokens)), to_numpy(function(*tokens)), 1e-6)
-        assert len(graphs.made) == count, length
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7])
