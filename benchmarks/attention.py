@@ -95,9 +95,9 @@ def multiplications(shape, length, causal):
 
 def time_row(label, length, causal, gradients, args):
     ways = ways_of(SHAPES[label], length, causal, dtype=args.dtype, compile=args.compile)
-    ways.pop("fla", None)  # as `use.py` has it
+    for name in ("dark_auto", "fla"):  # of `use.py`
+        ways.pop(name, None)
     if gradients:
-        del ways["dark_auto"]
         return row_of(ways, "dark", label, length, causal, gradients, args)
     del ways["dark_remat"]
     ways["matmul"] = matmul_way()
