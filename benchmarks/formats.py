@@ -20,6 +20,9 @@ def load(name):
 
 def table(columns, rows, words=1):
     """A Markdown table: `words` columns to the left, then figures, to the right."""
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row has {len(row)} cells for {len(columns)} columns: {row}")
     rule = ["---" if i < words else "---:" for i in range(len(columns))]
     lines = [columns, rule, *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

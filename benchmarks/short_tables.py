@@ -36,24 +36,18 @@ def forms(backend):
 
 def crossovers(*backends):
     """The lengths from which on features are faster, of crossover.py."""
-    lines = []
-    for backend in backends:
-        payload = load_labelled("crossover", backend)
-        rows = [row for row in payload["rows"] if not row["masked"]]
-        shapes = unique(shape_of(row) for row in rows)
-        for shape in shapes:
-            own = [row for row in rows if shape_of(row) == shape]
-            lengths = {(row["causal"], row["pass"]): row["length"] for row in own}
-            cells = [f"{lengths[key]:,}" if key in lengths else "-" for key in kinds(rows)]
-            lines.append([payload["label"], *shape, *cells])
+    payloads = [load_labelled("crossover", backend) for backend in backends]
+    kinds = unique((x["causal"], x["pass"]) for payload in payloads for x in payload["rows"])
+    lengths = {}
+    for payload in payloads:
+        for row in payload["rows"]:
+            if not row["masked"]:
+                of_shape = lengths.setdefault((payload["label"], *shape_of(row)), {})
+                of_shape[row["causal"], row["pass"]] = f"{row['length']:,}"
+    lines = [[*key, *(found.get(kind, "-") for kind in kinds)] for key, found in lengths.items()]
     columns = ["backend", "head size", "features", "query / key heads"]
-    named = [f"{'causal' if causal else 'not causal'}, {which}" for causal, which in kinds(rows)]
+    named = [f"{'causal' if causal else 'not causal'}, {which}" for causal, which in kinds]
     return table([*columns, *named], lines, words=4)
-
-
-def kinds(rows):
-    """The kinds of calls, in order."""
-    return unique((row["causal"], row["pass"]) for row in rows)
 
 
 def shape_of(row):
