@@ -1,4 +1,4 @@
-"""The tables of short sequences and of attention as it is used: forms.py, crossover.py, use.py.
+"""The tables of short sequences, of use, and of GPUs: forms.py, crossover.py, use.py, flash.py.
 
 Each function takes the words behind its name in a page's mark and returns Markdown.
 """
@@ -6,7 +6,7 @@ Each function takes the words behind its name in a page's mark and returns Markd
 import statistics
 
 from comparisons import load as load_labelled
-from formats import load, ratio, table, unique
+from formats import load, milliseconds, ratio, table, unique
 
 FORMS = ("linear", "exact")
 PEERS = {
@@ -16,6 +16,14 @@ PEERS = {
     "fla": "fla, plain PyTorch",
     "darkformer_pytorch_256": "darkformer-pytorch",
     "performer_pytorch": "performer-pytorch",
+}
+FLASH_PEERS = {
+    "sdpa": "sdpa",
+    "cudnn": "cudnn",
+    "fla_kernel": "fla's kernel",
+    "darkformer_pytorch_256": "darkformer-pytorch",
+    "dark_float32": "ours, products in float32",
+    "dark_remat": "ours, `remat` switched",
 }
 
 
@@ -91,3 +99,39 @@ def use_in_short(*backends):
     return table(
         ["backend", "against", "pass", "worst / median / best", "not lost"], lines, words=3
     )
+
+
+def flash(*sources):
+    """Ours in milliseconds and their time over it, on a GPU, of flash.py."""
+    payloads = [load_labelled("flash", source) for source in sources]
+    peers = [
+        name
+        for name in FLASH_PEERS
+        if any(name in row["times"] for payload in payloads for row in payload["rows"])
+    ]
+    lines = []
+    for payload in payloads:
+        for row in payload["rows"]:
+            ours = row["times"]["dark"]
+            cells = [
+                ratio(row["times"][x]["median"] / ours["median"]) if x in row["times"] else "-"
+                for x in peers
+            ]
+            line = [payload["label"], row["shape"], row["pass"], f"{row['length']:,}"]
+            lines.append([*line, milliseconds(ours), *cells])
+    columns = ["measured on", "shape", "pass", "tokens", "ours, ms"]
+    return table([*columns, *(FLASH_PEERS[name] for name in peers)], lines, words=3)
+
+
+def flash_blocks(source):
+    """Milliseconds by tokens of a block and of a chunk, of flash.py."""
+    rows = load(f"flash_{source}")["blocks"]
+    sizes = [tuple(map(int, name.split(" x "))) for name in rows[0]["times"]]
+    chunks = unique(chunk for _, chunk in sizes)
+    lines = []
+    for row in rows:
+        for block in unique(block for block, _ in sizes):
+            times = (row["times"][f"{block} x {chunk}"]["median"] for chunk in chunks)
+            cells = (f"{time:.1f}" for time in times)
+            lines.append([row["shape"], row["pass"], f"{block:,}", *cells])
+    return table(["shape", "pass", "block", *(f"chunks of {x}" for x in chunks)], lines, words=2)

@@ -9,9 +9,10 @@ rates; its rate is the one of the least mean loss on the validation part, and fi
 test part. All rates and seeds of an arm train side by side (`study_training.py`), so what each rate
 does to training is seen too.
 
-Runs are written to WORK one by one, and not made again; all that are there go to
-results/study.json. On a GPU a run takes a minute; on a CPU one rate with one seed takes a few, so
-name what is wanted: `--list` shows the names of all runs, `--runs`, `--rates` and `--seeds` choose.
+Runs are written to WORK one by one, and not made again; all that are there go into
+results/study.json, in place of what it held of the same ones. On a GPU a run takes a minute; on a
+CPU one rate with one seed takes a few, so name what is wanted: `--list` shows the names of all
+runs, `--runs`, `--rates` and `--seeds` choose.
 """
 
 import concurrent.futures
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import common
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES_OF_SMOLLM2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 COUNTS = (16, 32, 128, 256)  # of features, beside those of the shape
 PARTS = ("validation", "test")
 
@@ -96,6 +98,7 @@ def make(run, args):
     from study_training import Recipe, Replicas
 
     started, tokens = time.perf_counter(), args.tokens[vocabulary_of(run)]
+    rates = args.rates or (RATES_OF_SMOLLM2 if run.shape == SMOLLM2 else RATES)
     maker = Maker(run, args.presets.get(run.shape), tokens["train"])
     recipe = Recipe(
         steps=args.scratch_steps if run.regime == "from scratch" else args.steps,
@@ -108,7 +111,7 @@ def make(run, args):
         with only_trainable(model, maker.trained(model)):
             weights.append(maker.weights(model))
     with only_trainable(model, maker.trained(model)):
-        replicas = Replicas(model, weights, args.rates, recipe)
+        replicas = Replicas(model, weights, recipe)
 
         def redraw(steps):
             by_seed = [maker.draws(model, 1000 * steps + seed) for seed in args.seeds]
@@ -120,9 +123,19 @@ def make(run, args):
             teacher.text_windows(tokens["train"], count, teacher.LENGTH, seed)
             for seed in args.seeds
         ]
-        curves = replicas.train(windows, redraw if is_redrawn(run.arm) else None)
-        parts = {part: replicas.judge(held_out(tokens[part], args)) for part in PARTS}
-    shape = (len(args.rates), len(args.seeds), -1)
+        curves, parts = [], {part: [] for part in PARTS}
+        # Of a larger model as many as fit in memory.
+        for some in [[rate] for rate in rates] if run.shape == SMOLLM2 else [rates]:
+            replicas.begin(some)
+            curves.append(replicas.train(windows, redraw if is_redrawn(run.arm) else None))
+            for part, found in parts.items():
+                found.append(replicas.judge(held_out(tokens[part], args)))
+        curves = np.concatenate(curves, 1)
+        parts = {
+            part: [np.concatenate(of_rates) for of_rates in zip(*found, strict=True)]
+            for part, found in parts.items()
+        }
+    shape = (len(rates), len(args.seeds), -1)
     by_rate = parts["validation"][0].reshape(shape).mean((1, 2))
     best = int(np.argmin(np.where(np.isfinite(by_rate), by_rate, np.inf)))
     found_spikes = [spikes(curve) for curve in curves.T]
@@ -130,6 +143,7 @@ def make(run, args):
     keras.backend.clear_session()
     return {
         **run._asdict(),
+        "rates": list(rates),
         "steps": recipe.steps,
         "seconds": round(time.perf_counter() - started, 1),
         "environment": common.environment("keras-hub"),
@@ -185,19 +199,24 @@ def run_one(run, args):
     found = make(run, args)
     path.write_text(json.dumps(found))
     best = found["loss"][found["best"]]
-    return f"{run.name}: {found['seconds']} s, loss {best}, rate {args.rates[found['best']]}"
+    return f"{run.name}: {found['seconds']} s, loss {best}, rate {found['rates'][found['best']]}"
 
 
 def collect(args):
-    """What is there, into one file."""
-    runs = [json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]
+    """What is there, into one file, beside what that holds of other runs."""
+    runs = {path.stem: json.loads(path.read_text()) for path in args.work.glob("*.json")}
+    if args.output.exists():
+        before = json.loads(args.output.read_text())
+        for run in before["runs"]:
+            run["environment"] = before["environments"][run["environment"]]
+            runs.setdefault(Run(*(run[name] for name in Run._fields)).name, run)
+    runs = [run for _, run in sorted(runs.items())]
     environments, small = [], args.tokens["small"]
     for run in runs:
         if run["environment"] not in environments:
             environments.append(run["environment"])
         run["environment"] = environments.index(run["environment"])
     settings = {
-        "rates": list(args.rates),
         "seeds": list(args.seeds),
         "test_windows": args.test_windows,
         "loss_of_frequencies": of_frequencies(small["train"], held_out(small["test"], args)),
@@ -215,7 +234,7 @@ def parse_arguments():
     made.add_argument("--work", type=pathlib.Path, default=pathlib.Path("results/study"))
     made.add_argument("--output", type=pathlib.Path, default=common.RESULTS / "study.json")
     made.add_argument("--runs", nargs="*", help="by name; default: all")
-    made.add_argument("--rates", nargs="*", type=float, default=RATES)
+    made.add_argument("--rates", nargs="*", type=float, help="default: by the model")
     made.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     made.add_argument("--steps", type=int, default=200, help="of finetuning")
     made.add_argument("--scratch-steps", type=int, default=400)

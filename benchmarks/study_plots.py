@@ -21,19 +21,20 @@ COLOURS = {  # Okabe and Ito's
 
 def draw(path):
     """Loss and spikes against the rate."""
-    rates = load("study")["settings"]["rates"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for column, regime in enumerate(REGIMES.values()):
-        for run in runs(regime=regime, num_features=NUM_FEATURES):
+        for run in runs(regime=regime, num_features=NUM_FEATURES["h64"]):
             if run["arm"] not in COLOURS:
                 continue
             loss = np.array(run["loss"], "float64")
             line = {"color": COLOURS[run["arm"]], "label": run["arm"], "marker": "o", "ms": 4}
             axis = axes[0, column]
-            axis.plot(rates, loss.mean(axis=1), **line)
-            axis.fill_between(rates, loss.min(1), loss.max(1), color=line["color"], alpha=0.15)
+            axis.plot(run["rates"], loss.mean(axis=1), **line)
+            axis.fill_between(
+                run["rates"], loss.min(1), loss.max(1), color=line["color"], alpha=0.15
+            )
             spikes = 1000 * np.mean(run["spikes"], axis=1) / run["steps"]
-            axes[1, column].plot(rates, spikes, **line)
+            axes[1, column].plot(run["rates"], spikes, **line)
         axes[0, column].set(xscale="log", title=regime, xlabel="learning rate", ylabel="test loss")
         axes[1, column].set(
             xscale="log", yscale="symlog", xlabel="learning rate", ylabel="spikes in 1,000 steps"

@@ -8,7 +8,7 @@ from formats import load, mean_and_range, table, unique
 
 RESAMPLES = 2_000
 REGIMES = {"scratch": "from scratch", "all": "all weights", "qkv": "q, k, v"}
-NUM_FEATURES = 64  # of what is told by arm
+NUM_FEATURES = {"h64": 64, "h256": 256, "SmolLM2": 128}  # of what is told by arm
 
 
 def runs(**wanted):
@@ -78,14 +78,14 @@ def of_seeds(values):
 # === Tables ===
 
 
-def study(regime):
+def study(regime, shape="h64"):
     """Every arm of a way of training, at its best rate."""
     lines = []
-    for run in runs(regime=REGIMES[regime], num_features=NUM_FEATURES):
+    for run in runs(regime=REGIMES[regime], shape=shape, num_features=NUM_FEATURES[shape]):
         best, is_arm = run["best"], run["arm"] not in ("exact", "Performer")
         shares = [told(share(run, key)) for key in ("losses", "accuracies")] if is_arm else ["", ""]
         accuracy = f"{100 * np.mean(run['accuracy'][best]):.1f} %"
-        rate = f"{load('study')['settings']['rates'][best]:g}"
+        rate = f"{run['rates'][best]:g}"
         lines.append([run["arm"], of_seeds(run["loss"][best]), accuracy, *shares, rate])
     columns = ["arm", "loss", "accuracy", "R of the loss", "R of the accuracy", "rate"]
     return table(columns, lines)
@@ -107,23 +107,23 @@ def features(regime):
     return table(["arm", *(f"m = {m}" for m in counts)], lines)
 
 
-def stability(guarded):
+def stability(guarded, shape="h64"):
     """Runs that failed, spikes, and how many rates do: with warm-up and clipping or without."""
-    rates = load("study")["settings"]["rates"]
     lines = []
     for regime in REGIMES.values():
-        wanted = {"regime": regime, "guarded": guarded == "guarded"}
-        kept = runs(num_features=NUM_FEATURES, **wanted)
+        wanted = {"regime": regime, "guarded": guarded == "guarded", "shape": shape}
+        wanted["num_features"] = NUM_FEATURES[shape]
+        kept = runs(**wanted)
         if not kept:
             continue
-        trains = trained_rates(run_of("exact", num_features=NUM_FEATURES, **wanted))
+        trains = trained_rates(run_of("exact", **wanted))
         for run in kept:
             loss = np.array(run["loss"], "float64").mean(axis=1)
             near = int((loss <= np.nanmin(loss) + 0.2).sum())
             spikes = 1000 * np.array(run["spikes"])[trains].mean() / run["steps"]
             failed = f"{np.sum(has_failed(run))} of {np.size(run['loss'])}"
             above = f"{1000 * np.array(run['spikes']).mean() / run['steps']:.1f}"
-            cells = [failed, f"{spikes:.1f}", above, f"{near} of {len(rates)}"]
+            cells = [failed, f"{spikes:.1f}", above, f"{near} of {len(run['rates'])}"]
             lines.append([regime, run["arm"], *cells])
     columns = ["trained", "arm", "failed", "spikes, stable rates", "spikes, all rates"]
     return table([*columns, "rates within 0.2"], lines, words=2)

@@ -55,21 +55,28 @@ class Replicas:
     Args:
         model: the model, which lends its layers; its own weights stay as they are.
         weights: by seed, what `values` gives of its trainable and of its other variables.
-        rates: a list of floats; replica `r` has rate `r // seeds` and seed `r % seeds`.
         recipe: `Recipe`.
     """
 
-    def __init__(self, model, weights, rates, recipe):
-        self.model, self.recipe = model, recipe
-        self.seeds, self.count = len(weights), len(rates) * len(weights)
-        self.rates = jnp.repeat(jnp.array(rates, "float32"), self.seeds)
+    def __init__(self, model, weights, recipe):
+        self.model, self.weights, self.recipe = model, weights, recipe
+        self.seeds = len(weights)
         self.optimizer = recipe.optimizer()
         self.optimizer.build(model.trainable_variables)
-        trained, others = zip(*weights, strict=True)
-        own = [self.repeated([value] * self.seeds) for value in values(self.optimizer.variables)]
-        self.state = (self.stacked(trained), self.stacked(others), own)
         paths = [variable.path for variable in self.optimizer.variables]
         self.at_rate = next(i for i, path in enumerate(paths) if path.endswith("learning_rate"))
+
+    def begin(self, rates):
+        """Gives all replicas the weights they start from.
+
+        Args:
+            rates: a list of floats; replica `r` has rate `r // seeds` and seed `r % seeds`.
+        """
+        self.count = len(rates) * self.seeds
+        self.rates = jnp.repeat(jnp.array(rates, "float32"), self.seeds)
+        trained, others = zip(*self.weights, strict=True)
+        own = [self.repeated([value] * self.seeds) for value in values(self.optimizer.variables)]
+        self.state = (self.stacked(trained), self.stacked(others), own)
 
     def stacked(self, by_seed):
         return [self.repeated(values) for values in zip(*by_seed, strict=True)]
@@ -106,10 +113,13 @@ class Replicas:
             rates, windows = now
             return jax.vmap(self.step)(state, rates, windows[seed_of])
 
-        return jax.jit(lambda state, *of_steps: jax.lax.scan(one, state, of_steps))
+        def all_steps(state, *of_steps):
+            return jax.lax.scan(one, state, of_steps)
+
+        return jax.jit(all_steps, donate_argnums=0)
 
     def train(self, windows, between=None):
-        """Trains all replicas.
+        """Trains all replicas from where they are.
 
         Args:
             windows: by seed, `(steps * batch_size, length + 1)` token ids.

@@ -44,6 +44,8 @@ TABLES = {
     "decode": speed.decode,
     "distil-memory": quality.distil_memory,
     "encoder": quality.encoder,
+    "flash": short.flash,
+    "flash-blocks": short.flash_blocks,
     "floor": speed.floor,
     "forms": short.forms,
     "gemma-to-dark": quality.gemma_to_dark,

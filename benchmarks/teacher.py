@@ -139,7 +139,9 @@ def fit(model, windows, batch_size, rate, name):
         if batch % 100 == 0:
             print(f"{name}: step {batch} of {steps}, mean loss {logs['loss']:.3f}", flush=True)
 
-    model.fit(
+    # KerasHub's own `fit` needs TensorFlow, or grain, for what preprocesses.
+    keras.Model.fit(
+        model,
         inputs(windows),
         windows[:, 1:],
         batch_size=batch_size,

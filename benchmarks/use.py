@@ -39,16 +39,15 @@ QUADRATIC = ("sdpa", "keras")
 WAYS = ("dark_auto", "dark", "darkformer_pytorch_256", "performer_pytorch", "fla", *QUADRATIC)
 
 
-def cases(threads, quick):
+def cases(threads, heads, quick):
     """`(heads, batch, length, causal, dtype)`: all in float32, some of them otherwise too."""
-    lengths, heads = (LENGTHS[:2], HEADS[:1]) if quick else (LENGTHS, HEADS)
-    for count, batch, length in itertools.product(heads, BATCHES, lengths):
-        if batch * length > MOST_TOKENS[count]:
+    for batch, length in itertools.product(BATCHES, LENGTHS[:2] if quick else LENGTHS):
+        if batch * length > MOST_TOKENS[heads]:
             continue
-        yield count, batch, length, True, "float32"
-        if batch == 4 and count == HEADS[0] and threads == 1:
-            yield count, batch, length, False, "float32"
-            yield count, batch, length, True, "bfloat16"
+        yield heads, batch, length, True, "float32"
+        if batch == 4 and heads == HEADS[0] and threads == 1:
+            yield heads, batch, length, False, "float32"
+            yield heads, batch, length, True, "bfloat16"
 
 
 def row_of(case, gradients, clock, args):
@@ -101,8 +100,8 @@ def row_of(case, gradients, clock, args):
     }
 
 
-def rows_of(threads, args):
-    """All rows, in a process that computes with so many threads."""
+def rows_of(threads, heads, args):
+    """The rows of so many heads, in a process that computes with so many threads."""
     if threads == 1:
         one_thread()
         clock = default_clock()
@@ -113,7 +112,7 @@ def rows_of(threads, args):
 
             torch.set_num_threads(threads)
     rows = []
-    for case in cases(threads, args.quick):
+    for case in cases(threads, heads, args.quick):
         for gradients in (False, True):
             rows.append({"threads": threads, **row_of(case, gradients, clock, args)})
     return rows
@@ -126,30 +125,32 @@ def main():
     made.add_argument("--max-gib", type=float, default=4.0)
     args = made.parse_args()
     if args.measure:
-        answer(rows_of(int(args.measure[0]), args))
+        answer(rows_of(*map(int, args.measure), args))
         return
+    packages = ("darkformer-pytorch", "performer-pytorch", "flash-linear-attention")
+    payload = {
+        "head_dim": HEAD_DIM,
+        "num_features": NUM_FEATURES,
+        "unit": "ms, median and interquartile range",
+        "rows": [],
+        **environment(*(packages if backend() == "torch" else ())),
+    }
     most = 1 if args.quick else len(os.sched_getaffinity(0))
-    rows = []
-    for threads in (count for count in THREADS if count <= most):
-        rows += in_process(threads)
-        for row in (x for x in rows if x["threads"] == threads):
-            print({name: row[name] for name in row if name not in ("times", "skipped")})
-    worst = min(
-        min(row["ratios"][x] for x in QUADRATIC if x in row["ratios"])
-        for row in rows
-        if any(x in row["ratios"] for x in QUADRATIC)
-    )
+    threads = [count for count in THREADS if count <= most]
+    for count, heads in itertools.product(threads, HEADS[:1] if args.quick else HEADS):
+        for row in in_process(count, heads):
+            payload["rows"].append(row)
+            print({name: row[name] for name in row if name not in ("times", "skipped")}, flush=True)
+        if not args.quick:
+            write("use", payload)
+    say(payload["rows"])
+
+
+def say(rows):
+    """The worst and the middle of all ratios."""
+    exact = [row["ratios"][x] for row in rows for x in QUADRATIC if x in row["ratios"]]
     middle = statistics.median(row["ratios"]["dark"] for row in rows)
-    print(f"against exact attention at worst {worst}; linear / auto in the middle {middle}")
-    if not args.quick:
-        packages = ("darkformer-pytorch", "performer-pytorch", "flash-linear-attention")
-        payload = {
-            "head_dim": HEAD_DIM,
-            "num_features": NUM_FEATURES,
-            "unit": "ms, median and interquartile range",
-            "rows": rows,
-        }
-        write("use", payload | environment(*(packages if backend() == "torch" else ())))
+    print(f"against exact attention at worst {min(exact)}; linear / auto in the middle {middle}")
 
 
 if __name__ == "__main__":
