@@ -1,12 +1,12 @@
-"""Attention with exponential features: picks the form that fits the call.
+"""Attention with exponential features, in the form that fits the call.
 
-One operation in three equal forms, with one signature:
+The operation has three equivalent forms with one signature:
 
 - `parallel`: every query sees every key (bidirectional and cross attention);
 - `chunked`: causal, by chunks;
-- `recurrent`: one key against the state.
+- `recurrent`: causal, one key at a time on top of a state.
 
-The last two take an exact memory beside the features.
+The last two also take an exact memory.
 """
 
 import math
@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_darkformer.checks import optional_integer
 from keras_darkformer.memory import NO_MEMORY, Memory
+from keras_darkformer.ops.backend import products_dtype
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import check_attention, check_causal, check_mask
 from keras_darkformer.ops.chunked import chunked
@@ -45,13 +46,13 @@ def attend(
         query: tensor of shape `(b, t, n, h)`, any float dtype, as key and value.
         key: tensor of shape `(b, s, k, h)`.
         value: tensor of shape `(b, s, k, v)`.
-        features: `FoldedFeatures`, float32; `None` for the memory alone.
+        features: `FoldedFeatures`, float32; `None` for an exact memory alone.
         causal, initial_state, return_state: as for `dark_attention`.
-        memory: `Memory`: what is kept exactly.
+        memory: `Memory`, the sizes of the exact memory.
         **call: key_mask, write_mask, chunk_size and remat, as for `dark_attention`.
 
     Returns:
-        As `dark_attention`.
+        As for `dark_attention`.
     """
     how = Call(**call, memory=memory, with_state=return_state)
     check_attention(query, key, value, causal=causal, key_mask=how.key_mask)
@@ -64,11 +65,12 @@ def attend(
         chunk_size=optional_integer("chunk_size", how.chunk_size),
     )
     if how.key_mask is not None and how.write_mask is not None:
-        # What is masked counts for nothing.
+        # A masked token is not written either.
         how = how._replace(write_mask=ops.logical_and(how.key_mask, how.write_mask))
     num_features = features.num_features if features is not None else 0
     sizes = key.shape[2], num_features, value.shape[3], key.shape[3]
     dtype = output_dtype(query, key, value)
+    how = how._replace(products=products_dtype(dtype))
     shapes = StateShapes(*sizes, memory, dtype=dtype)
     if initial_state is None:
         state = shapes._replace(dtype="float32").zeros(ops.shape(key)[0])
@@ -88,7 +90,7 @@ def attend(
 def accumulate(
     key: Tensor, value: Tensor, features: FoldedFeatures, *, key_mask: Tensor = None
 ) -> State:
-    """The state after keys that nothing attends to here, of an attention without exact memory.
+    """The state after these keys, without an output and without an exact memory.
 
     Args:
         key: tensor of shape `(b, s, k, h)`, any float dtype, as value.
@@ -108,7 +110,10 @@ def accumulate(
         dtype=output_dtype(key, value),
     )
     before = shapes._replace(dtype="float32").zeros(ops.shape(key)[0])
-    call = Call(key_mask=None if key_mask is None else ops.cast(key_mask, "bool"))
+    call = Call(
+        key_mask=None if key_mask is None else ops.cast(key_mask, "bool"),
+        products=products_dtype(shapes.dtype),
+    )
     return shapes.stored(absorb(key, value, features, before, call))
 
 

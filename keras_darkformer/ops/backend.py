@@ -15,20 +15,25 @@ _BACKEND = keras.config.backend()
 # to 80 times where the result underflows; TensorFlow's exp2 is a general power.
 BASE = math.e if _BACKEND == "tensorflow" else 2.0
 
-# Tokens per block of a long causal sequence. Measured on CPU: fewer keep a block's tensors in the
-# cache, more spread the cost of starting operations, which is largest in torch. On an accelerator,
-# where it is not measured, a block must be large enough to fill it.
+# Tokens per block of a long causal sequence. On a CPU a small block keeps its tensors in the cache,
+# and a large one spreads the cost of starting operations, which is largest in torch.
 BLOCK_LENGTH = 256 if _BACKEND == "jax" else 512
-ACCELERATOR_BLOCK_LENGTH = 4096
+# Tokens of a block in all rows of a batch on an accelerator, where a block must be large enough to
+# fill it. Measured on an H200: in PyTorch a block of 16,384 takes as long to start as one of 4,096.
+ACCELERATOR_TOKENS = 16384 if _BACKEND == "torch" else 4096
+LEAST_BLOCK = 1024
 MOST_BLOCKS = 16
 
 
-def block_length(length: int | None) -> int:
+def block_length(length: int | None, rows: Any = 1) -> int:
     """Tokens per block of a causal sequence on the device that Keras computes on.
 
-    `None` stands for a length that is known only to the run.
+    `length` is `None` where only the run knows it. The number of `rows` counts if it is an int.
     """
-    usual = ACCELERATOR_BLOCK_LENGTH if accelerated() else BLOCK_LENGTH
+    usual = BLOCK_LENGTH
+    if accelerated():
+        rows = rows if isinstance(rows, int) else 1
+        usual = max(ACCELERATOR_TOKENS // max(1, rows), LEAST_BLOCK)
     if length is None or _BACKEND != "tensorflow":
         return usual
     # TensorFlow unrolls the blocks: more of them take minutes to compile.
@@ -36,7 +41,7 @@ def block_length(length: int | None) -> int:
 
 
 def backend() -> str:
-    """The name of the backend, for figures measured on each."""
+    """The name of the backend, to look up what was measured on it."""
     return _BACKEND
 
 
@@ -45,7 +50,7 @@ def accelerated() -> bool:
     if _BACKEND == "torch":
         import torch
 
-        return torch.cuda.is_available()  # quick, and `torch.compile` warns of what is cached
+        return torch.cuda.is_available()  # quick; `torch.compile` warns of cached functions
     return _has_accelerator()
 
 
@@ -61,12 +66,12 @@ def _has_accelerator() -> bool:
 
 
 def tensors(*arrays: Any) -> tuple[Any, ...]:
-    """Arrays as tensors; `None` stays."""
+    """Converts arrays to tensors; `None` stays `None`."""
     return tuple(None if x is None else _tensor(x) for x in arrays)
 
 
 def numbers(*arrays: Any) -> tuple[Any, ...]:
-    """As `tensors`, integers and booleans in the default float type: results are no integers."""
+    """Like `tensors`, but casts integers and booleans to the default float dtype."""
     return tuple(x if x is None else _number(x) for x in tensors(*arrays))
 
 
@@ -81,7 +86,7 @@ def _tensor(x: Any) -> Any:
         return x
     import tensorflow as tf
 
-    return tf.convert_to_tensor(x)  # a variable is none, and lacks some attributes of one
+    return tf.convert_to_tensor(x)  # a variable lacks some attributes of a tensor
 
 
 def power(exponent: Any) -> Any:
@@ -90,14 +95,14 @@ def power(exponent: Any) -> Any:
 
 
 def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
-    """`ops.reshape`, which on torch takes 15 microseconds to look for symbolic tensors."""
+    """`ops.reshape`, without the 15 microseconds it takes on torch to look for symbolic tensors."""
     return x.reshape(shape) if _BACKEND == "torch" else ops.reshape(x, shape)
 
 
 def largest(x: Any, axis: int, keepdims: bool = False) -> Any:
-    """`ops.max` over an axis that is not empty, whatever the others are.
+    """`ops.max` over an axis that is not empty, although others may be.
 
-    On torch and TensorFlow Keras' refuses every tensor without elements, and so a batch without
+    On torch and TensorFlow, `ops.max` refuses all tensors without elements, as of a batch without
     rows.
     """
     if _BACKEND == "torch":
@@ -112,10 +117,11 @@ def largest(x: Any, axis: int, keepdims: bool = False) -> Any:
 def affine(inputs: Any, kernel: Any, bias: Any) -> Any:
     """`inputs @ kernel + bias`, `(b, k, x, h)` by `(k, h, m)` or `(x, h)` by `(h, m)`.
 
-    A sum of its own is a pass over all features; torch has one that is part of the product, as XLA
-    makes it by itself. The gradient by a kernel without the rows' axis is one product over rows and
-    tokens, for which JAX transposes both: one product a row, added up, is twice as fast. For a few
-    tokens a row a copy of the kernel would be more than all the rest.
+    A separate sum costs a pass over all features. On torch it is made part of the product, as XLA
+    does by itself. The gradient with respect to a kernel without a batch axis is one product over
+    rows and tokens, for which JAX transposes both operands; the sum of one product per row is twice
+    as fast. With only a few tokens per row, the copy of the kernel would cost more than everything
+    else.
     """
     tokens = inputs.shape[-2]
     is_long = isinstance(tokens, int) and tokens >= kernel.shape[-2]
@@ -140,8 +146,8 @@ def softmax_attention(
 ) -> Any:
     """`ops.dot_product_attention` of tensors `(b, t, heads, h)` of one dtype.
 
-    On torch Keras' has each of them copied, so that heads come first in memory, and makes a float
-    of every bit of a mask. `scaled_dot_product_attention` needs neither: on a CPU that is a fifth
+    On torch, Keras copies each tensor so that heads come first in memory, and turns each bit of a
+    mask into a float. `scaled_dot_product_attention` needs neither, which on a CPU makes up a fifth
     of the time at 128 tokens.
     """
     if _BACKEND != "torch":
@@ -163,10 +169,30 @@ def softmax_attention(
     return output.transpose(1, 2)
 
 
-def inner(x: Any, y: Any) -> Any:
-    """`x @ y'`: of the rows of one with those of the other.
+def products_dtype(dtype: str) -> str:
+    """The dtype in which features and values are multiplied, for inputs of `dtype`.
 
-    Of a transposed `y` JAX hands the gradient on transposed, and turns all of it around.
+    On an accelerator, products of bfloat16 run on units that float32 doesn't use, and features take
+    half the memory. A feature is at most 1, so rounding it costs as much as rounding the output
+    does. Logarithms of features, scales and sums stay in float32.
+    """
+    return "bfloat16" if dtype == "bfloat16" and accelerated() else "float32"
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """`ops.cast`, which on torch takes some microseconds to find that it has nothing to do."""
+    return x if keras.backend.standardize_dtype(x.dtype) == dtype else ops.cast(x, dtype)
+
+
+def product(x: Any, y: Any) -> Any:
+    """`x @ y` as float32; `y` is first rounded to the dtype of `x`."""
+    return cast(x @ cast(y, keras.backend.standardize_dtype(x.dtype)), "float32")
+
+
+def inner(x: Any, y: Any) -> Any:
+    """`x @ y'`: the inner products of the rows of `x` with those of `y`.
+
+    If `y` is transposed first, JAX computes its gradient transposed and has to transpose it back.
     """
     if _BACKEND == "jax":
         return ops.einsum("...xh,...yh->...xy", x, y)
@@ -174,11 +200,11 @@ def inner(x: Any, y: Any) -> Any:
 
 
 def columns(x: Any, number: int) -> Any:
-    """`(..., 1)` as so many equal columns, for a product with each of that many.
+    """One column, `(..., 1)`, prepared for an elementwise product with `number` columns.
 
-    Its gradient is a sum over them. XLA's on CPU takes as long as a product with a square matrix,
-    so there JAX has a product with ones. Elsewhere broadcasting will do, and on accelerators
-    products round what they multiply.
+    Its gradient is a sum over the columns. XLA's sum on CPU takes as long as a product with a
+    square matrix, so JAX multiplies by ones there instead. Elsewhere broadcasting is enough; on
+    accelerators, a product would also round its operands.
     """
     if _BACKEND == "jax" and not accelerated():
         return x @ ops.ones((1, number), dtype=x.dtype)
@@ -188,15 +214,15 @@ def columns(x: Any, number: int) -> Any:
 def compiled(
     function: Callable[..., Any], variables: Sequence[Any], updated: Sequence[Any] = ()
 ) -> Callable[..., Any]:
-    """A function of tensors, compiled where the backend compiles, for inference.
+    """A function of tensors for inference, compiled if the backend compiles.
 
-    JAX compiles what it closes over into the program: the weights of a model have to go in as
-    arguments, and what it draws random numbers from out again.
+    JAX compiles closed-over values into the program. The weights of a model therefore have to go in
+    as arguments, and the state of its random numbers has to come out again.
 
     Args:
         function: function of positional tensors and Python values that a trace may take as tensors.
         variables: the variables it reads.
-        updated: those of other variables it also assigns.
+        updated: other variables that it also assigns.
     """
     if _BACKEND == "torch":
         import torch
@@ -227,10 +253,10 @@ def compiled(
 
 
 def no_gradients() -> contextlib.AbstractContextManager[Any]:
-    """A block in which nothing is noted down for gradients.
+    """A context in which nothing is recorded for gradients.
 
-    PyTorch does so for every call of a model that is not told otherwise, and keeps each tensor on
-    the way: gigabytes for a text of a real model.
+    Otherwise PyTorch records every call of a model and keeps all intermediate tensors: gigabytes
+    for one text in a real model.
     """
     if _BACKEND == "torch":
         import torch
@@ -240,11 +266,11 @@ def no_gradients() -> contextlib.AbstractContextManager[Any]:
 
 
 def track_variables(layers: Iterable[Any]) -> None:
-    """Has layers whose sublayers have got new variables know of them in the backend's own way.
+    """Registers the new variables of layers' sublayers in the backend's own way.
 
-    A Keras layer is a torch module, which notes its parameters down once, when it is built: an
-    optimizer of torch over `model.parameters()` would silently leave the new ones as they are.
-    KerasHub's models note none at all, and stay so.
+    On torch, a Keras layer is a module that records its parameters once, when it is built. A torch
+    optimizer over `model.parameters()` would silently leave new ones unchanged. KerasHub's models
+    record no parameters, and that stays so.
     """
     for layer in layers if _BACKEND == "torch" else ():
         if hasattr(layer, "_torch_params") and next(layer.named_parameters(), None) is not None:
@@ -254,8 +280,8 @@ def track_variables(layers: Iterable[Any]) -> None:
 def pad(x: Any, widths: Sequence[tuple[int, int]]) -> Any:
     """`ops.pad` with zeros.
 
-    On torch Keras' makes an operation with a name of its own at every call, and `torch.compile`
-    then a new program.
+    On torch, `ops.pad` makes an operation with a new name at every call, for which `torch.compile`
+    makes a new program.
     """
     if _BACKEND != "torch":
         return ops.pad(x, widths)
@@ -265,11 +291,11 @@ def pad(x: Any, widths: Sequence[tuple[int, int]]) -> Any:
 
 
 def split_at(x: Any, index: Any, axis: int) -> Any:
-    """`x` before `index` and from there on. On TensorFlow `index` may be a tensor.
+    """`x` before `index`, and from `index` on. On TensorFlow, `index` may be a tensor.
 
-    On torch `ops.split` makes a tensor of the index and reads it back: it waits for the device, and
-    `torch.export` then knows no sizes. Slices would do, but their gradient fills tensors with
-    zeros.
+    On torch, `ops.split` turns the index into a tensor and reads it back, which waits for the
+    device and hides the sizes from `torch.export`. Slices would work, but their gradient fills
+    tensors with zeros.
     """
     if _BACKEND == "torch":
         return x.split((index, x.shape[axis] - index), dim=axis)
@@ -291,10 +317,11 @@ def scan(
 ) -> tuple[Any, Any]:
     """Runs `carry, output = step(carry, input, constants)` over the second axis of `inputs`.
 
-    JAX compiles one step and loops over it: unrolled, its compile time grows with the length. The
-    others run a Python loop: TensorFlow's `ops.scan` has no gradient under `jit_compile`, and
-    torch's indexes its inputs step by step, which makes the backward pass quadratic (`unstack` does
-    not). A length that TensorFlow knows only in the run needs a loop of its own.
+    JAX compiles one step and loops over it, since the compile time of an unrolled loop grows with
+    the length. The other backends run a Python loop: TensorFlow's `ops.scan` has no gradient under
+    `jit_compile`, and torch's indexes its inputs step by step, which makes the backward pass
+    quadratic (`unstack` does not). On TensorFlow, a length that is known only at run time needs a
+    separate loop.
 
     Args:
         step: function of `(carry, input, constants)` to `(carry, output)`; it must reach tensors
@@ -302,18 +329,18 @@ def scan(
         carry: nested structure of tensors.
         inputs: nested structure of tensors whose second axes have the same length.
         constants: nested structure of tensors.
-        shapes: of the tensors of an output, in the order of `keras.tree`, all of them float32.
-            They are asked for where the length is known only to the run.
-        remat: whether the backward pass computes a step anew instead of keeping what it made on the
-            way. `None`: where that is faster. On JAX it is, as soon as there are two steps, since a
-            loop there writes all that it keeps into arrays of its own.
+        shapes: shapes of the tensors of one output, all float32, in the order of `keras.tree`. They
+            are needed if the length is known only at run time.
+        remat: whether the backward pass recomputes a step instead of keeping its intermediate
+            tensors. `None` does so where it is faster. On JAX it is faster from two steps on, since
+            a loop there writes everything it keeps into separate arrays.
 
     Returns:
         The last carry, and the outputs stacked along a new second axis.
     """
     leaves = tree.flatten(inputs)
     length = leaves[0].shape[1]
-    # A length that stands for any, where Keras asks JAX for shapes alone, is no number.
+    # Where Keras asks JAX for shapes alone, a length that stands for any is not an int.
     loop = _BACKEND == "jax" and (not isinstance(length, int) or length > 1)
     if loop if remat is None else remat:
         step = _rematerialized(step)
@@ -338,9 +365,9 @@ def _loop(
     constants: Any,
     shapes: Sequence[tuple[Any, ...]],
 ) -> tuple[Any, Any]:
-    """`scan` on TensorFlow over a length that is known only to the run, and at least 1.
+    """`scan` on TensorFlow over a length of at least 1 that is known only at run time.
 
-    XLA has a gradient of loops that say how often they turn at most.
+    XLA has gradients only of loops that state their maximum number of iterations.
     """
     import tensorflow as tf
 
@@ -379,12 +406,12 @@ def _loop(
 def search(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, output: Any, inputs: Any
 ) -> tuple[Any, Any]:
-    """As `scan`, for what has no gradient: also over a length that is known only to the run.
+    """Like `scan`, without gradients; the length may be known only at run time.
 
     Args:
         step: function of `(carry, input)` to `(carry, output)`.
         carry: nested structure of tensors.
-        output: tensors of the structure, shapes and dtypes of an output.
+        output: tensors with the structure, shapes and dtypes of one output.
         inputs: nested structure of tensors.
     """
     if _BACKEND != "tensorflow":
@@ -392,7 +419,7 @@ def search(
 
     import tensorflow as tf
 
-    # `ops.scan` there asks for a length that is known before the run.
+    # `ops.scan` on TensorFlow needs a length that is known before the run.
     carries, outputs = tf.scan(
         lambda last, x: step(last[0], x), tree.map_structure(_swap, inputs), (carry, output)
     )
@@ -404,7 +431,7 @@ def _swap(x: Any) -> Any:
 
 
 def _rematerialized(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`keras.remat(step)` for what TensorFlow's does not take: nesting, and booleans in XLA."""
+    """`keras.remat(step)` that on TensorFlow also takes nested structures, and booleans in XLA."""
 
     def rematerialized(*arguments: Any) -> Any:
         result: Any = None
@@ -434,7 +461,7 @@ def _rematerialized(step: Callable[..., Any]) -> Callable[..., Any]:
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`keras.remat` of a function of tensors; on TensorFlow with derivatives of every order.
 
-    TensorFlow's own, which Keras takes, refuses the second.
+    TensorFlow's own, which Keras uses, refuses second derivatives.
     """
     if _BACKEND != "tensorflow":
         return keras.remat(function)
@@ -444,14 +471,14 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     def recomputed(*inputs: Any) -> Any:
         def gradient(*upstream: Any, variables: Any = ()) -> Any:
             with tf.GradientTape() as tape, tf.control_dependencies(upstream):
-                again = [tf.identity(x) for x in inputs]  # not before it is asked for
+                again = [tf.identity(x) for x in inputs]  # only when it is asked for
                 tape.watch([x for x in again if x.dtype.is_floating])
                 outputs = function(*again)
             found = tape.gradient(outputs, [*again, *variables], output_gradients=upstream)
-            # Of variables that the function uses they are handed over apart.
+            # Gradients of variables that the function uses are returned separately.
             return (found[: len(again)], found[len(again) :]) if variables else found
 
-        return function(*map(tf.stop_gradient, inputs)), gradient  # nothing is noted down
+        return function(*map(tf.stop_gradient, inputs)), gradient  # nothing is recorded
 
     return recomputed
 
@@ -463,7 +490,7 @@ class SequenceAxis:
         name: the mesh axis.
 
     Raises:
-        RuntimeError: on another backend than JAX, which alone has `shard_map`.
+        RuntimeError: on a backend other than JAX, which alone has `shard_map`.
     """
 
     def __init__(self, name: str) -> None:

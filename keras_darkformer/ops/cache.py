@@ -1,6 +1,6 @@
-"""The keys that are kept when they leave the window: a queue by what they have received.
+"""Keys that are kept after they leave the window: a queue ordered by attention received.
 
-The shapes' letters are those of `ops.exact_memory`.
+Shapes use the letters of `ops.exact_memory`.
 """
 
 from typing import Any, NamedTuple
@@ -15,21 +15,21 @@ from keras_darkformer.ops.state import Tokens
 from keras_darkformer.ops.sums import log_mask, with_ones
 from keras_darkformer.types import Tensor
 
-# The score of a key that does not compete: below that of a place where nothing is.
+# The score of a key that does not compete: below that of an empty place.
 OUT = -2.0
 
 
 class Competition(NamedTuple):
-    """How the cache goes through a block.
+    """What happens to the cache during a block.
 
     Attributes:
-        before: `Tokens` by chunk, `(b, k, N, G, ...)`: those that are kept before it.
+        before: `Tokens`, `(b, k, N, G, ...)`: those that are kept before each chunk.
         leaves: int32, `(b, k, N, G)`: at which of the chunk's tokens each of them leaves the
             memory; C for those that stay.
-        exits_leave: int32, `(b, k, N, C)`: the same of those that leave the window in it.
+        exits_leave: int32, `(b, k, N, C)`: the same for those that leave the window in the chunk.
         left: `Tokens`, the T that leave, one at each token.
-        competed: bool, `(b, k, T)`: which of them had a chance to stay.
-        kept: `Tokens`, the G that are kept behind the block.
+        competed: bool, `(b, k, T)`: which of these had a chance to stay.
+        kept: `Tokens`, the G that are kept after the block.
     """
 
     before: Tokens
@@ -43,26 +43,26 @@ class Competition(NamedTuple):
 def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
     """The order of `(b, k, x)` by score, and the rank of each: 0 for the first that leaves.
 
-    Of equal scores the older one leaves first, so no two ranks are equal.
+    Of two equal scores, the older one leaves first, so no two ranks are equal.
     """
     order = ops.argsort(scores, axis=-1)  # stable on every backend
     return order, ops.argsort(order, axis=-1)
 
 
 def compete(kept: Tensor, entering: Tensor) -> Tensor:
-    """How long each stays among the G of the largest ranks, one entering at each token.
+    """How long each key stays among the G largest ranks while one enters at each token.
 
     Args:
         kept: ranks of those that are kept, `(b, k, G)`.
         entering: ranks of those that enter, `(b, k, C)`.
 
     Returns:
-        `leaves`, see `Competition`, of all of them, `(b, k, G + C)`.
+        `leaves` of all of them, `(b, k, G + C)`; see `Competition`.
     """
     size, chunk = kept.shape[-1], shape_of(entering)[-1]
     ranks = ops.concatenate([kept, entering], axis=-1)[..., None]
     ahead = ops.sum(ops.cast(kept[..., None, :] > ranks, "float32"), axis=-1, keepdims=True)
-    # And of those that have entered up to each token.
+    # Also counts those that have entered up to each token.
     more = ops.cumsum(ops.cast(entering[..., None, :] > ranks, "float32"), axis=-1)
     stays = ops.sum(ops.cast(more < size - ahead, "float32"), axis=-1)
     return ops.maximum(ops.cast(stays, "int32"), ops.arange(-size, chunk, dtype="int32"))
@@ -71,11 +71,11 @@ def compete(kept: Tensor, entering: Tensor) -> Tensor:
 def through_block(
     kept: Tokens, exits: Tokens, enters: Tensor, chunks: Tensor, chunk: int
 ) -> Competition:
-    """Lets the tokens of a block that leave the window compete.
+    """Lets the tokens that leave the window in a block compete.
 
     Args:
         kept: those that are kept before the block.
-        exits: T tokens, one leaves the window at each token of the block.
+        exits: the T tokens that leave the window, one at each token of the block.
         enters: bool, `(b, T)`: which of them compete, or `None` for all. The others leave the
             memory at once.
         chunks, chunk: N and C.
@@ -87,14 +87,14 @@ def through_block(
         scores = ops.where(enters[:, None], scores, OUT)
     scores = ops.concatenate([ops.stop_gradient(kept.received), scores], axis=-1)
     order, ranks = ranked(scores)
-    # TensorFlow forgets the size of a slice of what has no known size.
+    # TensorFlow forgets the size of a slice if the whole has no known size.
     first = reshape(ranks[..., :size], (batch, heads, size))
     entering = reshape(ranks[..., size:], (batch, heads, chunks, chunk))
     both = size + chunk
 
     def step(kept: Any, entering: Any) -> Any:
         leaves = compete(kept, entering)
-        # Those that leave, as they do, then those that stay, oldest first.
+        # First those that leave, in that order, then those that stay, oldest first.
         by_exit = ops.argsort(leaves * both + ops.arange(both, dtype="int32"), axis=-1)
         ranks = ops.concatenate([kept, entering], axis=-1)
         ranks = ops.take_along_axis(ranks, by_exit, axis=-1)
@@ -122,7 +122,7 @@ def through_block(
 
 
 def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
-    """The kept keys as the queries `(b, k, N, C * g, h)`, scaled, of a block see them."""
+    """The kept keys as a block's scaled queries, `(b, k, N, C * g, h)`, see them."""
     before = competition.before
     logits = inner(query, before.key)
     groups = query.shape[3] // chunk
@@ -135,7 +135,7 @@ def kept_part(query: Tensor, competition: Competition, chunk: int) -> Part:
 def with_exits(
     mask: Tensor, exits: Tokens, competition: Competition, chunk: int, memory: Memory
 ) -> Tensor:
-    """The mask of `local_part`, and those that left the window seen for as long as they are kept.
+    """The mask of `local_part`, with keys that left the window visible while they are kept.
 
     Args:
         mask: `(b, 1, N, C, S + W + C)`.

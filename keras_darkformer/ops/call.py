@@ -1,4 +1,4 @@
-"""What all forms of attention take beside queries, keys, values, features and a state."""
+"""What all forms of attention take besides queries, keys, values, features and a state."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from keras_darkformer.types import Tensor
 
 
 class Call(NamedTuple):
-    """How attention is asked for.
+    """How attention is called.
 
     Attributes:
         key_mask: bool, `(b, s)` or `(1, s)`, true = attend, or `None`.
@@ -16,6 +16,8 @@ class Call(NamedTuple):
         chunk_size: tokens per chunk, or `None`.
         remat: see `backend.scan`.
         with_state: whether the state that is returned will be used.
+        products: the dtype in which features and values are multiplied; see
+            `backend.products_dtype`.
     """
 
     key_mask: Tensor = None
@@ -24,3 +26,4 @@ class Call(NamedTuple):
     chunk_size: int | None = None
     remat: bool | None = None
     with_state: bool = False
+    products: str = "float32"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def check_attention(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, key_mask: Tensor
 ) -> None:
-    """Shapes of all but the features."""
+    """Checks the shapes of everything except the features."""
     for name, x, axes in (
         ("key", key, "(batch, key_length, num_key_value_heads, head_dim)"),
         ("query", query, "(batch, query_length, num_query_heads, head_dim)"),
@@ -38,14 +38,14 @@ def check_attention(
         )
     if causal and _differ(query.shape[1], key.shape[1]):
         raise ValueError(
-            "With `causal=True`, `query` and `key` must have the same length; what came "
-            f"before goes into `initial_state`. Received: query {_show(query)}, key {_show(key)}"
+            "With `causal=True`, `query` and `key` must have the same length; earlier "
+            f"tokens go into `initial_state`. Received: query {_show(query)}, key {_show(key)}"
         )
     check_mask("key_mask", key_mask, key)
 
 
 def check_mask(name: str, mask: Tensor, key: Tensor) -> None:
-    """Shape of a mask of keys, which may be `None`."""
+    """Checks the shape of a key mask, which may be `None`."""
     if mask is None:
         return
     shape = tuple(mask.shape)
@@ -62,7 +62,7 @@ def check_mask(name: str, mask: Tensor, key: Tensor) -> None:
 
 
 def check_geometry(name: str, geometry: Tensor, kv_heads: int, head_dim: int) -> None:
-    """Shape of a geometry, which may be `None`."""
+    """Checks the shape of a geometry, which may be `None`."""
     shape = None if geometry is None else tuple(geometry.shape)
     if shape is not None and (len(shape) != 3 or (shape[0], shape[2]) != (kv_heads, head_dim)):
         raise ValueError(
@@ -72,7 +72,7 @@ def check_geometry(name: str, geometry: Tensor, kv_heads: int, head_dim: int) ->
 
 
 def check_parameters(parameters: "DarkParameters", key: Tensor, memory: Memory) -> None:
-    """Shapes of the parameters of a dark feature map, all `None` for an exact memory alone."""
+    """Checks the parameters of a dark feature map, all `None` for an exact memory alone."""
     if parameters.projection is None:
         given = [name for name, x in parameters._asdict().items() if x is not None]
         if given:
@@ -116,24 +116,24 @@ def check_parameters(parameters: "DarkParameters", key: Tensor, memory: Memory) 
 
 
 def check_causal(memory: Memory, write_mask: Tensor, *, causal: bool) -> None:
-    """What only causal attention has."""
+    """Raises a ValueError for options that need causal attention, in a call that is not."""
     if memory and not causal:
         raise ValueError(
-            "`sliding_window` and `num_sinks` need `causal=True`: they are of tokens before a "
+            "`sliding_window` and `num_sinks` need `causal=True`: they hold tokens before a "
             f"query. Received: {memory}, causal=False"
         )
     if write_mask is not None and not causal:
-        raise ValueError("`write_mask` needs `causal=True`.")
+        raise ValueError("`write_mask` needs `causal=True`. Received: causal=False")
 
 
 def check_far_offset(far_offset: Tensor, has_far: bool, num_query_heads: int) -> None:
-    """What goes with features beside an exact memory."""
+    """Checks an offset, which needs features beside an exact memory."""
     if far_offset is None:
         return
     if not has_far:
         raise ValueError(
-            "`far_offset` needs a `sliding_window` or `num_sinks`, and features beside it. "
-            "Received: no such memory, or projection=None"
+            "`far_offset` needs a `sliding_window` or `num_sinks`, and features. "
+            "Received: neither of the two, or projection=None"
         )
     if tuple(far_offset.shape) != (num_query_heads,):
         raise ValueError(
@@ -143,7 +143,7 @@ def check_far_offset(far_offset: Tensor, has_far: bool, num_query_heads: int) ->
 
 
 def shapes_differ(a: Shape, b: Shape) -> bool:
-    """Whether two shapes can't be the same, sizes that are `None` being unknown."""
+    """Whether two shapes are certain to differ; a size that is `None` is unknown."""
     return len(a) != len(b) or any(map(_differ, a, b))
 
 

@@ -1,10 +1,10 @@
 """Causal attention in chunks: linear in the length, with or without an exact memory.
 
-A block of N chunks of C tokens is computed at once, and a state goes from block to block. Without
-an exact memory the keys of a block enter the sums. With one those enter that leave it, one at each
-token, and the queries further meet the keys in the memory themselves.
+A block of N chunks of C tokens is computed at once, and a state passes from block to block. Without
+an exact memory, the keys of a block enter the sums. With one, keys enter the sums when they leave
+the memory, one at each token, and queries attend to the keys in the memory directly.
 
-The shapes' letters are those of `ops.features`.
+Shapes use the letters of `ops.features`.
 """
 
 from typing import NamedTuple
@@ -50,10 +50,10 @@ from keras_darkformer.types import Shape, Tensor
 
 
 class Carry(NamedTuple):
-    """What goes from block to block. Parts that it has not are empty tuples.
+    """What passes from block to block. Missing parts are empty tuples.
 
-    `seen` are the sums that queries see; none without features. `written` are those of the state,
-    where they differ: each key's features are then computed once and added twice. `held` is the
+    `seen` holds the sums that queries see, if there are features. `written` holds those of the
+    state, if they differ: each key's features are then computed once and added twice. `held` is the
     memory.
     """
 
@@ -62,7 +62,7 @@ class Carry(NamedTuple):
     held: Held | tuple[()] = ()
 
 
-# What does not change from block to block, and has gradients.
+# Tensors that have gradients and do not change from block to block.
 Constants = tuple[FoldedFeatures | None, tuple[Tensor, Tensor], Tensor, Sinks | None]
 
 
@@ -76,12 +76,12 @@ def chunked(
 ) -> tuple[Tensor, State | MemoryState]:
     """Output `(b, t, n, v)` in float32, and the state after the keys; see `attention.attend`.
 
-    Without `call.with_state` the state says nothing where masks are given.
+    Without `call.with_state`, the state is not meaningful if masks are given.
     """
-    memory, kv_heads = call.memory, key.shape[2]
+    memory, kv_heads, dtype = call.memory, key.shape[2], call.products
     batch, length, num_heads, head_dim = shape_of(query)
     groups = num_heads // kv_heads
-    blocks, chunks, chunk = chunk_partition(length, head_dim, groups, call.chunk_size)
+    blocks, chunks, chunk = chunk_partition(length, batch, head_dim, groups, call.chunk_size)
     tokens = chunks * chunk
     near_mask = memory_band(chunk, memory)
 
@@ -119,12 +119,14 @@ def chunked(
             if features is None:
                 output = combined(met.parts, None)
                 return Carry(held=met.held), (tokens_first(output, tokens, groups), met.exits)
-            keys = features_by_head(met.left.key, met.left.value, met.left.is_real, features)
+            left = met.left
+            keys = features_by_head(left.key, left.value, left.is_real, features, dtype=dtype)
         else:
             assert features is not None
-            keys = features_of_keys(block["key"], block["value"], block.get("mask"), features)
+            key, value = block["key"], block["value"]
+            keys = features_of_keys(key, value, block.get("mask"), features, dtype=dtype)
         assert isinstance(carry.seen, Sums)
-        of_queries, scale = features_of_queries(query, features, scaled=bool(memory))
+        of_queries, scale = features_of_queries(query, features, scaled=bool(memory), dtype=dtype)
         sums, key_scale, seen_after = chunked_sums(
             of_queries, keys, carry.seen, groups, chunks, chunk, futures
         )
@@ -134,7 +136,7 @@ def chunked(
             write = block["write"][:, None] if competed is None else competed
             behind = behind._replace(written=add_keys(carry.written, keys, write))
         if met is None:
-            sums = reshape(sums, (*shape_of(query)[:3], value.shape[3] + 1))
+            sums = reshape(sums, (*shape_of(query)[:3], keys.value.shape[3] + 1))
             output = normalize(*split_last(sums))
             return behind, (tokens_first(output, tokens, groups), ())
         behind = behind._replace(held=met.held)
@@ -156,7 +158,7 @@ def chunked(
     assert isinstance(carry.held, Held)
     recent = carry.held.recent
     if memory.window and written is not None and call.with_state:
-        # What all tokens had received when they left the window, or have by now.
+        # What each token had received when it left the window, or has received by now.
         rows = shape_of(recent.received)[:2]
         gone = reshape(ops.swapaxes(exits, 1, 2), (*rows, blocks * tokens))
         gone = ops.concatenate([gone, recent.received], axis=2)[:, :, padding:]

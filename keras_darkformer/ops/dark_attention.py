@@ -43,85 +43,90 @@ def dark_attention(
 ) -> Tensor:
     """DARKFormer attention, in time and memory linear in the length.
 
-    With `x^ = h^(-1/4) x`, `M` the geometry and `Sigma = M'M`, softmax attention's
-    `exp(q . k / sqrt(h))` becomes the dark kernel `exp(q^' Sigma k^)`, and the dark kernel becomes
-    the product of positive random features whose directions are drawn from `N(0, Sigma)`:
+    Let `x^ = h^(-1/4) x`, let M be the geometry, and let `Sigma = M'M`. The dark kernel
+    `exp(q^' Sigma k^)` replaces softmax attention's `exp(q . k / sqrt(h))`. It is estimated by
+    products of positive random features whose directions are drawn from `N(0, Sigma)`:
 
         phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2),    w_j ~ N(0, I)
         output_t = sum_s phi(q_t) . phi(k_s) v_s / sum_s phi(q_t) . phi(k_s)
 
-    With `M = I` this is Performer (FAVOR+). Grouped-query heads: query head i uses key/value head
-    `i // (n / k)`.
+    With `M = I` this is Performer (FAVOR+). With grouped-query heads, query head i uses key/value
+    head `i // (n / k)`.
 
-    One function serves bidirectional, cross and causal attention and generation: a sequence fed in
-    pieces, each with the state the last one returned, gives the outputs of the whole.
+    The same function serves bidirectional, cross and causal attention, and generation: a sequence
+    passed in pieces, each with the state that the previous one returned, gives the outputs of the
+    whole.
 
-    What fits the features to data leaves the kernel as it is. Directions may be drawn from another
-    distribution than `N(0, I)`, with the logarithm of the density ratio as `log_weight` (see
-    `proposal_log_weight`). Queries and keys may be centred, exactly: with `b` and `c` their shifts,
-    the kernel is `exp((q^ - b)' Sigma (k^ - c) + b . k^)`, softmax's for `Sigma = I`.
+    The features can be fitted to data in two ways. Directions may be drawn from a distribution
+    other than `N(0, I)`, which leaves the kernel unchanged if half the logarithm of the density
+    ratio is passed as `log_weight` (see `proposal_log_weight`). Queries and keys may be centred:
+    with shifts b and c, the kernel is `exp((q^ - b)' Sigma (k^ - c) + b . k^)`, which is softmax's
+    for `Sigma = I`.
 
-    With an exact memory, each query meets the keys in it with softmax's own `exp(q . k / sqrt(h))`,
-    and only the others through features; both parts share one normaliser, and `far_offset` shifts
-    the logarithm of the far part's weights. In the memory are the first `num_sinks` tokens, on
-    which trained models put much of their attention; the last `sliding_window`; and `cache_size` of
-    those between, for each key/value head the ones that received most attention while they were in
-    the window. Its size does not depend on the length. `projection=None` leaves the features out:
-    there is no far part then.
+    With an exact memory, each query attends to the keys in it with softmax's own
+    `exp(q . k / sqrt(h))`, and to all others, the far part, through features. Both parts share one
+    normaliser, and `far_offset` shifts the logarithm of the far part's weights. The memory holds
+    the first `num_sinks` tokens, on which trained models put much of their attention; the last
+    `sliding_window` tokens; and, for each key/value head, the `cache_size` tokens in between that
+    received most attention while they were in the window. Its size does not depend on the length.
+    With `projection=None` there are no features, and hence no far part.
 
-    Masked keys count for nothing, whatever they hold. A query that has no key to attend to gives
-    zeros, and passes no gradient. The batch may have no rows, and the sequences no tokens.
+    Masked keys have no effect, whatever they hold. A query with no key to attend to gives zeros and
+    passes no gradient. The batch and the sequences may be empty.
 
-    All is computed in float32. Where all of a query's products with the keys' features are smaller
-    than the largest conceivable one by more than about 69 in the logarithm, they count as none:
-    scale the geometry down for queries and keys that large.
+    All is computed in float32, but on an accelerator bfloat16 inputs have their features and values
+    multiplied in bfloat16. If all of a query's products with the keys' features are smaller
+    than the largest possible one by more than about 69 in the logarithm, they count as zero. For
+    queries and keys that large, scale the geometry down.
 
     Args:
-        query: float tensor of shape `(b, t, n, h)`; integers are taken as floats, here and below.
+        query: float tensor of shape `(b, t, n, h)`; integers are cast to float, here and below.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s, k, v)`.
         geometry: M, of shape `(k, r, h)`; `None` for the identity, which is Performer and saves a
             product per key.
         projection: W, of shape `(k, m, r)`, or `(m, r)` shared by the heads; see `draw_projection`.
             `None` for an exact memory alone.
-        query_geometry: optional, of shape `(k, r, h)`: a geometry of the queries' own; the kernel
-            is then `exp(q^' M_q' M_k k^)`.
+        query_geometry: optional, of shape `(k, r, h)`: a separate geometry for the queries. The
+            kernel is then `exp(q^' M_q' M_k k^)`.
         log_weight: optional, of shape `(k, m)`: added to the log-features of both queries and keys.
         query_shift: optional `b`, of shape `(k, h)`, on the scale of `q^`.
         key_shift: optional `c`, of shape `(k, h)`, on the scale of `k^`.
-        sliding_window: optional int W. Query t meets keys t - W + 1 to t exactly; needs
+        sliding_window: optional int W. Query t attends exactly to keys t - W + 1 to t; needs
             `causal=True`.
-        num_sinks: int S. Queries also meet the first S keys of their row that are not masked
-            exactly; needs `causal=True`.
-        cache_size: int G. And G of those that have left the window; needs a `sliding_window`. What
-            a key receives is the sum of the softmax weights of queries over sinks and window.
-        far_offset: optional, of shape `(n,)`, with an exact memory and features. -1e30 leaves
-            nothing of the far part.
+        num_sinks: int S. Queries also attend exactly to the first S unmasked keys of their row;
+            needs `causal=True`.
+        cache_size: int G. Queries also attend exactly to G of the keys that have left the window;
+            needs a `sliding_window`. The attention a key receives is the sum of its softmax
+            weights, over sinks and window, from all queries that see it in the window.
+        far_offset: optional, of shape `(n,)`; needs an exact memory and features. -1e30 removes the
+            far part.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
-        write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = enters the state that
-            is returned; needs `causal=True`. `None` for all that may be attended to. With an exact
-            memory, tokens left out behind all others leave no trace; before others they take a
-            place in the window. They are no sinks, and not kept.
-        initial_state: optional state returned by an earlier call: the keys seen before these.
+        write_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = enters the returned
+            state; needs `causal=True`. `None` for all tokens that may be attended to. With an exact
+            memory, tokens left out at the end of a row leave no trace. Those left out before others
+            take a place in the window, but are neither sinks nor kept.
+        initial_state: optional state returned by an earlier call, for the keys before these.
         return_state: bool. Also return the state after these keys.
         chunk_size: optional int, tokens handled at once in the causal form. It changes speed and
             memory, not the result; `None` picks it by head size and grouping.
-        remat: bool. Whether the backward pass computes each block of the sequence anew instead of
-            keeping its features. Measured on CPU: on JAX it halves the memory of long sequences and
-            is no slower, so it is the default there (`None`); on torch it saves a third of the
-            memory for nearly half more time; on TensorFlow XLA undoes it, but a length that is
-            unknown when traced then takes half the memory. It has derivatives of second order on
-            every backend.
+        remat: optional bool. Whether the backward pass recomputes the features of each block of the
+            sequence instead of keeping them. Measured on CPU: on JAX this halves the memory of long
+            sequences and is no slower, so it is the default there (`None`). On torch it saves a
+            third of the memory and takes nearly half as much time again. On TensorFlow, XLA undoes
+            it, but a length that is unknown during tracing then takes half the memory. Second
+            derivatives work on every backend.
 
     Returns:
         The output, of shape `(b, t, n, v)` and the inputs' dtype. With `return_state`,
-        `(output, state)`: the state is a `State` of float32 tensors of shapes `(b, k, m, v)`,
-        `(b, k, m)` and `(b, k)`, whatever the length; with an exact memory a `MemoryState`, which
-        also holds keys `(b, k, x, h)` and values `(b, k, x, v)`. See `initial_state`.
+        `(output, state)`. The state is a `State` of float32 tensors of shapes `(b, k, m, v)`,
+        `(b, k, m)` and `(b, k)`, whatever the length. With an exact memory it is a `MemoryState`,
+        which also holds keys `(b, k, x, h)` and values `(b, k, x, v)`. See `initial_state`.
 
     Raises:
-        ValueError: if shapes do not fit; the message names the argument.
+        ValueError: if a shape does not fit, an option is out of range, or an option needs another
+            one; the message names the argument.
 
     Example:
 
@@ -184,7 +189,7 @@ def folded(
     *,
     goes_on: bool = False,
 ) -> FoldedFeatures | None:
-    """The parameters folded for these queries and keys, which may go on from a state."""
+    """The parameters folded for these queries and keys; `goes_on` if they follow a state."""
     (far_offset,) = numbers(far_offset)
     has_features = parameters.projection is not None
     check_far_offset(far_offset, has_features and bool(memory), query.shape[2])

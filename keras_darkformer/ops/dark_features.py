@@ -1,4 +1,4 @@
-"""The features themselves, to look at and to check estimates with."""
+"""The features themselves, for inspection and for checking estimates."""
 
 from keras import ops
 
@@ -7,7 +7,15 @@ from keras_darkformer.types import Tensor
 
 
 def apply_geometry(inputs: Tensor, geometry: Tensor) -> Tensor:
-    """`M x` in float32: `(b, t, n, h) -> (b, t, n, r)`, head i by M of head i // (n / k)."""
+    """`M x` in float32, with one geometry for each key/value head.
+
+    Args:
+        inputs: float tensor of shape `(b, t, n, h)`, queries or keys.
+        geometry: M, of shape `(k, r, h)`, n a multiple of k. Head i uses M of head `i // (n / k)`.
+
+    Returns:
+        A float32 tensor of shape `(b, t, n, r)`.
+    """
     inputs, geometry = numbers(inputs, geometry)
     shape = tuple(ops.shape(inputs))
     kv_heads, rank, head_dim = geometry.shape
@@ -33,18 +41,18 @@ def dark_features(
 
         phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2)
 
-    so that `E[phi(q) . phi(k)] = exp(q^' M'M k^)`, the dark kernel. These are the features
-    themselves, to look at and to check estimates with; large inputs overflow. `dark_attention`
-    computes the stable ratio instead.
+    so that `E[phi(q) . phi(k)] = exp(q^' M'M k^)`, the dark kernel. The features are for inspection
+    and for checking estimates; large inputs overflow. `dark_attention` computes the stable ratio
+    instead.
 
     Args:
         inputs: float tensor of shape `(b, s, k, h)`, queries or keys.
         geometry: M, of shape `(k, r, h)`.
         projection: W, of shape `(k, m, r)` or `(m, r)`.
         log_weight: optional, of shape `(k, m)`, added to `log phi`.
-        shift: optional, of shape `(k, h)`, taken from `x^`: of queries their `query_shift`, of keys
-            their `key_shift`.
-        tilt: optional, of shape `(k, h)`: `tilt . x^` is added to `log phi`; of keys the
+        shift: optional, of shape `(k, h)`, subtracted from `x^`: the `query_shift` for queries, the
+            `key_shift` for keys.
+        tilt: optional, of shape `(k, h)`: `tilt . x^` is added to `log phi`; for keys it is the
             `query_shift`. See `dark_attention`.
 
     Returns:

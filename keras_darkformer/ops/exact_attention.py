@@ -21,9 +21,9 @@ def exact_dark_attention(
 ) -> Tensor:
     """Attention with the dark kernel itself, which the features estimate.
 
-    Softmax attention between `M q` and `M k`, scaled by `h^(-1/2)`, through
-    `keras.ops.dot_product_attention`: quadratic in the length, and flash attention where Keras has
-    it. With `M = I` it is ordinary attention.
+    This is softmax attention between `M q` and `M k`, scaled by `h^(-1/2)`, through
+    `keras.ops.dot_product_attention`. It is quadratic in the length, and uses flash attention where
+    Keras does. With `M = I` it is ordinary attention.
 
     Args:
         query: float tensor of shape `(b, t, n, h)`.
@@ -37,7 +37,7 @@ def exact_dark_attention(
 
     Returns:
         A tensor of shape `(b, t, n, v)` and the inputs' dtype. A query with no key to attend to
-        gives zeros, and passes no gradient.
+        gives zeros and passes no gradient.
 
     Raises:
         ValueError: if shapes do not fit; the message names the argument.
@@ -58,24 +58,24 @@ def exact_dark_attention(
     dtype = output_dtype(query, key, value)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     visible = _visible(key, causal, key_mask, attention_mask)
-    if key_mask is not None:  # zero times what stands there could be NaN
+    if key_mask is not None:  # zero times a masked value could be NaN
         attended = ops.cast(key_mask, "bool")[:, :, None, None]
         key, value = ops.where(attended, key, 0.0), ops.where(attended, value, 0.0)
-    if key.shape[2] == 1 and query.shape[2] > 1:  # TensorFlow's does not broadcast one head
+    if key.shape[2] == 1 and query.shape[2] > 1:  # TensorFlow does not broadcast one head
         key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
         if geometry is not None:
             geometry = ops.repeat(geometry, query.shape[2], axis=0)
     if geometry is not None:
         query, key = apply_geometry(query, geometry), apply_geometry(key, geometry)
     query, key = ops.cast(query, dtype), ops.cast(key, dtype)
-    # The backends' fused kernels want one size for all three.
+    # The backends' fused kernels need the same size for all three.
     width = max(query.shape[-1], value_dim)
     query, key, value = (_widen(x, width) for x in (query, key, ops.cast(value, dtype)))
     scale = head_dim**-0.5
     if visible is None:
         output = softmax_attention(query, key, value, scale=scale, causal=causal)
     else:
-        # A row without keys has no softmax: let it see all, then wipe it.
+        # A row without keys has no softmax: let it see all keys, then set it to zero.
         alive = ops.any(visible, axis=-1, keepdims=True)
         mask = ops.logical_or(visible, ops.logical_not(alive))
         output = softmax_attention(query, key, value, scale=scale, mask=mask)
@@ -98,9 +98,10 @@ def exact_dark_attention_scores(
         query: float tensor of shape `(b, t, n, h)`.
         key: float tensor of shape `(b, s, k, h)`, n a multiple of k.
         geometry: M, of shape `(k, r, h)`; `None` for the identity.
-        causal: bool.
+        causal: bool. Query t attends to keys up to t; t and s must be equal.
         key_mask: optional bool tensor of shape `(b, s)` or `(1, s)`, true = attend.
-        attention_mask: optional bool tensor of rank 4 that broadcasts to `(b, n, t, s)`.
+        attention_mask: optional bool tensor of rank 4, true = attend, that broadcasts to
+            `(b, n, t, s)`. All masks given apply together.
 
     Returns:
         A float32 tensor of shape `(b, n, t, s)`; each row sums to 1, or is zero where there is no
@@ -130,7 +131,7 @@ def exact_dark_attention_scores(
 
 
 def _visible(key: Tensor, causal: bool, key_mask: Tensor, attention_mask: Tensor) -> Tensor:
-    """All masks as one of rank 4; `None` where there is no more to say than `causal`."""
+    """All masks as one of rank 4; `None` if `causal` says everything."""
     if key_mask is None and attention_mask is None:
         return None
     masks = []

@@ -1,21 +1,21 @@
-"""The keys that queries meet with softmax's own kernel: an exact memory of constant size.
+"""The exact memory: a constant number of keys that queries attend to with softmax's own kernel.
 
-It holds sinks, the first S tokens of a row; the last W tokens; and between them G that are kept for
-each key/value head. A query sees the keys in the memory with weights `exp(q . k / sqrt(h))`, others
-through features, and divides by the sum of both. A key enters the sums of features when it leaves
-the memory.
+It holds the sinks, which are the first S tokens of a row; the window, which is the last W tokens;
+and G tokens in between that are kept for each key/value head. A query weights the keys in the
+memory by `exp(q . k / sqrt(h))` and the others through features, and divides by the sum of both. A
+key enters the sums of features when it leaves the memory.
 
-Who is kept: a key receives attention while it is in the window, `softmax` over sinks and window
-being all that counts for this. When it leaves the window, what it has received is its score for
-good, and it competes with the keys that are kept; the one of the lowest score leaves the memory. So
-at every token one key leaves, be it another one than the window's oldest, and who is kept after a
-token does not depend on how the sequence is cut into pieces.
+A key receives attention while it is in the window, counted as `softmax` over sinks and window
+alone. When it leaves the window, the attention it has received becomes its final score, and it
+competes with the kept keys; the one with the lowest score leaves the memory. So one key leaves at
+every token, not always the window's oldest, and the keys kept after a token do not depend on how
+the sequence is cut into pieces.
 
-Parts have scales of their own, the largest exact weight that a query sees and what its features
-amount to together; the largest of them makes all. No key that is masked, to come, or far away and
-unlike the query has a say in it.
+Each part has its own scale: the largest exact weight that a query sees, or the total weight of its
+features. The largest of these becomes the scale of all. Keys that are masked, in the future, or far
+away and unlike the query have no influence on it.
 
-The shapes' letters are those of `ops.features`; besides, N chunks of C tokens make a block of T.
+Shapes use the letters of `ops.features`; in addition, N chunks of C tokens make a block of T.
 """
 
 import functools
@@ -37,7 +37,8 @@ class Sinks(NamedTuple):
 
     Attributes:
         tokens: `Tokens`.
-        position: int32, `(b, S)`, from which query on they are there; -1 for those from before.
+        position: int32, `(b, S)`, the query from which on each is there; -1 for those from earlier
+            calls.
     """
 
     tokens: Tokens
@@ -45,7 +46,7 @@ class Sinks(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some of the keys that the queries of a block meet exactly.
+    """Some of the keys that the queries of a block attend to exactly.
 
     Attributes:
         logits: `(b, k, N, C, g, x)`, far below zero where a key is not seen.
@@ -57,7 +58,7 @@ class Part(NamedTuple):
 
 
 def tokens_of(key: Tensor, value: Tensor, key_mask: Tensor) -> Tokens:
-    """Keys `(b, s, k, h)` and values to keep. Zeros stand where a key is masked."""
+    """Keys `(b, s, k, h)` and values as `Tokens`, with zeros where a key is masked."""
     key, value = (ops.transpose(ops.cast(x, "float32"), (0, 2, 1, 3)) for x in (key, value))
     received = ops.zeros_like(key[..., 0])
     if key_mask is None:
@@ -69,12 +70,12 @@ def tokens_of(key: Tensor, value: Tensor, key_mask: Tensor) -> Tokens:
 
 
 def none_of(tokens: Tokens) -> Tokens:
-    """No tokens, of the sizes of others."""
+    """No tokens, with the other sizes of `tokens`."""
     return Tokens(*(x[:, :, :0] for x in tokens))
 
 
 def nothing_like(tokens: Tokens, size: Tensor) -> Tokens:
-    """So many places without a token, for the rows and heads of others."""
+    """`size` places without a token, for the rows and heads of `tokens`."""
     batch, heads = shape_of(tokens.received)[:2]
     shapes = [(batch, heads, size, *x.shape[3:]) for x in tokens]
     fill = zip(shapes, (0.0, 0.0, NOTHING), strict=True)
@@ -82,7 +83,7 @@ def nothing_like(tokens: Tokens, size: Tensor) -> Tokens:
 
 
 def joined(tokens: Tokens, more: Tokens) -> Tokens:
-    """First these tokens, then those."""
+    """`tokens`, followed by `more`."""
     return Tokens(*(ops.concatenate(pair, axis=2) for pair in zip(tokens, more, strict=True)))
 
 
@@ -106,30 +107,30 @@ def padded_before(recent: Tokens, new: Tokens, padding: Tensor, size: int) -> tu
 
 
 def tokens_at(tokens: Tokens, places: Tensor) -> Tokens:
-    """The tokens at `(b, 1 or k, y)`."""
+    """The tokens at the places `(b, 1 or k, y)`."""
     batch, heads, length = shape_of(tokens.received)
     rows = ops.arange(batch * heads, dtype="int32") * length
     places = places + reshape(rows, (batch, heads, 1))
     found = (ops.take(reshape(x, (-1, *x.shape[3:])), places, axis=0) for x in tokens)
-    # Of no rows JAX gives fewer axes.
+    # Without rows, JAX returns fewer axes.
     shapes = ((*shape_of(places), *x.shape[3:]) for x in tokens)
     return Tokens(*map(reshape, found, shapes))
 
 
 def last_written(written: Tensor) -> Tensor:
-    """Up to and with which token a row is written, `(b, s) -> (b, 1)`."""
+    """The number of tokens up to a row's last written one, `(b, s) -> (b, 1)`."""
     index = ops.arange(ops.shape(written)[1], dtype="int32")
-    numbers = pad(ops.where(written, index + 1, 0), [(0, 0), (1, 0)])  # 0 of no tokens, too
+    numbers = pad(ops.where(written, index + 1, 0), [(0, 0), (1, 0)])  # 0 without tokens, too
     return largest(numbers, 1, keepdims=True)
 
 
 def window_by_row(seen: Tokens, written: Tensor, size: int) -> Tokens:
-    """The window behind the last new token that each row keeps.
+    """The window after the last new token that each row keeps.
 
     Args:
         seen: the window before and the new tokens.
         written: bool, `(b, s)`: which of the new ones are kept. Others take a place in the window,
-            but those behind the last one of the row.
+            except those after the last kept one of the row.
         size: W.
     """
     before = ops.ones((ops.shape(written)[0], size), dtype="bool")
@@ -142,7 +143,7 @@ def window_by_row(seen: Tokens, written: Tensor, size: int) -> Tokens:
 
 
 def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tokens]:
-    """The sinks with those that new tokens become, and the other new tokens.
+    """The sinks, including new tokens that become sinks, and the other new tokens.
 
     Args:
         before: the sinks so far.
@@ -155,9 +156,9 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
     number = filled + ops.cumsum(ops.cast(real, "int32"), axis=1)  # from 1
     slot = ops.arange(size, dtype="int32")
     earlier = ops.cast(number[:, :, None] <= slot, "int32")
-    place = ops.sum(earlier, axis=1)  # of the token of each slot; the length, if there is none
+    place = ops.sum(earlier, axis=1)  # of each slot's token; the length if there is none
     is_old, is_new = slot < filled, place < length
-    # Of both, since there may be no new ones.
+    # Looks in both, since there may be no new tokens.
     last = place - ops.cast(ops.logical_not(is_new), "int32")
     places = ops.where(is_old, slot, size + last)
     found = tokens_at(joined(before, new), places[:, None])
@@ -191,19 +192,19 @@ def local_part(
         query: `(b, k, N, C * g, h)`, scaled.
         seen: the W tokens before the block and those of the block.
         sinks: `Sinks`, or `None`.
-        index: int32, `(b, T)`, which query of the call each is.
+        index: int32, `(b, T)`, the number of each query in the call.
         near_mask: from `band`, or `None` without a window.
         chunks, chunk, size: N, C and W.
 
     Returns:
-        The part, nothing masked, and its mask as logarithms, `(b, 1, N, C, x)`.
+        The part, not masked yet, and its mask as logarithms, `(b, 1, N, C, x)`.
     """
     keys: list[Tensor] = []
     values: list[Tensor] = []
     masks: list[Tensor] = []
     if sinks is not None:
         batch, kv_heads = shape_of(seen.key)[:2]
-        # XLA's loops have no gradient of `broadcast_to` where its shape is known to the run alone.
+        # XLA's loops have no gradient of `broadcast_to` to a shape that is known only at run time.
         for_each = ops.zeros((batch, kv_heads, chunks, 1, 1), dtype="float32")
         for into, x in ((keys, sinks.tokens.key), (values, with_ones(sinks.tokens.value))):
             into.append(x[:, :, None] + for_each)
@@ -226,7 +227,7 @@ def local_part(
 
 
 def masked(part: Part, mask: Tensor) -> Part:
-    """A part of which queries see what a mask `(b, 1 or k, N, C, x)` says."""
+    """A part of which queries see only what a mask, `(b, 1 or k, N, C, x)`, allows."""
     return part._replace(logits=part.logits + mask[:, :, :, :, None])
 
 
@@ -235,7 +236,7 @@ def received(part: Part, asks: Tensor) -> Tensor:
 
     Args:
         part: from `local_part`.
-        asks: bool, `(b, N, C)`: whose attention counts.
+        asks: bool, `(b, N, C)`: the queries whose attention counts.
     """
     logits = ops.stop_gradient(part.logits)
     top = ops.maximum(largest(logits, -1, keepdims=True), LOG_ZERO)
@@ -246,10 +247,10 @@ def received(part: Part, asks: Tensor) -> Tensor:
 
 
 class Far(NamedTuple):
-    """What features stand for, as the queries of a block see it.
+    """The keys that features stand for, as the queries of a block see them.
 
     Attributes:
-        sums: of weights times values, and of weights, `(b, k, N, C, g, v + 1)`.
+        sums: sums of weights times values, and of weights, `(b, k, N, C, g, v + 1)`.
         log_scale: `(b, k, N, C, g)`.
     """
 
@@ -261,8 +262,8 @@ def combined(parts: list[Part], far: Far | None) -> Tensor:
     """Output of queries that see parts of the memory, and a far part: `(b, k, N * C * g, v)`."""
     scale: Tensor = LOG_ZERO  # above the logits of keys that are not seen
     if far is not None:
-        # The far part's own scale is the largest that it could be; what it is may be far below, and
-        # must not push the window's weights down.
+        # The far part's own scale is the largest that it could have. Its actual weight may be far
+        # smaller, and must not push the window's weights down.
         amount = ops.stop_gradient(far.sums[..., -1])
         alive = ops.logical_and(amount > TINY, far.log_scale > 0.5 * LOG_ZERO)
         log_amount = ops.log(ops.where(alive, amount, 1.0)) * TO_BASE
@@ -280,7 +281,7 @@ def combined(parts: list[Part], far: Far | None) -> Tensor:
         weights = power(part.logits - scale[..., None])
         weights = reshape(weights, (batch, kv_heads, chunks, rows, part.value.shape[3]))
         sums.append(weights @ part.value)
-    total = functools.reduce(operator.add, sums)  # `sum` begins with a zero more
+    total = functools.reduce(operator.add, sums)  # `sum` would first add a zero
     total = reshape(total, (batch, kv_heads, chunks * rows, columns))
     return normalize(*split_last(total))
 
@@ -296,7 +297,7 @@ def band(chunk: int, size: int, reach: int) -> Tensor:
 
 
 def _bands(x: Tensor, size: int, reach: int, chunks: Tensor, chunk: int) -> Tensor:
-    """`(b, k, W + N * C, ...) -> (b, k, N, C + reach, ...)`: a chunk and what is before it."""
+    """`(b, k, W + N * C, ...) -> (b, k, N, C + reach, ...)`: each chunk and what is before it."""
     if isinstance(chunks, int) and chunks == 1:
         return x[:, :, None, size - reach :]
     batch, heads, _, *sizes = shape_of(x)
@@ -314,7 +315,7 @@ def _bands(x: Tensor, size: int, reach: int, chunks: Tensor, chunk: int) -> Tens
 
 
 def added_up(x: Tensor, size: int, chunks: Tensor, chunk: int) -> Tensor:
-    """`(b, k, N, C + W) -> (b, k, W + N * C)`: what the bands of all chunks say of a token."""
+    """`(b, k, N, C + W) -> (b, k, W + N * C)`: the sum over all chunks' bands for each token."""
     if isinstance(chunks, int) and chunks == 1:
         return x[:, :, 0]
     batch, heads = shape_of(x)[:2]

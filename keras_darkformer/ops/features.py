@@ -17,10 +17,10 @@ TO_BASE = 1 / math.log(BASE)
 
 
 class QueryScale(NamedTuple):
-    """What all of a query's features have in common, with an offset of the far part.
+    """The scale that all of a query's features share, with the offset of the far part.
 
-    It cancels where features are all there is. Beside an exact memory, whose weights have a scale
-    of their own, it counts:
+    It cancels if there are only features. Beside an exact memory, whose weights have their own
+    scale, it counts:
 
         log scale(q) = q . f - |q N_q|^2 + e
 
@@ -43,8 +43,9 @@ class FoldedFeatures(NamedTuple):
         log phi_q(q) = q A_q
         log phi_k(k) = k A_k + a - |k N|^2 + k v
 
-    in logarithms to the base `backend.BASE`. Attention divides by its own normaliser, so whatever a
-    query's features have in common (`|M q^|^2 / 2`, `m^(-1/2)`) cancels; it is in `query_scale`.
+    in logarithms to the base `backend.BASE`. Attention divides by its own normaliser, so factors
+    that all of a query's features share (`|M q^|^2 / 2`, `m^(-1/2)`) cancel; they are in
+    `query_scale`.
 
     A kernel `A` may come as two factors, `(k, h, r)` and `(k, r, m)`, to be applied one after the
     other.
@@ -56,8 +57,8 @@ class FoldedFeatures(NamedTuple):
         key_norm_kernel: `N`, of shape `(k, h, r)`, a scalar for that times the identity, or `None`
             for zero.
         key_linear: `v`, of shape `(k, h)`, or `None` for zeros.
-        query_scale: `QueryScale`, or `None` where it is not asked for or not known. Without it no
-            exact memory can share the normaliser.
+        query_scale: `QueryScale`, or `None` if it is not needed or not known. Without it no exact
+            memory can share the normaliser.
     """
 
     query_kernel: Tensor
@@ -91,7 +92,7 @@ class DarkParameters(NamedTuple):
         log phi_k[j](k) = w_j . M_k y - |M_k y|^2 / 2 + l_j - log(m) / 2 + b . k^
 
     `E[phi_q . phi_k] = exp(x' M_q' M_k y + b . k^)`: for `M_q' M_k = I` that is softmax's
-    `exp(q^ . k^)` but for a factor of the query, which cancels.
+    `exp(q^ . k^)` up to a factor of the query, which cancels.
 
     Attributes:
         geometry: `M_k`, of shape `(k, r, h)`; `None` for the identity.
@@ -123,15 +124,15 @@ def fold(
 ) -> FoldedFeatures:
     """Folds geometry M, projection W and shifts into one matrix per head, in float32.
 
-    `w . M x^ = x . (h^(-1/4) M' w')`: one product of size `h x m` a token instead of `h x r` and
+    `w . M x^ = x . (h^(-1/4) M' w')`: one product of size `h x m` per token instead of `h x r` and
     `r x m`.
 
     Args:
         parameters: `DarkParameters`.
         num_heads: int, k.
         head_dim: int, h.
-        factored: bool. Leave M and W apart: for so few tokens that folding would cost more than all
-            the rest.
+        factored: bool. Whether to leave M and W apart, for so few tokens that folding would cost
+            more than everything else.
     """
     parameters = parameters.in_float32()
     geometry, projection, query_geometry, log_weight, query_shift, key_shift = parameters
@@ -148,8 +149,8 @@ def fold(
     else:
         norm_kernel = ops.swapaxes(geometry, 1, 2) * norm_scale
 
-    # A weight added to both log-features is, in the ratio, twice that weight added to the key's
-    # alone; what is constant to a query moves there too.
+    # In the ratio, a weight added to both log-features equals twice that weight added to the key's
+    # alone. What is constant for a query moves there too.
     bias = None if log_weight is None else log_weight * (2 * TO_BASE)
     linear = None
     if query_shift is not None or key_shift is not None:
@@ -160,7 +161,7 @@ def fold(
         )
         constant = ((shifted_key + shifted_query)[:, None, :] @ weights)[:, 0]
         bias = -constant if bias is None else bias - constant
-        # -|M (k^ - c)|^2 / 2 + b . k^, less its part of second order
+        # -|M (k^ - c)|^2 / 2 + b . k^, without its second-order part
         linear = query_shift + _transform_back(shifted_key, geometry)
         linear = linear * (scale * TO_BASE)
         if not factored and geometry is not None:
@@ -177,8 +178,8 @@ def fold_query_scale(
 ) -> QueryScale:
     """What `fold` leaves out because it cancels without an exact memory.
 
-    The memory holds `q^ . k^`. For the features that is `x . y + b . k^ + (q^ . c - b . c)`: the
-    last term, and the query's norm, go here.
+    The logits of the memory are `q^ . k^`. In terms of the features, that is
+    `x . y + b . k^ + (q^ . c - b . c)`. The last term and the query's norm go here.
     """
     parameters = parameters.in_float32()
     geometry, query_geometry = parameters.geometry, parameters.query_geometry
@@ -209,7 +210,7 @@ def fold_query_scale(
 
 
 def fold_exponential(query_kernel: Tensor, key_kernel: Tensor, key_bias: Tensor) -> FoldedFeatures:
-    """Of features without geometry and norm: `phi_q = exp(q A_q)`, `phi_k = exp(k A_k + a)`."""
+    """Folds features without geometry or norm, `phi_q = exp(q A_q)`, `phi_k = exp(k A_k + a)`."""
     fields = (ops.cast(x, "float32") for x in (query_kernel, key_kernel, key_bias))
     return FoldedFeatures(*(x * TO_BASE for x in fields))
 
@@ -257,7 +258,7 @@ def log_key_features(key: Tensor, features: FoldedFeatures) -> tuple[Tensor, Ten
     if isinstance(kernel, tuple):
         projected = _project(key, kernel[0])
         log_features = _project(projected, kernel[1])
-        # The norm is that of what has been computed already.
+        # The norm is that of the projection computed above.
         log_scale = ops.sum(projected * projected, axis=-1) * (-0.5 * TO_BASE)
     else:
         log_features = _project(key, kernel, bias)
@@ -293,7 +294,7 @@ def _norm(inputs: Tensor, norm_kernel: Tensor) -> Tensor:
 def _project(inputs: Tensor, kernel: Tensor, bias: Tensor = None) -> Tensor:
     """`(b, k, x, h)` times `(k, h, m)`, plus `(k, m)` or nothing, head by head."""
     if kernel.shape[0] == 1:
-        # One head is one plain product. Broadcast over the batch instead, it comes out wrong on
+        # With one head this is a plain product. Broadcast over the batch, it comes out wrong on
         # TensorFlow's CPU (oneDNN, TensorFlow 2.21).
         shape = tuple(ops.shape(inputs))
         outputs = affine(reshape(inputs, (-1, shape[-1])), kernel[0], bias)

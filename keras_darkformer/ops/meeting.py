@@ -1,6 +1,6 @@
-"""A block of queries and the exact memory: what they see of it, and how it moves on.
+"""A block of queries and the exact memory: what they see of it, and how it changes.
 
-The shapes' letters are those of `ops.exact_memory`.
+Shapes use the letters of `ops.exact_memory`.
 """
 
 from typing import NamedTuple
@@ -31,13 +31,14 @@ from keras_darkformer.types import Tensor
 
 
 class Marks(NamedTuple):
-    """What there is to know of the tokens of a call, or of a block of it.
+    """What is known of the tokens of a call, or of a block of it.
 
     Attributes:
         index: int32, `(1 or b, s)`, their numbers in the call.
-        asks: bool, `(b, s)`, whose attention counts: those that enter the state.
-        enters: bool, `(b, s)`, whether what leaves the window at each of them was written and may
-            be kept, or enter the sums of the state; `None` for all that is real.
+        asks: bool, `(b, s)`, the tokens whose attention counts: those that enter the state.
+        enters: bool, `(b, s)`, whether the token that leaves the window at each of them was
+            written, so that it may be kept or enter the sums of the state; `None` for all real
+            tokens.
     """
 
     index: Tensor
@@ -49,7 +50,7 @@ class Arrival(NamedTuple):
     """The new tokens of a call.
 
     Attributes:
-        tokens: `Tokens`, less those that become sinks.
+        tokens: `Tokens`, without those that become sinks.
         sinks: `Sinks`, or `None`.
         marks: `Marks`.
     """
@@ -60,7 +61,7 @@ class Arrival(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What of the memory moves from block to block.
+    """The parts of the memory that change from block to block.
 
     Attributes:
         recent: `Tokens`, the window.
@@ -72,14 +73,14 @@ class Held(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """What comes of a block of queries and the memory.
+    """The result of a block of queries attending to the memory.
 
     Attributes:
         parts: of the memory, as the queries see it.
         left: `Tokens`, the T that leave the memory, one at each token.
         competed: bool, `(b, k, T)`: which of these may enter the sums of the state, or `None`.
-        exits: float32, `(b, k, T)`: what those had received that left the window.
-        held: behind the block.
+        exits: float32, `(b, k, T)`: what the tokens that left the window had received.
+        held: `Held` after the block.
     """
 
     parts: list[Part]
@@ -97,7 +98,7 @@ def arrive(
     state: MemoryState,
     memory: Memory,
 ) -> Arrival:
-    """New keys and values `(b, s, k, ...)`, of which `written`, bool `(b, s)` or `None`, stay."""
+    """Takes new keys and values, `(b, s, k, ...)`. `written`, bool `(b, s)`, says which stay."""
     tokens, sinks = tokens_of(key, value, key_mask), None
     batch, length = shape_of(key)[:2]
     index = ops.arange(length, dtype="int32")[None]
@@ -114,7 +115,7 @@ def arrive(
 
 
 def memory_band(chunk: int, memory: Memory) -> Tensor:
-    """The `near_mask` of `meet`; a band that reaches one key further where keys are kept.
+    """The `near_mask` of `meet`: a band that reaches one key further if keys are kept.
 
     That key has left the window, and may be kept.
     """
@@ -135,14 +136,14 @@ def meet(
     groups: int,
     memory: Memory,
 ) -> Meeting:
-    """Lets the queries of a block, `(b, k, N * C * g, h)`, meet the memory.
+    """Has the queries of a block, `(b, k, N * C * g, h)`, attend to the memory.
 
     Args:
         query: from `by_head`.
         new: the block's tokens.
-        held: before the block.
+        held: `Held` before the block.
         sinks: `Sinks`, or `None`.
-        marks: of the block.
+        marks: `Marks` of the block.
         near_mask: from `memory_band`.
         chunks, chunk, groups: N, C and g.
         memory: `Memory`.

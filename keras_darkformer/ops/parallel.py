@@ -1,12 +1,11 @@
 """Every query sees every key: bidirectional and cross attention.
 
-All keys enter the sums, then every query reads them. Long sequences go through in blocks, whose
-tensors fit a cache.
+All keys enter the sums, and then every query reads them. Long sequences are processed in blocks
+whose tensors fit into a cache.
 """
 
-from keras import ops
 
-from keras_darkformer.ops.backend import scan
+from keras_darkformer.ops.backend import product, scan
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.features import FoldedFeatures
 from keras_darkformer.ops.partition import (
@@ -41,11 +40,14 @@ def parallel(
 
 def absorb(key: Tensor, value: Tensor, features: FoldedFeatures, state: State, call: Call) -> State:
     """The state with all keys added, block by block."""
-    blocks, tokens = block_partition(ops.shape(key)[1])
+    rows, length = shape_of(key)[:2]
+    blocks, tokens = block_partition(length, rows)
     inputs = split_blocks({"key": key, "value": value, "mask": call.key_mask}, blocks, tokens)
 
     def step(sums: Sums, block: dict[str, Tensor], features: FoldedFeatures) -> tuple[Sums, Tensor]:
-        keys = features_of_keys(block["key"], block["value"], block.get("mask"), features)
+        keys = features_of_keys(
+            block["key"], block["value"], block.get("mask"), features, dtype=call.products
+        )
         return add_keys(sums, keys), ()
 
     return unpack(scan(step, pack(state), inputs, features, remat=call.remat)[0])
@@ -54,7 +56,7 @@ def absorb(key: Tensor, value: Tensor, features: FoldedFeatures, state: State, c
 def read(query: Tensor, features: FoldedFeatures, state: State, call: Call) -> Tensor:
     """What every query reads from the state, block by block."""
     batch, length, num_heads = shape_of(query)[:3]
-    blocks, tokens = block_partition(length)
+    blocks, tokens = block_partition(length, batch)
     inputs = split_blocks({"query": query}, blocks, tokens)
 
     def step(
@@ -62,8 +64,10 @@ def read(query: Tensor, features: FoldedFeatures, state: State, call: Call) -> T
     ) -> tuple[Tensor, Tensor]:
         features, both = constants
         query, groups = block["query"], block["query"].shape[2] // features.num_heads
-        of_queries, _ = features_of_queries(by_head(query, features.num_heads), features)
-        return carry, tokens_first(normalize(*split_last(of_queries @ both)), tokens, groups)
+        query = by_head(query, features.num_heads)
+        of_queries, _ = features_of_queries(query, features, dtype=call.products)
+        sums = product(of_queries, both)
+        return carry, tokens_first(normalize(*split_last(sums)), tokens, groups)
 
     constants = features, pack(state).both
     shapes = [(batch, tokens, num_heads, state.kv_state.shape[3])]

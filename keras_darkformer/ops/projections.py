@@ -17,14 +17,14 @@ def draw_projection(
 ) -> np.ndarray:
     """Draws the projection W of positive random features.
 
-    Every row is distributed as `N(0, I)`, so features built from either kind are unbiased.
+    Every row is distributed as `N(0, I)`, so features built from any kind are unbiased.
     `"gaussian"` draws the rows independently. `"orthogonal"` makes them orthogonal within blocks of
-    `dim` rows, each row keeping the length of an independent Gaussian vector; features from it have
-    a variance no larger than independent ones (Choromanski et al., 2021, theorem 2). `"antithetic"`
-    draws half of the rows orthogonal and adds their negatives: what the one overestimates the other
+    `dim` rows, where each row keeps the length of an independent Gaussian vector; the features have
+    no larger variance than independent ones (Choromanski et al., 2021, theorem 2). `"antithetic"`
+    draws half of the rows in this way and adds their negatives: where one overestimates, the other
     tends to underestimate.
 
-    NumPy draws them, whatever the Keras backend, so one seed gives one projection everywhere.
+    NumPy draws them under every Keras backend, so a seed gives the same projection everywhere.
 
     Args:
         num_features: int. The number of features m.
@@ -62,19 +62,19 @@ def draw_projection(
 
 
 def proposal_log_weight(projection: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """What keeps features unbiased whose directions are not drawn from `N(0, I)`.
+    """Log-weights that keep features unbiased if directions are not drawn from `N(0, I)`.
 
-    With `w = S e`, `e ~ N(0, I)` and `S = diag(scale)`, the logarithm of the density ratio of
-    `N(0, I)` to `N(0, S S')`, one half for the query's log-feature and one for the key's:
+    With `w = S e`, `e ~ N(0, I)` and `S = diag(scale)`, this is half the logarithm of the density
+    ratio of `N(0, I)` to `N(0, S S')`. It is added to the log-features of both queries and keys:
 
         l(w) = (log|det S| + (|e|^2 - |w|^2) / 2) / 2
 
-    The paper's theorem 3.2 gives the `S` of least variance for normal data;
+    The paper's theorem 3.2 gives the S of least variance for normal data;
     `DarkFeatureMap.calibrate` chooses among several.
 
     Args:
-        projection: W, rows w, of shape `(..., m, r)`.
-        scale: the diagonal of S, positive, of shape `(..., r)`.
+        projection: W, float array with rows w, of shape `(..., m, r)`.
+        scale: the diagonal of S, positive float array of shape `(..., r)`.
 
     Returns:
         A float32 array of shape `(..., m)`: the `log_weight` of `dark_attention`.

@@ -1,4 +1,4 @@
-"""One key more against the state: generation, token by token."""
+"""One more key on top of the state: generation, token by token."""
 
 from keras import ops, tree
 

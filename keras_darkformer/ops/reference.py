@@ -1,4 +1,4 @@
-"""The formulas in NumPy float64, quadratic and slow: the judge of everything else."""
+"""The formulas in NumPy float64, quadratic and slow: everything else is tested against them."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ LEFT_OUT = -0.5e30
 
 
 class Gradients(NamedTuple):
-    """Of one scalar, by the arguments of `dark_attention`."""
+    """Gradients of one scalar with respect to arguments of `dark_attention`."""
 
     query: np.ndarray
     key: np.ndarray
@@ -39,9 +39,9 @@ def dark_attention_reference(
     key_mask: np.ndarray | None = None,
     upstream: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Gradients | None]:
-    """`dark_attention` as its definition reads, and its gradients by hand.
+    """`dark_attention` by its definition, and its gradients derived by hand.
 
-    For one head, with the log-features of `ops.features.DarkParameters`, b and c its shifts and d
+    For one head, with the log-features and shifts b and c of `ops.features.DarkParameters`, and d
     the offset of the far part:
 
         far:   L_tsj = log phi_j(q_t) + log phi_j(k_s) + q^_t . c - b . c + d
@@ -52,8 +52,8 @@ def dark_attention_reference(
 
     Args:
         upstream: `(b, t, n, v)`, the gradient of a scalar with respect to the output; the gradients
-            returned are of that scalar, that of the geometry of `M_k` alone where there is a
-            `query_geometry`.
+            returned are of that scalar. If there is a `query_geometry`, the geometry's is that of
+            `M_k` alone.
         The others are those of `dark_attention`.
 
     Returns:
@@ -156,8 +156,8 @@ def dark_state_reference(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums over keys of `phi(k) v'` and `phi(k)`, unscaled, in float64.
 
-    With b and c the shifts and l the log-weight, phi takes over what is constant to a query's
-    features, and leaves out what is constant to all:
+    With shifts b and c and log-weight l, phi includes what is constant for a query's features, and
+    leaves out what is constant for all:
 
         log phi_j(k) = log phi_k[j](k) + l_j - w_j . M_q b + log(m) / 2 + |M_k c|^2 / 2
     """
@@ -191,7 +191,7 @@ def memory_attention_reference(
     key_mask: np.ndarray | None = None,
     write_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`ops.attention.attend` with an exact memory as its definition reads, in float64.
+    """`ops.attention.attend` with an exact memory, by its definition, in float64.
 
     In logarithms to the base of `ops.backend`, for query t and key s <= t of one head:
 
@@ -200,8 +200,8 @@ def memory_attention_reference(
                     + q_t f - |q_t N_q|^2 + e                        else
         O_t = sum_s w_ts v_s / sum_s w_ts,    w = base^near or base^far
 
-    What is in the memory says `exact_keys`; without features all else has no weight. Queries that
-    see no key give zeros.
+    `exact_keys` says which keys are in the memory; without features, all others have no weight.
+    Queries that see no key give zeros.
     """
     query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
     batch, length, num_heads, head_dim = query.shape
@@ -232,15 +232,16 @@ def memory_attention_reference(
 def exact_keys(
     near: np.ndarray, real: np.ndarray, written: np.ndarray, memory: Memory
 ) -> np.ndarray:
-    """Which keys each query of one key/value head meets exactly, bool `(t, s)`.
+    """Which keys each query of one key/value head attends to exactly, bool `(t, s)`.
 
     The sinks are the first `num_sinks` tokens that are written. Other keys are in the window for
-    `sliding_window` tokens. Then they compete with those that are kept: of the keys that have left
-    the window, the `cache_size` that received most attention in it, sinks and window being all that
-    a query saw, stay in the memory. A key that is not among them, or no longer, has left for good.
+    `sliding_window` tokens. Then they compete with the kept keys: of the keys that have left the
+    window, the `cache_size` that received most attention in it stay in the memory. This attention
+    is over sinks and window alone. A key that is not, or no longer, among the kept ones has left
+    for good.
 
-    What is not written, or leaves the window after the last token that is, does not compete, and
-    the attention of what is not written does not count.
+    Tokens that are not written, or that leave the window after the last written token, do not
+    compete. The attention of tokens that are not written does not count.
 
     Args:
         near: softmax's logits, `(g, t, s)`.
@@ -272,7 +273,7 @@ def exact_keys(
 
 
 def _bias(features: FoldedFeatures, n: int) -> float:
-    """What is added to the far part's logarithms of a query head."""
+    """What is added to the logarithms of a query head's far part."""
     assert features.query_scale is not None
     return float(features.query_scale.bias[n])
 

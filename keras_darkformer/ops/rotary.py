@@ -9,13 +9,14 @@ from keras_darkformer.types import Tensor
 def rotary_embedding(inputs: Tensor, positions: Tensor, max_wavelength: float = 10_000.0) -> Tensor:
     """Rotates pairs of channels by angles proportional to the position.
 
-    Channel i is paired with channel i + h/2 and turned by `position * max_wavelength^(-2i / h)`;
-    scores of rotated queries and keys then depend on the difference of their positions only.
+    Channel i is paired with channel i + h/2, and the pair is rotated by
+    `position * max_wavelength^(-2i / h)`. The scores of rotated queries and keys then depend only
+    on the difference of their positions.
 
     Args:
         inputs: float tensor of shape `(b, t, n, h)`, h even.
-        positions: tensor of shape `(t,)` or `(b, t)`.
-        max_wavelength: float, tokens per turn of the slowest pair / 2 pi.
+        positions: int or float tensor of shape `(t,)` or `(b, t)`.
+        max_wavelength: float. About the tokens per turn of the slowest pair, divided by 2 pi.
 
     Returns:
         A tensor of the shape and dtype of `inputs`.

@@ -1,4 +1,4 @@
-"""Scores that features stand for, pair by pair: quadratic, to train and judge features with."""
+"""Scores that features stand for, pair by pair: quadratic, for training and judging features."""
 
 import math
 from typing import NamedTuple
@@ -30,11 +30,11 @@ def log_scores(
         query: `(b, t, n, h)`, any float dtype.
         key: `(b, s, k, h)`.
         features: `FoldedFeatures`.
-        exact: bool, from `exact_pairs`: which pairs meet in the memory; `None` without one.
+        exact: bool, from `exact_pairs`: which pairs are in the memory; `None` without one.
 
     Returns:
-        `(b, n, t, s)` in float32, natural logarithms. Without a memory they are known up to a
-        constant of each query. Nothing is masked.
+        `(b, n, t, s)` in float32, natural logarithms. Without a memory, they are known only up to a
+        constant per query. Nothing is masked.
     """
     batch, length, num_heads, head_dim = tuple(ops.shape(query))
     kv_heads = features.num_heads
@@ -64,10 +64,10 @@ def log_scores(
 
 
 class MemoryPairs(NamedTuple):
-    """Which pairs of a query and a key meet in which part of the memory; bool, `(b, n, t, s)`.
+    """Which pairs of a query and a key are in which part of the memory; bool, `(b, n, t, s)`.
 
-    No pair is in two parts. Axes may be 1 where all are alike, and pairs of keys that are masked or
-    to come may be among them.
+    No pair is in two parts. An axis along which all pairs are alike may have size 1. Pairs with
+    masked or future keys may be included.
     """
 
     sinks: Tensor
@@ -76,12 +76,12 @@ class MemoryPairs(NamedTuple):
 
     @property
     def exact(self) -> Tensor:
-        """Which pairs meet in any of them."""
+        """Which pairs are in any of them."""
         return ops.logical_or(ops.logical_or(self.sinks, self.window), self.kept)
 
 
 def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = None) -> Tensor:
-    """Which pairs meet in the memory at all, `(b, n, t, t)`; see `memory_pairs`."""
+    """Which pairs are in the memory at all, `(b, n, t, t)`; see `memory_pairs`."""
     exact = memory_pairs(query, key, memory, key_mask).exact
     batch, length, num_heads, _ = tuple(ops.shape(query))
     return ops.broadcast_to(exact, (batch, num_heads, length, length))
@@ -90,7 +90,7 @@ def exact_pairs(query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = N
 def memory_pairs(
     query: Tensor, key: Tensor, memory: Memory, key_mask: Tensor = None
 ) -> MemoryPairs:
-    """Which pairs of a causal call on a whole sequence meet in the exact memory.
+    """Which pairs of a causal call on a whole sequence are in the exact memory.
 
     Args:
         query: `(b, t, n, h)`.
@@ -120,7 +120,7 @@ def memory_pairs(
         received = ops.sum(share, axis=(2, 3))  # (b, k, s)
         competes = ops.logical_and(real, ops.logical_not(sink))[:, None]
         scores = ops.where(competes, received, OUT)
-        # What enters at each token; nothing while the window fills, or behind the last real token.
+        # What enters at each token; nothing while the window fills, or after the last real token.
         nothing = ops.full((batch, kv_heads, memory.window), OUT, dtype="float32")
         entering = ops.concatenate([nothing, scores], axis=2)[:, :, :length]
         entering = ops.where(index < last_written(real)[:, None], entering, OUT)
@@ -139,14 +139,14 @@ def memory_pairs(
 
 
 def exact_logits(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax's own, `q . k / sqrt(h)`, in float32: `(b, n, t, s)`. Nothing is masked."""
+    """Softmax's own logits, `q . k / sqrt(h)`, in float32: `(b, n, t, s)`. Nothing is masked."""
     query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
     key = ops.repeat(key, query.shape[2] // key.shape[2], axis=2)
     return ops.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
 
 
 def log_sum_exp(scores: Tensor, visible: Tensor) -> Tensor:
-    """Over the visible entries of the last axis; a large negative number where there are none."""
+    """Log-sum-exp over the last axis' visible entries; a large negative number without any."""
     return ops.logsumexp(ops.where(visible, scores, LOG_ZERO), axis=-1)
 
 

@@ -1,13 +1,14 @@
 """Attention over a sequence that is split over devices along its length.
 
 Each device sums up its own keys, and the devices exchange these states, whose size does not depend
-on the length. Causal: every device adds up the states of those before it and goes on from there, as
-if it had read their tokens. Bidirectional: every device reads the sum of all.
+on the length. In causal attention, every device adds up the states of the devices before it and
+continues from there, as if it had read their tokens. In bidirectional attention, every device reads
+the sum of all states.
 
-A state is its sums times `exp(log_scale)`. States are added at the largest of their scales, so
-every factor is at most 1, however far apart the norms of the devices' keys are.
+A state stands for its sums times `exp(log_scale)`. States are added at the largest of their scales,
+so every factor is at most 1, however far apart the norms of the devices' keys are.
 
-The shapes' letters are those of `ops.features`; besides, D devices.
+Shapes use the letters of `ops.features`; in addition, D is the number of devices.
 """
 
 from keras import ops, tree
@@ -61,46 +62,46 @@ def sequence_parallel_dark_attention(
     chunk_size: int | None = None,
     remat: bool | None = None,
 ) -> Tensor:
-    """`dark_attention` on a sequence split over devices, to be called in `jax.shard_map`.
+    """`dark_attention` on a sequence split over devices, to be called inside `jax.shard_map`.
 
     The outputs, the state and the gradients are those of `dark_attention` on the whole sequence.
     JAX only.
 
-    What is sent has the size of states, whatever the length. Causal: a device receives those of all
-    others. Bidirectional: one sum of them, once round. With a sliding window of W tokens it further
-    receives one state and W tokens from its neighbour. What it costs to compute is each key's
-    features a second time, in the causal form.
+    Devices send states, whose size does not depend on the length. In causal attention, a device
+    receives the states of all others; in bidirectional attention, it receives their sum. With a
+    sliding window of W tokens, it also receives one state and W tokens from its neighbour. The
+    causal form computes each key's features a second time.
 
     Args:
-        query: float tensor of shape `(b, t / D, n, h)`: the part of this device, the sequence being
-            split in order into equal parts.
+        query: float tensor of shape `(b, t / D, n, h)`: this device's part of the sequence, which
+            is split in order into equal parts.
         key: float tensor of shape `(b, s / D, k, h)`, n a multiple of k.
         value: float tensor of shape `(b, s / D, k, v)`.
         geometry, projection, query_geometry, log_weight, query_shift, key_shift, far_offset: as for
             `dark_attention`, the same on every device.
         axis_name: str. The mesh axis that the length is split along.
         sliding_window: optional int W, at most the tokens of one device.
-        num_sinks: int, at most the tokens of one device. There is no `cache_size`: which keys are
-            kept is known token by token, one device after the other.
+        num_sinks: int, at most the tokens of one device. There is no `cache_size`, since the kept
+            keys are found token by token, one device after the other.
         causal: bool. Query t attends to keys up to t; t and s must be equal.
-        key_mask: optional bool tensor of shape `(b, s / D)` or `(1, s / D)`, true = attend: the
-            part of this device.
+        key_mask: optional bool tensor of shape `(b, s / D)` or `(1, s / D)`, true = attend; this
+            device's part.
         initial_state: optional state of the keys before the whole sequence, the same on every
-            device. Not with a window.
+            device. Not with a window or sinks.
         return_state: bool. Also return the state after all keys, the same on every device. Not with
-            a window.
+            a window or sinks.
         chunk_size: optional int, as for `dark_attention`.
         remat: bool, as for `dark_attention`.
 
     Returns:
-        The part of the output, `(b, t / D, n, v)` in the inputs' dtype; with `return_state`,
-        `(output, state)`.
+        This device's part of the output, of shape `(b, t / D, n, v)` and the inputs' dtype. With
+        `return_state`, `(output, state)`.
 
     Raises:
-        RuntimeError: on another backend than JAX.
-        ValueError: if shapes do not fit, the axis is none of the mesh, the window is longer than a
-            device's part, or a state goes with a window: its last tokens would lie on whichever
-            devices the padding leaves them to.
+        RuntimeError: on a backend other than JAX.
+        ValueError: if shapes do not fit, `axis_name` is not an axis of the mesh, the window or the
+            sinks are longer than a device's part, or a state is combined with them: depending on
+            the padding, the window's last tokens would lie on any of the devices.
 
     Example:
 
@@ -194,11 +195,11 @@ def _check_sizes(
 
 
 def _differing(state: State, like: Tensor) -> State:
-    """`state`, known to differ along every axis of the mesh that `like` differs along.
+    """`state`, marked to differ along every axis of the mesh that `like` differs along.
 
-    `shard_map` notes this of all values, and a loop wants its carry to start as it goes on; but
-    zeros are the same everywhere. Their choice between themselves and anything else is not, and it
-    costs nothing.
+    `shard_map` tracks this for all values, and a loop's carry must start with the marks that it has
+    later. Zeros are marked as the same everywhere. A choice between zeros and a value that differs
+    is marked as the value is, and costs nothing.
     """
     for x in tree.flatten(like):
         if x is not None:
@@ -228,7 +229,7 @@ def _all(axis: SequenceAxis, own: State) -> State:
 
 
 def _added(*states: State) -> State:
-    """The state of the keys of several."""
+    """The sum of several states."""
     if len(states) == 1:
         return states[0]
     stacked = State(*(ops.stack(leaves) for leaves in zip(*states, strict=True)))
@@ -238,7 +239,7 @@ def _added(*states: State) -> State:
 def _memory_before(
     axis: SequenceAxis, key: Tensor, value: Tensor, memory: Memory, call: Call
 ) -> tuple[Tokens, Tokens | tuple[()], Tokens | tuple[()]]:
-    """This device's tokens but for sinks, and the sinks and the window that they go on from."""
+    """This device's tokens except sinks, and the sinks and the window that they follow."""
     tokens = tokens_of(key, value, call.key_mask)
     sinks: Tokens | tuple[()] = ()
     if memory.num_sinks:
@@ -261,8 +262,8 @@ def _sums_before(
 ) -> State:
     """The sums of the keys that have left the memory before this device's tokens.
 
-    The neighbour's last tokens are in the window, and all before them in the sums. So each device
-    sums up what leaves its window by itself and, from there on, everything.
+    The neighbour's last tokens are in the window, and all tokens before them are in the sums. So
+    each device computes two sums: of the tokens that leave its window, and of all its tokens.
     """
     state, states = zeros, []
     for part in leaving(tokens, memory.window):
@@ -274,7 +275,7 @@ def _sums_before(
     left, everything = states
     further = _before(axis, everything, axis.index - 1)
     kv_state, key_state, log_scale = (axis.from_previous(x) for x in left)
-    # The first device is sent zeros; as a scale that would be a large one.
+    # The first device receives zeros, which would be a large scale.
     log_scale = ops.where(axis.index == 0, LOG_ZERO, log_scale)
     return _added(further, State(kv_state, key_state, log_scale))
 

@@ -1,8 +1,8 @@
 """What attention carries from one piece of a sequence to the next.
 
-Named tuples of tensors, batch first on every leaf, of a size that does not depend on the length.
-They are float32, but for the keys and values of an exact memory, which are kept as they come. Their
-shapes are written once, in `StateShapes`.
+States are named tuples of tensors, batch first, whose size does not depend on the length. They are
+float32, except for the keys and values of an exact memory, which keep the inputs' dtype.
+`StateShapes` defines their shapes.
 """
 
 import math
@@ -21,7 +21,7 @@ from keras_darkformer.types import Shape, Tensor
 # Stands for log(0). Finite, so that differences of two of them are zero instead of NaN; far below
 # any log-feature that can matter.
 LOG_ZERO = -1e30
-# What a place without a token has received.
+# The attention that a place without a token has received.
 NOTHING = -1.0
 
 
@@ -30,7 +30,7 @@ class State(NamedTuple):
 
     Attributes:
         kv_state: `(b, k, m, v)`, features times values, scaled by `exp(-log_scale)`.
-        key_state: `(b, k, m)`, features, scaled alike.
+        key_state: `(b, k, m)`, features, scaled in the same way.
         log_scale: `(b, k)`, the running maximum of the log-features.
     """
 
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Keys and values kept as they are, each head's by itself.
+    """Keys and values that are kept as they are, for each head by itself.
 
     Attributes:
         key: `(b, k, x, h)`.
@@ -60,10 +60,10 @@ class Tokens(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """The state with an exact memory. Parts that it has not are empty tuples.
+    """The state with an exact memory. Missing parts are empty tuples.
 
     Attributes:
-        sums: `State` of the keys that have left the memory; none without features.
+        sums: `State` of the keys that have left the memory; empty without features.
         sinks: `Tokens`, the first `num_sinks`.
         recent: `Tokens`, the last `sliding_window`.
         kept: `Tokens`, `cache_size` of those between, oldest first.
@@ -80,7 +80,7 @@ class PositionedState(NamedTuple):
 
     Attributes:
         attention: `State` or `MemoryState`.
-        position: `(b,)`, tokens seen.
+        position: float32, `(b,)`, the number of tokens seen.
     """
 
     attention: "AttentionState"
@@ -94,7 +94,7 @@ class StateShapes(NamedTuple):
     """The shapes of a state, and all that follows from them.
 
     Attributes:
-        num_heads: k, heads of keys and values.
+        num_heads: k, the number of heads of keys and values.
         num_features: m; 0 for an exact memory alone.
         value_dim: v.
         head_dim: h; only an exact memory asks for it.
@@ -112,7 +112,7 @@ class StateShapes(NamedTuple):
     dtype: str = "float32"
 
     def leaves(self) -> list[Shape]:
-        """The shapes of all leaves, less the batch, in the order of `keras.tree`."""
+        """The shapes of all leaves without the batch, in the order of `keras.tree`."""
         k, m, v, h = self[:4]
         shapes: list[Shape] = [(k, m, v), (k, m), (k,)] if m else []
         for size in self._sizes:
@@ -125,7 +125,7 @@ class StateShapes(NamedTuple):
 
     @property
     def _sums(self) -> int:
-        """Leaves of the sums."""
+        """The number of leaves of the sums."""
         return 3 if self.num_features else 0
 
     def dtypes(self) -> list[str]:
@@ -135,11 +135,11 @@ class StateShapes(NamedTuple):
         return ["float32"] * self._sums + stored + ["float32"] * self.positioned
 
     def nbytes(self) -> int:
-        """Bytes of one text's state."""
+        """Bytes of the state of one sequence."""
         return sum(map(nbytes, self.leaves(), self.dtypes()))
 
     def pack(self, leaves: Sequence[Any]) -> Any:
-        """The state of these leaves."""
+        """The state with these leaves."""
         rest = iter(leaves)
         state: Any = State(*(next(rest) for _ in range(3))) if self.num_features else ()
         if self.memory:
@@ -176,12 +176,12 @@ class StateShapes(NamedTuple):
         return self.pack([ops.cast(leaf, dtype) for leaf, dtype in leaves])
 
     def check(self, state: Any, batch_size: int | None) -> Any:
-        """A state of these shapes in float32, its named tuples restored.
+        """Checks a state's shapes; returns it in float32 with its named tuples restored.
 
-        Saving and loading turn them into plain sequences.
+        Saving and loading turn named tuples into plain sequences.
 
         Raises:
-            ValueError: if the shapes are others.
+            ValueError: if the shapes differ.
         """
         found = _leaves(state)
         expected = [(batch_size, *shape) for shape in self.leaves()]
@@ -195,7 +195,7 @@ class StateShapes(NamedTuple):
 
 
 def _leaves(state: Any) -> list[Tensor]:
-    """As `tree.flatten`, which takes a tenth of a step of generation on torch."""
+    """Like `tree.flatten`, which on torch takes a tenth of a step of generation."""
     if not isinstance(state, tuple | list):
         return [state]
     return [leaf for part in state for leaf in _leaves(part)]
@@ -227,19 +227,20 @@ def initial_state(
         value_dim: int, v.
         head_dim: int, h; needed with an exact memory.
         sliding_window, num_sinks, cache_size: as for `dark_attention`.
-        dtype: of the keys and values that will come, in which an exact memory keeps them.
+        dtype: dtype of the keys and values to come, in which an exact memory keeps them.
 
     Returns:
-        A `State` of float32 tensors: `kv_state` of shape `(b, k, m, v)` and `key_state`
-        `(b, k, m)`, the sums over the tokens seen of features times values and of features, both
-        scaled by `exp(-log_scale)`, and `log_scale` `(b, k)`, the running maximum of the
-        log-features. With an exact memory a `MemoryState`: such `sums` of the keys that have left
-        it, `()` without features, and the `Tokens` in it, x of each kind: keys `(b, k, x, h)`,
-        values `(b, k, x, v)` and what they have received `(b, k, x)`, -1 where there is no token.
+        A `State` of float32 tensors. `kv_state`, of shape `(b, k, m, v)`, is the sum of features
+        times values over the tokens seen; `key_state`, of shape `(b, k, m)`, is the sum of
+        features. Both are scaled by `exp(-log_scale)`, where `log_scale`, of shape `(b, k)`, is the
+        running maximum of the log-features. With an exact memory, a `MemoryState`. Its `sums` are
+        such a `State` of the keys that have left the memory, or `()` without features. `sinks`,
+        `recent` and `kept` are `Tokens`, x of each kind: keys `(b, k, x, h)`, values `(b, k, x, v)`
+        and the attention they have received, `(b, k, x)`, which is -1 where there is no token.
 
     Raises:
-        ValueError: if there is a memory and no `head_dim`, neither a memory nor features, or a
-            cache without a window.
+        ValueError: if there is a memory but no `head_dim`, neither a memory nor features, a cache
+            without a window, or a memory size that is out of range.
     """
     memory = Memory(sliding_window, num_sinks, cache_size)
     memory.check()
@@ -257,14 +258,14 @@ def initial_state(
 def add_states(states: State, log_weight: Tensor) -> State:
     """The sum of states times `exp(log_weight)`.
 
-    Added at the largest of their scales, so every factor is at most 1, however far apart the norms
-    of their keys are.
+    They are added at the largest of their scales, so every factor is at most 1, however far apart
+    the norms of their keys are.
 
     Args:
         states: `State` whose leaves are stacked along a new first axis, D.
         log_weight: `(D,)`.
     """
-    # Scales are constants to the gradient, as everywhere.
+    # Scales are constants for the gradient, as everywhere.
     logits = ops.stop_gradient(states.log_scale) + log_weight[:, None, None]
     log_scale = ops.maximum(largest(logits, 0), LOG_ZERO)
     weights = ops.exp(logits - log_scale)

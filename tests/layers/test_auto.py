@@ -9,6 +9,7 @@ from keras import ops
 from keras_darkformer import AttentionOptions, DarkAttention
 from keras_darkformer.layers import core
 from keras_darkformer.layers.core import fitted
+from keras_darkformer.ops.backend import accelerated
 from keras_darkformer.ops.crossover import MEASURED, crossover
 
 from .helpers import (
@@ -180,7 +181,8 @@ def test_more_features_take_longer_to_pay_and_groups_pay_sooner():
             assert measured.at(256, 64, 1) > measured.at(64, 64, 1)
             assert measured.at(128, 64, 8) < measured.at(128, 64, 1)
             assert 32 < measured.at(128, 64, 1) < 8192
-    assert crossover(64, 128, 1, causal=True) == MEASURED[BACKEND][True].at(128, 64, 1)
+    if not accelerated():
+        assert crossover(64, 128, 1, causal=True) == MEASURED[BACKEND][True].at(128, 64, 1)
 
 
 @pytest.mark.parametrize("jit", MODES)

@@ -138,7 +138,7 @@ def attend_in_pieces(case, size, arrays, sizes, key_mask):
 
 
 def in_blocks_of(length, monkeypatch):
-    monkeypatch.setattr(partition, "block_length", lambda _: length)
+    monkeypatch.setattr(partition, "block_length", lambda *_: length)
 
 
 def shapes_of(case, size, num_features=None):

@@ -104,7 +104,7 @@ def test_chunk_size_does_not_change_the_gradients():
     ids=["causal", "bidirectional"],
 )
 def test_second_derivatives_agree_with_differences_of_gradients(causal, remat, monkeypatch):
-    monkeypatch.setattr(partition, "block_length", lambda _: 8)  # some blocks
+    monkeypatch.setattr(partition, "block_length", lambda *_: 8)  # some blocks
     case = Case(length=40, causal=causal, num_features=8)
     query, key, value, geometry = case.arrays
     direction = np.random.default_rng(2).standard_normal(key.shape).astype("float32")

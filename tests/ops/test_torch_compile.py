@@ -22,7 +22,7 @@ def forgotten():
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(partition, "block_length", lambda _: 32)
+    monkeypatch.setattr(partition, "block_length", lambda *_: 32)
 
 
 class Graphs:

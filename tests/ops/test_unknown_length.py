@@ -23,7 +23,7 @@ LENGTHS = (61, 0, 1, 16, 17, 40)  # from no token to several blocks, whole and n
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(partition, "block_length", lambda _: 16)
+    monkeypatch.setattr(partition, "block_length", lambda *_: 16)
 
 
 def case_of(length, causal=True):

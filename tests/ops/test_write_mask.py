@@ -39,7 +39,7 @@ def several_blocks(monkeypatch):
     monkeypatch.setattr(partition, "block_length", blocks_of_14)
 
 
-def blocks_of_14(_):
+def blocks_of_14(*_):
     return 14
 
 
