@@ -14,9 +14,9 @@ A pretrained decoder writes with a key/value cache that grows with every token. 
 its layers linear attention with a state of constant size, keeps all weights, and trains the model
 until it predicts text about as well as before.
 
-Without a checkpoint, this example first trains a small Gemma on the help topics that every Python
-carries. With one, it starts from that: `CHECKPOINT` is all that KerasHub's `from_preset` takes, the
-name of a preset, a folder, or a folder or handle in the layout of Hugging Face.
+Without a checkpoint, this example first trains a small Gemma on the help topics that come with
+Python. `CHECKPOINT` names a model to start from instead, as KerasHub's `from_preset` takes it: a
+preset's name, a folder, or a folder or handle in the layout of Hugging Face.
 
 ```bash
 CHECKPOINT=hf://HuggingFaceTB/SmolLM2-135M TEXT_FILE=book.txt python checkpoint_to_dark.py
@@ -49,7 +49,7 @@ EPOCHS, TOKENS = (1, 1_000) if QUICK else (6, 200_000)  # of training; to fit th
 """
 ## The text
 
-It is cut into stretches. One of ten is held out, to judge by.
+The text is cut into stretches. One in ten is held out to judge the models by.
 """
 
 if TEXT_FILE:
@@ -105,12 +105,12 @@ before = model.generate(PROMPT, max_length=LENGTH // 2)
 """
 ## The dark model
 
-`linearize` converts the model in place, fits the features to its queries and keys, has each layer
-learn its own softmax, and then trains the whole towards the logits of the exact model. The report
+`linearize` converts the model in place, fits the features to its queries and keys, trains each
+layer on its own softmax, and then trains the whole model on the exact model's logits. The report
 has the losses of held-out text, before and after each stage. A stage that gains nothing is undone.
 
-The small Gemma gets 64 features a layer. For a checkpoint, `linearize` takes what served
-checkpoints best, an exact memory of 256 tokens, and four layers stay exact.
+The small Gemma gets 64 features. A checkpoint gets an exact memory of 256 tokens, which served
+checkpoints best, and four of its layers stay exact.
 """
 
 options = {"keep_exact": 4, "batch_size": 1} if CHECKPOINT else {"num_features": 64}
@@ -125,7 +125,7 @@ model, report = linearize(
 print(report)
 
 """
-What the layers themselves lost says `approximation_report`, for each layer and head.
+`approximation_report` says what each layer and head lost.
 """
 
 print(approximation_report(model, held_out[:BATCH_SIZE]))

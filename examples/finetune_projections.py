@@ -11,8 +11,8 @@ Accelerator: None
 ## Introduction
 
 As in the paper's study, a decoder with softmax attention is trained on one text. Then its attention
-becomes linear, and only its projections of queries, keys and values learn another text. They do so
-with Performer's isotropic features, with DARKFormer's learned covariance, and with a covariance
+is made linear, and only its projections of queries, keys and values learn another text. They learn
+it with Performer's isotropic features, with DARKFormer's learned covariance, and with a covariance
 that `calibrate` has fitted first. All take the same steps at the same rates.
 
 The decoder is a small Gemma that reads bytes. It first learns Python's help topics, then code.
@@ -46,8 +46,8 @@ ARMS = {
 """
 ## Two texts
 
-Windows of both are drawn at random. Of the second text, a tenth is held out to choose each arm's
-learning rate by, and another tenth to judge it by.
+Windows of both texts are drawn at random. A tenth of the second text is held out to choose each
+arm's learning rate, and another tenth to judge the arm.
 """
 
 
@@ -94,7 +94,7 @@ exact.fit(*windows(first, TRAIN_STEPS * BATCH_SIZE, 0), batch_size=BATCH_SIZE, v
 """
 ## The arms
 
-Each starts from the exact model. What is not a projection or a feature map is frozen.
+Each arm starts from the exact model. Everything but the projections and feature maps is frozen.
 """
 
 exact.save("exact_gemma.keras")

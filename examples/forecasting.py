@@ -10,10 +10,10 @@ Accelerator: None
 """
 ## Introduction
 
-A transformer that forecasts a stream keeps keys and values of all of the past, or reads it again
-for every sample. `DarkTransformerBlock` keeps sums of constant size instead. The model is trained
-on whole series with `model.fit`; deployed, it reads a day or an hour at a time, carries its state,
-and forecasts the same.
+A transformer that forecasts a stream keeps the keys and values of all of the past, or reads the
+past again for every sample. `DarkTransformerBlock` keeps sums of constant size instead. The model
+is trained on whole series with `model.fit`. Deployed, it reads a day or an hour at a time, carries
+its state, and makes the same forecasts.
 
 ## Setup
 """
@@ -37,9 +37,9 @@ HORIZON, BATCH_SIZE = DAY, 16
 ## The series
 
 Each series has a daily wave of two harmonics and a weekly wave, with amplitudes and phases of its
-own, a level that jumps every four days on average, and noise of standard deviation 0.3. The waves
-have to be read off weeks of the past. The inputs of an hour are its value, and the hour and the
-weekday as sines and cosines; the targets are the values of the next 24 hours.
+own, a level that jumps every four days on average, and noise of standard deviation 0.3. A model has
+to learn the waves from weeks of the past. The inputs of an hour are its value, and the hour and the
+weekday as sines and cosines. The targets are the values of the next 24 hours.
 """
 
 
@@ -64,8 +64,8 @@ def make_series(count, length, rng):
 """
 ## The model
 
-With `states` it goes on where the call that returned them has ended. The exact model is of the same
-blocks with `attention_mode="exact"`: attention quadratic in the length.
+With `states`, the model goes on where the call that returned them ended. The exact model has the
+same blocks with `attention_mode="exact"`, whose cost is quadratic in the length.
 """
 
 
@@ -96,8 +96,8 @@ class Forecaster(keras.Model):
 """
 ## Training
 
-Both models are compared with two forecasts that need none: the same hour of the last day, and of
-the last week.
+Both models are compared with two forecasts that need no training: the same hour of the last day,
+and of the last week.
 """
 
 rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ for name, forecast in forecasts.items():
 """
 ## Deployment
 
-A series comes in pieces of any length. Nothing but the states is kept between them.
+A series arrives in pieces of any length. Nothing but the states is kept between them.
 """
 
 one = inputs[:1]

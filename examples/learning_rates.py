@@ -12,8 +12,8 @@ Accelerator: None
 
 High learning rates make losses jump. This example trains the same small decoder at one rate after
 another, once with DARKFormer's learned covariance and once with Performer's fixed one, and counts
-the spikes with `LossSpikeCounter`. A spike is a step whose loss is above the median of the ten
-steps before it by 0.3, as the paper counts them.
+the spikes with `LossSpikeCounter`. As in the paper, a spike is a step whose loss is more than 0.3
+above the median of the ten steps before it.
 
 ## Setup
 """
@@ -53,8 +53,8 @@ windows = text[starts[:, None] + np.arange(LENGTH + 1)]
 """
 ## The model, and one run
 
-A callback notes the loss of every step. Keras reports the mean of all steps so far, from which the
-loss of a single step is worked out.
+A callback records the loss of every step. Keras reports the mean of all steps so far, from which
+the loss of a single step is computed.
 """
 
 
@@ -97,7 +97,7 @@ def train(rate, train_geometry):
 """
 ## All runs
 
-Triangles in the figure are spikes.
+Triangles in the figure mark spikes.
 """
 
 figure, axes = plt.subplots(

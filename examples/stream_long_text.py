@@ -11,9 +11,9 @@ Accelerator: None
 ## Introduction
 
 A decoder with a key/value cache needs more memory with every token that it reads, so a long text
-does not fit. The state of a dark model has one size, whatever was read. `hub.Stream` keeps this
-state between calls: a text is read piece by piece, the state is saved to disk and loaded again, and
-the model writes on from where it was.
+does not fit. The state of a dark model keeps its size, however much it has read. `hub.Stream` keeps
+this state between calls. Here a text is read piece by piece, the state is saved to disk and loaded
+again, and the model writes on from there.
 
 The model here is a small Gemma that reads bytes, so it needs no tokenizer. It learns from the first
 half of a file, in sequences of 256 bytes, and then reads the second half as one text.
@@ -44,7 +44,7 @@ LONGEST, NUM_WRITTEN = (1_024, 8) if QUICK else (200_000, 200)  # bytes, as one 
 """
 ## A decoder with softmax attention
 
-It is trained on windows of the first half of the file.
+The decoder is trained on windows of the first half of the file.
 """
 
 half = os.path.getsize(TEXT_FILE) // 2
@@ -83,7 +83,7 @@ judge("exact")
 """
 ## Its dark copy
 
-All layers are converted: each keeps the first 4 tokens and the last 64 exactly, and sums of 64
+All layers are converted. Each keeps the first 4 tokens and the last 64 exactly, and sums of 64
 features stand for all that lies between. `calibrate` and `transfer_attention` fit the features.
 """
 
@@ -96,9 +96,9 @@ judge("dark")
 """
 ## Reading
 
-A generator hands out pieces of the second half of the file, so no more than a piece is in memory.
+A generator yields pieces of the second half of the file, so no more than a piece is in memory.
 `read` returns the logits of the byte that follows. That byte begins the next piece, so every piece
-says how well the model has predicted it, in bits.
+shows how well the model predicted its first byte, in bits.
 """
 
 
@@ -132,8 +132,8 @@ for quarter in (1, 2, 3):
 """
 ## Going on later
 
-The file of the state is all that another session needs beside the model. The text is read on where
-it was left: the stream that was never stopped gets the same logits. Then the model writes on.
+Besides the model, another session needs only the file of the state. It reads on from where the text
+was left, and gets the same logits as a stream that was never stopped. Then the model writes on.
 """
 
 loaded = Stream.load(STATE_FILE, model)

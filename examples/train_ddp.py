@@ -17,7 +17,7 @@ gradients, so that all processes take the same steps. `torchrun` starts this scr
 torchrun --nproc-per-node 2 train_ddp.py
 ```
 
-A notebook, or `python train_ddp.py`, is one process and learns the same.
+A notebook, or `python train_ddp.py`, uses one process and learns the same.
 
 ## Setup
 """
@@ -42,8 +42,8 @@ STEPS, LENGTH, BATCH_SIZE = (3, 8, 6) if QUICK else (200, 256, 8)  # a batch of 
 """
 ## The processes meet
 
-`torchrun` tells each process its rank and how many there are. On GPUs each takes its own, and Keras
-puts the model there.
+`torchrun` tells each process its rank and the number of processes. With GPUs, each process takes
+one of its own, and Keras puts the model there.
 """
 
 rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -56,7 +56,7 @@ assert BATCH_SIZE % size == 0, "All processes get equal parts of a batch."
 """
 ## Data and model
 
-The seed is the same everywhere, and so are the windows of text and the weights at the start.
+The seed is the same in every process, and so are the windows of text and the initial weights.
 """
 
 keras.utils.set_random_seed(0)
@@ -77,7 +77,7 @@ model = keras.Model(tokens, logits)
 """
 ## Training
 
-It is a loop of PyTorch. Each process takes its rows of a batch.
+This is a PyTorch training loop. Each process takes its own rows of a batch.
 """
 
 device = model(windows[:1, :-1]).device
@@ -100,7 +100,7 @@ for step in range(STEPS):
 """
 ## Saving
 
-One process saves for all. None ends while another still talks to it.
+One process saves for all. The barrier keeps a process from ending while another still needs it.
 """
 
 if rank == 0:

@@ -14,8 +14,8 @@ Accelerator: None
 on whole sequences with `model.fit`. When it writes, each block carries a recurrent state, whose
 size does not depend on how much was read.
 
-The model here reads and writes bytes. It learns from the help topics that every Python carries, or
-from the file that `TEXT_FILE` names.
+The model here reads and writes bytes. It learns from the help topics that come with Python, or from
+the file that `TEXT_FILE` names.
 
 ## Setup
 """
@@ -40,7 +40,8 @@ PROMPT, WRITTEN = "The statement ", 4 if QUICK else 200
 """
 ## The text
 
-It is cut into windows of `LENGTH` bytes, and one byte more to predict. One of ten is held out.
+The text is cut into windows of `LENGTH` bytes, with one more byte to predict. One in ten is held
+out.
 """
 
 if TEXT_FILE:
@@ -56,7 +57,7 @@ train = np.delete(windows, np.s_[9::10], axis=0)
 ## The model
 
 Each block meets the last 32 bytes exactly, and sums of 64 features stand for all that came before.
-With `states`, the model goes on where the call that returned them has ended.
+With `states`, the model goes on where the call that returned them ended.
 """
 
 
@@ -94,7 +95,7 @@ class Decoder(keras.Model):
 """
 ## Training
 
-The loss is divided by log 2, which gives bits per byte. A model that knows nothing needs 8.
+Dividing the loss by log 2 gives bits per byte. A model that knows nothing needs 8.
 """
 
 keras.utils.set_random_seed(0)

@@ -11,7 +11,8 @@ Accelerator: GPU
 ## Introduction
 
 Every process has the whole model and its part of each batch, and the optimizer adds up the
-gradients. `WORKERS` says where all processes are, `WORKER` which of them this one is:
+gradients. `WORKERS` lists the addresses of all processes, and `WORKER` says which of them this one
+is:
 
 ```bash
 export WORKERS=localhost:2001,localhost:2002
@@ -19,11 +20,11 @@ WORKER=0 python train_tf_distribute.py &
 WORKER=1 python train_tf_distribute.py
 ```
 
-A notebook, or the script without `WORKERS`, is one process and learns the same.
+A notebook, or the script without `WORKERS`, uses one process and learns the same.
 
 The loop is written out, because `model.fit` of Keras 3.15 fails under
-`MultiWorkerMirroredStrategy`. There is no clipping in it, because Keras clips gradients before it
-adds them up, each process its own.
+`MultiWorkerMirroredStrategy`. It does not clip gradients, because Keras would clip those of each
+process before it adds them up.
 
 ## Setup
 """
@@ -33,8 +34,8 @@ import os
 from pydoc_data.topics import topics
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
-# With oneDNN's kernels TensorFlow 2.21 tears its heap in the first step of one start in seven on a
-# CPU (14 of 96; 0 of 33 without).
+# On a CPU, TensorFlow 2.21 with oneDNN's kernels corrupts its heap in the first step of one start
+# in seven (14 of 96; 0 of 33 without).
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import keras
@@ -66,7 +67,7 @@ else:
 """
 ## Data and model
 
-The seed is the same everywhere, and so are the windows of text and the weights at the start. The
+The seed is the same in every process, and so are the windows of text and the initial weights. The
 model and its optimizer are built in the strategy's scope, which mirrors their variables.
 """
 
@@ -95,7 +96,7 @@ with strategy.scope():
 """
 ## Training
 
-The loss of each process is divided by their number, since the gradients are added up.
+The loss of each process is divided by the number of processes, because the gradients are added up.
 """
 
 

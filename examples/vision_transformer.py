@@ -10,8 +10,8 @@ Accelerator: None
 """
 ## Introduction
 
-An image of 64 x 64 pixels has 1,024 patches of 2 x 2, and attention among these costs the square of
-their number. A small ViT of Keras' own layers is trained, and a copy of it gets DARKFormer
+An image of 64 x 64 pixels has 1,024 patches of 2 x 2, and the cost of attention grows with the
+square of their number. We train a small ViT of Keras' own layers and give a copy DARKFormer
 attention, whose cost is linear. The same calls convert any model with `MultiHeadAttention` in it.
 
 ## Setup
@@ -36,8 +36,8 @@ PATCH, BATCH_SIZE = 2, 8
 """
 ## The images
 
-On noise there are two striped squares, one in the left half and one in the right. Their stripes run
-across or down, and the label says whether both run the same way. No square alone tells anything.
+An image is noise with two striped squares, one in the left half and one in the right. The stripes
+run across or down, and the label says whether both run the same way. One square alone says nothing.
 """
 
 
@@ -105,7 +105,7 @@ judge(exact, "exact")
 """
 ## The dark model
 
-A copy guesses until `calibrate` has fitted its features. Then each layer learns its own softmax.
+The copy only guesses until `calibrate` fits its features. Then each layer learns its own softmax.
 """
 
 dark = convert_to_dark(exact, copy=True, num_features=64)
@@ -122,7 +122,7 @@ for name, model in {"exact": exact, "dark": dark}.items():
 """
 ## Time
 
-Both take turns. The first two calls, which may compile, do not count.
+Both models take turns. The first two calls, which may compile, do not count.
 """
 
 milliseconds = {}

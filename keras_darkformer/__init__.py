@@ -1,9 +1,9 @@
-"""Linear-time attention for Keras 3 whose random features fit the data.
+"""Linear-time attention for Keras 3, with random features fitted to the data.
 
-KerasHub models live in `keras_darkformer.hub`. The rest works without KerasHub, so `hub` is
-imported on first use: by `convert_to_dark` for a KerasHub model, or by name. Import it yourself
-before loading a dark KerasHub model, `import keras_darkformer.hub`: it tells Keras what the model's
-classes are.
+Support for KerasHub models is in `keras_darkformer.hub`. Everything else works without KerasHub, so
+`hub` is imported on first use: by `convert_to_dark` for a KerasHub model, or by name. Before you
+load a dark KerasHub model, run `import keras_darkformer.hub`, which registers the model's classes
+with Keras.
 """
 
 import importlib
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 
-# Names that need KerasHub, and where they are.
+# Names that need KerasHub, and the modules that define them.
 _LATE = {
     "LayerChoice": "keras_darkformer.choosing",
     "choose_layers": "keras_darkformer.choosing",

@@ -1,4 +1,4 @@
-"""Which layers of a model are worth leaving exact: a probe of what converting each one costs."""
+"""Finds the layers worth leaving exact by measuring what converting each one costs."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ from keras_darkformer.types import Data, Model
 
 
 class LayerChoice(PrintedDict):
-    """Which layers to convert: a dict for code, a table when printed.
+    """Which layers to convert, as a dict that prints as a table.
 
     Keys:
-        indices: list of int, the layers to convert: `convert_to_dark(model, layers=...)`.
-        exact: list of int, the layers that are worth leaving exact.
-        before: dict of `text` and `lookups`, the stock model's losses per token, in nats.
-        layers: list of dicts, one a layer: `index`, and `text` and `lookups`, what converting this
-            one alone adds to these losses.
+        indices: list of int. The layers to convert: the argument `layers` of `convert_to_dark`.
+        exact: list of int. The layers that are worth leaving exact.
+        before: dict of `text` and `lookups`. The stock model's losses per token, in nats.
+        layers: list of dicts, one per layer: its `index`, and as `text` and `lookups` what
+            converting this layer alone adds to these losses.
     """
 
     @property
@@ -48,7 +48,7 @@ class LayerChoice(PrintedDict):
         return table
 
     def plot(self, path: Any = None) -> Any:
-        """The costs by layer, as a matplotlib figure, saved to `path` where one is given."""
+        """The costs by layer as a matplotlib figure, saved to `path` if one is given."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3), layout="constrained")
@@ -67,12 +67,12 @@ class LayerChoice(PrintedDict):
 
 
 def probe_length(memory: Memory) -> int:
-    """Tokens of a row that is long enough for an exact memory to lose something."""
+    """A row length, in tokens, that is too long for an exact memory to hold everything."""
     return max(256, 2 * memory.size)
 
 
 def check_length(length: int, memory: Memory) -> None:
-    """Raises a ValueError for rows that an exact memory holds as a whole."""
+    """Raises a ValueError if a row of this length fits into the exact memory as a whole."""
     if length <= memory.size:
         raise ValueError(
             f"`length` must be more than the {memory.size} tokens that the exact memory holds "
@@ -97,35 +97,36 @@ def choose_layers(
 ) -> LayerChoice:
     """Finds the layers of a causal LM that are worth leaving exact.
 
-    A few layers of a trained decoder look things up, and others hold its text together; they are
-    not the same ones, nor evenly spaced. So one layer after the other is converted while the rest
-    stay exact, and the losses are compared with the stock model's: on the given text, and on
-    lookups made from it, in which a segment comes again. The layers whose conversion costs most, by
-    the sum of both, are left exact.
+    In a trained decoder, a few layers look up earlier tokens, and others matter most for plain
+    text. They are different layers and not evenly spaced. Each layer is therefore converted by
+    itself, while the rest stay exact, and the losses are compared with the stock model's: on the
+    given text, and on lookups made from it, in which a segment is repeated. The layers whose
+    conversion adds most to the sum of both losses are left exact.
 
-    The probe works on a converted copy, whose features are calibrated on the same data in closed
-    form; the model itself is left as it was.
+    The probe works on a converted copy whose features are calibrated on the same data in closed
+    form. The model itself is not changed.
 
     Args:
-        model: a causal LM of `keras_hub.models` that `convert_to_dark` takes.
-        data: as for `calibrate`; rows at least `length` tokens long.
-        keep_exact: int. Layers to leave exact.
+        model: a causal LM of `keras_hub.models` that `convert_to_dark` accepts.
+        data: as for `calibrate`, with rows at least `length` tokens long.
+        keep_exact: int. Number of layers to leave exact, less than the model has.
         max_tokens: int. Tokens that the probe reads for each layer, half of them lookups.
-        length: int. Tokens of a row of the probe, more than the exact memory holds, since what it
-            holds costs nothing; `None` for twice as many, at least 256.
-        repeat: int. Tokens that come again in a lookup.
-        batch_size: int. For data without batches.
-        probe_seed: int. Of the segments that are repeated.
-        verbose: bool. Shows progress: a line that is written over, in a file one now and then.
-        **kwargs: the options of `ConversionOptions` but `layers`, as they will be given to
+        length: int. Tokens per row of the probe. It must exceed the exact memory, since tokens held
+            there cost nothing. `None` for twice the memory's size, at least 256.
+        repeat: int. Tokens in the repeated segment of a lookup, at most a third of `length`.
+        batch_size: int. Batch size for data that is not batched.
+        probe_seed: int. Seed for choosing the repeated segments.
+        verbose: bool. Whether to show progress, as one line that is rewritten in place or, in a
+            file, as a new line now and then.
+        **kwargs: the options of `ConversionOptions` except `layers`, as you will pass them to
             `convert_to_dark`.
 
     Returns:
-        A `LayerChoice`: print it, read it as a dict, `plot` it, and give its `indices` to
+        A `LayerChoice`: print it, read it as a dict, `plot` it, and pass its `indices` to
         `convert_to_dark(model, layers=choice.indices, ...)`.
 
     Raises:
-        TypeError: for an option that is unknown.
+        TypeError: if an option is unknown.
         ValueError: if an argument is out of range, `data` has no row of `length` tokens, or the
             model can't be converted.
 
@@ -137,17 +138,17 @@ def choose_layers(
         convert_to_dark(model, layers=choice.indices, **options)
 
     References:
-        - [Retrieval Heads](https://arxiv.org/abs/2404.15574), few of which look things up
+        - [Retrieval Heads](https://arxiv.org/abs/2404.15574): few attention heads look up tokens
     """
     options, _ = ConversionOptions.take(choose_layers, kwargs, besides=())
-    dark_class(type(model))  # or the error says what is wrong with it
+    dark_class(type(model))  # raises an error that says why it can't be converted
     length = probe_length(options.memory) if length is None else length
     for name, value in (("keep_exact", keep_exact), ("max_tokens", max_tokens), ("repeat", repeat)):
         positive_integer(name, value)
     if positive_integer("length", length) < 3 * repeat:
         raise ValueError(
-            "`length` must be at least three times `repeat`, for a segment, what comes between and "
-            f"the segment again. Received: length={length}, repeat={repeat}"
+            "`length` must be at least three times `repeat`, to hold a segment, the tokens between "
+            f"and the segment again. Received: length={length}, repeat={repeat}"
         )
     check_length(length, options.memory)
     rows = max(1, max_tokens // (2 * length))
@@ -157,7 +158,8 @@ def choose_layers(
     layers = dark_layers(dark)
     if not keep_exact < len(layers):
         raise ValueError(
-            f"`keep_exact` must be less than the {len(layers)} layers. Received: {keep_exact}"
+            f"`keep_exact` must be less than the {len(layers)} layers. "
+            f"Received: keep_exact={keep_exact}"
         )
     if any(layer.feature_map.num_features for layer in layers.values()):
         calibrate(dark, [inputs_of(text)], refine=False, verbose=False)

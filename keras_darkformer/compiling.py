@@ -14,17 +14,18 @@ from keras_darkformer.types import Config, Layer, Model
 def recompilations(
     models: Iterable[Model], layers: Iterable[Layer], like: Iterable[Model] | None = None
 ) -> Callable[[], None]:
-    """As `recompilation`, of models and of all others that hold some of these layers of theirs.
+    """Like `recompilation`, for several models and all others that hold any of these layers.
 
-    What another model has compiled would go on as if its layers had not changed, silently.
+    Otherwise, the compiled functions of another model would silently ignore the change.
 
     Args:
         models: the models.
-        layers: those of their layers that change.
-        like: the models that these are twins of, which are then held by no others, in their order.
+        layers: the layers that change.
+        like: the models that `models` were copied from, in the same order. No other model then
+            holds the layers.
 
     Raises:
-        ValueError: if an optimizer has to be made anew and its config does not tell how.
+        ValueError: if an optimizer must be recreated but can't be from its config.
     """
     models = list(models)
     if like is not None:
@@ -49,32 +50,32 @@ def recompilations(
 
 
 def _holders(layers: Iterable[Layer]) -> Iterator[Model]:
-    """All models there are that hold some of these layers, be it deep in other layers.
+    """All live models that hold any of these layers, directly or nested.
 
-    A layer does not know what holds it.
+    A layer does not know which models hold it.
     """
     wanted = {id(layer) for layer in layers}
     for found in gc.get_objects():
-        # By its type: asked for its class, a proxy of anything may do anything.
+        # Checks the type, since asking a proxy object for its class may have any effect.
         is_made = issubclass(type(found), keras.Model) and hasattr(found, "_layers")
         if is_made and not wanted.isdisjoint(map(id, found._flatten_layers())):
             yield found
 
 
 def recompilation(model: Any, like: Any = None) -> Callable[[], None]:
-    """How to compile a model again, once it has changed, as it, or the model `like`, was.
+    """A function that compiles a changed model again, as it or the model `like` was compiled.
 
-    What was compiled before computes something else, and an optimizer that has been built does not
-    know the new variables. Losses, metrics, learning rates and samplers stay the objects that they
-    are; so does an optimizer that no `fit` has built. All that could go wrong goes wrong here, not
-    in what is returned.
+    Functions compiled before compute something else, and an optimizer that has been built does not
+    know the new variables. Losses, metrics, learning rates and samplers are kept as the same
+    objects, and so is an optimizer that no `fit` has built. Everything that can fail fails here,
+    not in the returned function.
 
     Args:
         model: a Keras model.
-        like: another one, which shall share nothing with it that accumulates.
+        like: another model, whose settings are used. The two then share nothing that accumulates.
 
     Raises:
-        ValueError: if the optimizer has to be made anew and its config does not tell how.
+        ValueError: if the optimizer must be recreated but can't be from its config.
     """
     source = model if like is None else like
     arguments: Config = {}
@@ -88,7 +89,7 @@ def recompilation(model: Any, like: Any = None) -> Callable[[], None]:
                 arguments[name] = keras.tree.map_structure(
                     _of_its_own, arguments[name], none_is_leaf=True
                 )
-        # Keras notes it down nowhere.
+        # Keras does not record this anywhere.
         arguments["auto_scale_loss"] = isinstance(
             source.optimizer, keras.optimizers.LossScaleOptimizer
         )
@@ -99,7 +100,7 @@ def recompilation(model: Any, like: Any = None) -> Callable[[], None]:
         if hasattr(source, "generate_function"):
             model.generate_function, model.sampler = None, source.sampler
         if arguments:
-            # A `compile` of the user's own has done what it does besides.
+            # Whatever a user's own `compile` does besides has been done already.
             keras.Model.compile(model, **arguments)
             model.reset_metrics()
 
@@ -107,7 +108,7 @@ def recompilation(model: Any, like: Any = None) -> Callable[[], None]:
 
 
 def knows_variables(optimizer: Any, model: Any) -> bool:
-    """Whether an optimizer has been built, or will be for a model that is compiled with it."""
+    """Whether an optimizer is built, or belongs to a model that is compiled with it."""
     its = getattr(model, "optimizer", None)
     known = its is not None and any(
         optimizer is x for x in (its, getattr(its, "inner_optimizer", 0))
@@ -116,14 +117,14 @@ def knows_variables(optimizer: Any, model: Any) -> bool:
 
 
 def made_anew(optimizer: Any, kind: Any = None) -> Any:
-    """An optimizer with the settings of another one that knows no variables yet.
+    """A new optimizer with the settings of another one and no variables yet.
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`.
-        kind: a subclass of its class for the new one, or `None`.
+        kind: a subclass of its class to make instead, or `None`.
 
     Raises:
-        ValueError: if its config does not tell how.
+        ValueError: if the optimizer can't be made from its config.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = made_anew(optimizer.inner_optimizer, kind)
@@ -135,7 +136,7 @@ def made_anew(optimizer: Any, kind: Any = None) -> Any:
             told = ", ".join(f"`{argument}`" for argument in forgotten)
             raise ValueError(f"its config leaves out {told}")
         fresh = (kind or type(optimizer)).from_config(config)
-    except Exception as error:  # whatever a class of the user's own does
+    except Exception as error:  # a user's class may raise anything
         raise ValueError(
             f"{type(optimizer).__name__} has to be made anew for new variables, and can't be: "
             f"{error}. Nothing was changed. Give it a `get_config` that has all its arguments. If "
@@ -143,17 +144,16 @@ def made_anew(optimizer: Any, kind: Any = None) -> Any:
             '`model.compile("sgd")`, and with this one afterwards.'
         ) from error
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(optimizer, name):  # no part of the config
+        if hasattr(optimizer, name):  # not part of the config
             setattr(fresh, name, getattr(optimizer, name))
     return fresh
 
 
 def _config(optimizer: Any) -> Config:
-    """An optimizer's config, with a learning-rate schedule in it as it is.
+    """An optimizer's config, with a learning-rate schedule in it as the object itself.
 
-    A schedule of the caller's own may be one that Keras can not rebuild from a config, or that has
-    none. So the config is taken of a stand-in which has all attributes of the optimizer but the
-    schedule.
+    A user's own schedule may have no config, or one that Keras can't rebuild it from. The config is
+    therefore taken from a stand-in that has all attributes of the optimizer except the schedule.
     """
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         return optimizer.get_config()
@@ -166,13 +166,13 @@ def _config(optimizer: Any) -> Config:
 
 
 def _of_its_own(metric: Any) -> Any:
-    """A metric of the same settings, or the metric itself if its config does not tell them."""
+    """A new metric with the same settings, or the metric itself if its config lacks any."""
     if not isinstance(metric, keras.metrics.Metric):
         return metric
     try:
         config = metric.get_config()
         return metric if left_out(type(metric), config) else type(metric).from_config(config)
-    except Exception:  # whatever a class of the user's own does
+    except Exception:  # a user's class may raise anything
         return metric
 
 

@@ -1,4 +1,4 @@
-"""`convert_to_dark`: softmax attention out, linear attention in; and the report of what changed."""
+"""`convert_to_dark`, which replaces softmax attention, and the report of what it changed."""
 
 import importlib
 from typing import Any
@@ -10,7 +10,7 @@ from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.surgery.report import ConversionReport
 from keras_darkformer.types import Model
 
-# A model with KerasHub's attention layers in it is there, and so is KerasHub.
+# If a model holds KerasHub's attention layers, KerasHub is installed.
 finding.know_keras_hub = lambda: importlib.import_module("keras_darkformer.hub.layers")
 
 
@@ -18,47 +18,50 @@ finding.know_keras_hub = lambda: importlib.import_module("keras_darkformer.hub.l
 def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model:
     """Replaces the softmax attention of a Keras model by DARKFormer attention.
 
-    In a functional, Sequential or subclassed model every `keras.layers.MultiHeadAttention` and
+    In a functional, Sequential or subclassed model, every `keras.layers.MultiHeadAttention` and
     `keras.layers.GroupQueryAttention` becomes dark, wherever it is held: in nested models, in
-    layers of your own, in wrappers; so does such a layer by itself. Models of KerasHub are
-    converted with the task and the generation around them, see `hub.convert_to_dark`.
+    wrappers or in your own layers. Such a layer can also be converted by itself. KerasHub models
+    are converted together with their task and its generation; see `hub.convert_to_dark`.
 
-    The model is converted in place and returned: no second copy of its weights is made, all stock
-    weights stay under their paths, and each converted layer gains those of a feature map, under
-    `feature_map/`, in float32. A freshly converted model estimates a different kernel and is worse
-    than the one it came from: `calibrate` it, then `transfer_attention`, or train it.
+    The model is converted in place and returned. Its weights are not copied and keep their paths,
+    and each converted layer gains the float32 weights of a feature map under `feature_map/`. A
+    freshly converted model estimates a different kernel and is worse than the original. To improve
+    it, run `calibrate` and then `transfer_attention`, or train it.
 
-    Layers of your own classes that make their attention themselves change class, to a subclass
-    whose config says which of it is dark, so that they are saved, loaded and cloned dark.
+    Layers of your own classes that create attention layers themselves change class. Their new class
+    is a subclass whose config says which of these layers are dark, so that they stay dark when
+    saved, loaded or cloned.
 
-    If the model was compiled, it is compiled again, as `hub.convert_to_dark` says, and so are all
-    models that hold it.
+    If the model was compiled, it is compiled again as described for `hub.convert_to_dark`, and so
+    are all models that hold it.
 
     Args:
         model: a built Keras model or layer with attention layers in it, or such a layer, built or
             not.
-        copy: bool. Convert a copy, made from the model's config; needs memory for two models.
+        copy: bool. Whether to convert a copy made from the model's config, which needs memory for
+            two models.
         **kwargs: the options of `ConversionOptions`: `num_features`, `attention_mode`,
-            `geometry_scale`, `sliding_window` and others. The indices of `layers` count the
-            attention layers as they are held; it may also be names or paths of them, or a function
-            that says of a layer whether it is meant. A layer with a sliding window is left unless
-            it is named or `layers="all"`, and then has just this window, exactly.
+            `geometry_scale`, `sliding_window` and others. Indices in `layers` count the attention
+            layers in the order in which they are held. `layers` may also give their names or paths,
+            or be a function that takes a layer and says whether to convert it. A layer with a
+            sliding window is converted only if it is named or `layers="all"`; it then computes just
+            this window, exactly.
 
     Returns:
-        The dark model, of the class that it was; for KerasHub's, of the one in
-        `keras_darkformer.hub`.
+        The dark model. It has the same class as before, or for a KerasHub model the corresponding
+        class in `keras_darkformer.hub`.
 
     Raises:
-        TypeError: for an option that is unknown.
-        ValueError: with the reason, if the model has no attention layer that can be converted, is
-            dark already, or is not built; if an attention layer attends along other axes than that
-            of the tokens, or is of a subclass that computes something else; if an argument is out
-            of range or `rope_geometry="before"`; or an optimizer has to be made anew and its config
-            does not tell how. After any error the model is as it was. Masks are judged when the
-            model is called.
+        TypeError: if an option is unknown.
+        ValueError: if the model has no attention layer that can be converted, is already dark, or
+            is not built; if an attention layer attends along axes other than that of the tokens, or
+            is of a subclass that computes something else; if an argument is out of range or
+            `rope_geometry="before"`; or if an optimizer must be recreated but can't be from its
+            config. The message gives the reason, and the model is left unchanged. Masks are checked
+            only when the model is called.
 
     Warns:
-        UserWarning: where dropout of single attention weights becomes dropout of whole tokens.
+        UserWarning: if dropout of single attention weights becomes dropout of whole tokens.
 
     Example:
 
@@ -81,7 +84,7 @@ def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model
 
 
 def conversion_report(model: Model) -> ConversionReport:
-    """Says what `convert_to_dark` changed in a model, also after saving and loading it.
+    """Reports what `convert_to_dark` changed in a model, even after saving and loading it.
 
     Args:
         model: a converted Keras model, or a dark causal LM, task or backbone of KerasHub.

@@ -1,4 +1,4 @@
-"""The sizes of an exact memory: which keys queries meet with softmax's own kernel."""
+"""The sizes of an exact memory, whose keys queries attend to with softmax's own kernel."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,13 @@ from keras_darkformer.checks import not_negative_integer, optional_integer
 
 
 class Memory(NamedTuple):
-    """Which keys queries meet with softmax's own kernel; features stand for the others.
+    """Which keys queries attend to with softmax's own kernel; features stand for the others.
 
     Attributes:
-        sliding_window: W, the last tokens; `None` for none.
-        num_sinks: S, the first tokens of each row that are not masked.
-        cache_size: G, tokens between these, the ones that received most attention.
+        sliding_window: W, the number of last tokens; `None` for no window.
+        num_sinks: S, the number of first unmasked tokens of each row.
+        cache_size: G, the number of tokens kept between these: the ones that received most
+            attention.
     """
 
     sliding_window: int | None = None
@@ -20,12 +21,12 @@ class Memory(NamedTuple):
 
     @property
     def window(self) -> int:
-        """W, 0 for none."""
+        """W, or 0 without a window."""
         return self.sliding_window or 0
 
     @property
     def size(self) -> int:
-        """All tokens that are kept."""
+        """The number of tokens kept in all."""
         return self.window + self.num_sinks + self.cache_size
 
     def __bool__(self) -> bool:
@@ -36,14 +37,14 @@ class Memory(NamedTuple):
         return ", ".join(f"{name}={value}" for name, value in self._asdict().items() if value)
 
     def check(self) -> None:
-        """Raises a ValueError that names the size which can't be."""
+        """Raises a ValueError that names the size that is out of range."""
         optional_integer("sliding_window", self.sliding_window)
         for name in ("num_sinks", "cache_size"):
             not_negative_integer(name, getattr(self, name))
         if self.cache_size and self.sliding_window is None:
             raise ValueError(
-                "`cache_size` needs a `sliding_window`: in it a key receives the attention by "
-                f"which it is kept. Received: cache_size={self.cache_size}, sliding_window=None"
+                "`cache_size` needs a `sliding_window`: keys are kept by the attention that "
+                f"they received in it. Received: cache_size={self.cache_size}, sliding_window=None"
             )
 
 

@@ -1,4 +1,4 @@
-"""The options of feature maps, attention layers and conversions: each is spelled here, once.
+"""The options of feature maps, attention layers and conversions, each defined once.
 
 A layer takes them as keyword arguments, keeps them as one object, and writes them flat into its
 config.
@@ -21,10 +21,10 @@ ATTENTION_MODES = ("linear", "exact", "auto")
 FEATURE_MAPS = ("dark", "exponential", "none")
 PROJECTIONS = ("orthogonal", "gaussian", "antithetic")
 ROPE_GEOMETRIES = ("after", "before")
-# What `linearize` gives a causal LM for which none is named. On a real decoder it is better, in
-# text and in lookups, than features and fewer kept keys of the same bytes.
+# The default options of `linearize` for a causal LM. On a real decoder they do better, on text and
+# on lookups, than features with fewer kept keys in the same bytes.
 LINEARIZED = {"feature_map": "none", "sliding_window": 64, "num_sinks": 4, "cache_size": 188}
-# What every Keras layer takes beside its own arguments.
+# Arguments that every Keras layer takes besides its own.
 KERAS_ARGUMENTS = ("name", "dtype", "trainable", "activity_regularizer")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,34 +32,36 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureOptions:
-    """What a feature map is made of.
+    """Options of a feature map.
 
     Args:
-        num_features: int. Features m per key/value head. More cost more and estimate the kernel
-            better.
+        num_features: int. Features m per key/value head. More features estimate the kernel better
+            and cost more.
         feature_map: `"dark"` for `DarkFeatureMap`, the paper's; `"exponential"` for
-            `ExponentialFeatureMap`, features without a geometry, which calibration by clusters
-            makes; or `"none"` for a window, sinks and kept keys alone.
+            `ExponentialFeatureMap`, which has no geometry and is fitted by calibration with
+            `method="clusters"`; or `"none"` for the window, sinks and kept keys alone.
         rank: int. Rows r of the geometry; `None` for `head_dim`.
         projection: `"orthogonal"`, `"gaussian"` or `"antithetic"`; see `ops.draw_projection`.
         train_geometry: bool. Whether the geometry is trainable. False, with `geometry_scale=1.0`,
             is Performer.
         train_projection: bool. Whether the projection is trainable: the features are then learned,
             no longer random.
-        geometry_scale: float. The geometry starts at this times the identity. Below 1 it trades a
-            flatter kernel for less noise.
-        tie_geometry: bool. One geometry for queries and keys, as in the paper, or one each: then
-            the kernel is `exp(q^' M_q' M_k k^)`.
-        rope_geometry: where the geometry of rotated queries and keys sits, `"after"` the rotation
-            or `"before"` it. After it, the kernel has any shape at the positions of the
-            calibration; before it, relative positions stay what they are.
-        sliding_window: int. Each query of a causal call meets its last `sliding_window` keys with
-            softmax's own kernel, and features only stand for those further back. `None` for
-            features alone.
-        num_sinks: int. Queries of a causal call also meet the first `num_sinks` tokens of their row
-            that way. Trained models put much of their attention there: 4 do.
-        cache_size: int. And so many of the tokens between, for each key/value head those that
-            received most attention while they were in the window, which this needs.
+        geometry_scale: float. The geometry starts at this multiple of the identity. Values below 1
+            make the kernel flatter and its estimate less noisy.
+        tie_geometry: bool. Whether queries and keys share one geometry, as in the paper. If they do
+            not, the kernel is `exp(q^' M_q' M_k k^)`.
+        rope_geometry: whether the geometry is applied `"after"` or `"before"` queries and keys are
+            rotated by their positions. After the rotation, the kernel can have any shape at the
+            positions seen in calibration. Before it, relative positions keep their meaning.
+        sliding_window: int. Each query of a causal call attends to its last `sliding_window` keys
+            with softmax's own kernel, and features stand only for keys further back. `None` for no
+            window.
+        num_sinks: int. Queries of a causal call also attend to the first `num_sinks` tokens of
+            their row with softmax's own kernel. Trained models put much of their attention there,
+            and 4 are enough.
+        cache_size: int. Queries also attend with softmax's own kernel to `cache_size` of the tokens
+            in between: for each key/value head, those that received most attention while they were
+            in the window. Needs a `sliding_window`.
         seed: int. Seed of the projection; `None` for a random one, which
             `keras.utils.set_random_seed` makes repeatable.
 
@@ -102,7 +104,7 @@ class FeatureOptions:
 
     @property
     def memory(self) -> Memory:
-        """What is kept exactly."""
+        """The sizes of the exact memory."""
         return Memory(self.sliding_window, self.num_sinks, self.cache_size)
 
     def _settle(self, name: str, value: Any) -> None:
@@ -115,7 +117,7 @@ class FeatureOptions:
 
     @classmethod
     def split(cls, arguments: Mapping[str, Any]) -> tuple[Config, Config]:
-        """Parts keyword arguments into these options and the others."""
+        """Splits keyword arguments into these options and the others."""
         names = set(cls.names())
         dark = {name: value for name, value in arguments.items() if name in names}
         return dark, {name: value for name, value in arguments.items() if name not in names}
@@ -127,15 +129,15 @@ class FeatureOptions:
         arguments: Mapping[str, Any],
         besides: Sequence[str] = KERAS_ARGUMENTS,
     ) -> tuple[Self, Config]:
-        """The options among keyword arguments of `owner`, and the others.
+        """These options from the keyword arguments of `owner`, and the other arguments.
 
         Args:
             owner: class or function whose signature shows the options.
             arguments: its keyword arguments.
-            besides: what else it takes.
+            besides: names of other arguments that it takes.
 
         Raises:
-            TypeError: for an argument that is neither; it names the nearest known one.
+            TypeError: if an argument is unknown; the message names the nearest known one.
         """
         dark, others = cls.split(arguments)
         cls.check_names(owner, others, besides)
@@ -148,7 +150,7 @@ class FeatureOptions:
         arguments: Mapping[str, Any],
         besides: Sequence[str] = KERAS_ARGUMENTS,
     ) -> None:
-        """Raises a TypeError for an argument that is none; see `take`."""
+        """Raises a TypeError if an argument is unknown; see `take`."""
         known = [*inspect.signature(owner).parameters, *besides]
         for name in arguments:
             if name not in known:
@@ -157,7 +159,7 @@ class FeatureOptions:
                 raise TypeError(f"`{owner.__name__}` has no argument `{name}`.{hint}")
 
     def of(self, kind: type["FeatureOptions"], **changes: Any) -> Any:
-        """The part of these options that `kind` has, with changes."""
+        """The options of these that class `kind` has, with changes."""
         own = {name: getattr(self, name) for name in kind.names()}
         return kind(**own | changes)
 
@@ -176,15 +178,15 @@ class AttentionOptions(FeatureOptions):
 
     Args:
         attention_mode: `"linear"`; `"exact"` for the learned kernel itself, quadratic in the
-            length, to compare with; or `"auto"`, which computes short sequences exactly, where that
-            is faster, and others in linear time. A layer's `computes_exactly` tells which.
+            length, for comparison; or `"auto"`, which computes short sequences exactly, where that
+            is faster, and others in linear time. A layer's `computes_exactly` says which applies.
         exact_below: int. With `attention_mode="auto"`, sequences of fewer tokens are computed
-            exactly. `None` picks it by backend and shape, as was measured, and has calls that train
-            use the features.
+            exactly. `None` picks the length by backend and shape from measurements, and always uses
+            the features in training.
         chunk_size: int. Tokens handled at once in causal linear attention; `None` picks by shape.
             It does not change the result.
-        remat: bool. Whether training computes each block of the sequence anew in the backward pass
-            instead of keeping its features; `None` where that is faster. See `ops.dark_attention`.
+        remat: bool. Whether the backward pass recomputes the features of each block of the sequence
+            instead of keeping them; `None` does so where it is faster. See `ops.dark_attention`.
     """
 
     attention_mode: str = "linear"
@@ -206,7 +208,7 @@ class AttentionOptions(FeatureOptions):
 
     @property
     def is_linear(self) -> bool:
-        """Whether layers have features and a state: in every mode but `"exact"`."""
+        """Whether layers have features and a state, as in every mode except `"exact"`."""
         return self.attention_mode != "exact"
 
 
@@ -217,15 +219,15 @@ class ConversionOptions(AttentionOptions):
     `num_features` and `feature_map` may be sequences with one entry for each converted layer.
 
     Args:
-        layers: `"global"` converts the layers without a sliding window, or all where each layer has
-            one (Mistral's older models); `"auto"` those of these that can be converted, with a
-            warning for others; `"all"` every layer, a sequence of indices just these. Layers left
-            keep softmax and their key/value cache. For models that are not KerasHub's
-            `convert_to_dark` takes more.
-        geometry_scale: float. Each geometry starts at this times the identity. `None` for
+        layers: `"global"` converts the layers without a sliding window, or all layers if each has
+            one (Mistral's older models); `"auto"` converts those of them that can be converted and
+            warns about the others; `"all"` converts every layer, and a sequence of indices just
+            those layers. The other layers keep softmax and their key/value cache. For models that
+            are not from KerasHub, `convert_to_dark` accepts more.
+        geometry_scale: float. Each geometry starts at this multiple of the identity. `None` for
             `min(1, sqrt(log(m) / (2 sqrt(h))))`, at which m features can just estimate the kernel
-            for queries and keys of unit variance. 1.0 starts at softmax's own kernel, which is
-            noise for large heads.
+            for queries and keys of unit variance. 1.0 starts at softmax's own kernel, whose
+            estimate is noise for large heads.
         seed: int. Seed of the projections; every layer has one of its own.
     """
 
@@ -250,7 +252,7 @@ class ConversionOptions(AttentionOptions):
         )
 
     def resolve(self, is_local: Sequence[bool], head_dim: int) -> "ConversionOptions":
-        """These options with one entry a converted layer, and nothing left open.
+        """These options with one entry per converted layer and all defaults filled in.
 
         Args:
             is_local: for each layer of a model, whether it has a sliding window.
@@ -272,7 +274,7 @@ class ConversionOptions(AttentionOptions):
         )
 
     def get_config(self) -> Config:
-        """As for other options; what is the same in all layers is written once."""
+        """As for other options; a value shared by all layers is written once."""
         config = super().get_config()
         for name in ("num_features", "feature_map"):
             if isinstance(config[name], list) and len(set(config[name])) == 1:
@@ -280,7 +282,7 @@ class ConversionOptions(AttentionOptions):
         return config
 
     def by_layer(self) -> dict[int, AttentionOptions]:
-        """The options of every converted layer, by its index; once resolved."""
+        """The options of each converted layer by its index; `resolve` must come first."""
         layers, counts, maps = map(_as_tuple, (self.layers, self.num_features, self.feature_map))
         return {
             index: self.of(
@@ -294,9 +296,9 @@ class ConversionOptions(AttentionOptions):
 
 
 def shows_options(options: type, but: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Has a function's signature show the options that its last parameter, `**kwargs`, takes.
+    """Makes a function's signature show the options that its last parameter, `**kwargs`, takes.
 
-    All `but` those that its class settles: a `DarkFeatureMap` is no other map.
+    `but` names options that are not shown: `DarkFeatureMap`, for one, fixes `feature_map`.
     """
 
     def show(function: Function) -> Function:
@@ -325,15 +327,15 @@ def default_geometry_scale(head_dim: int, num_features: int) -> float:
     """The scale at which m features can still tell queries and keys of unit variance apart.
 
     One feature's relative variance is `exp(|M(q^ + k^)|^2) - 1`. For entries of unit variance and
-    `M = alpha I`, `|M(q^ + k^)|^2` is about `2 alpha^2 sqrt(h)`; this is the alpha at which that is
-    `log m`, at most 1. A flatter kernel than softmax's, but one the features can estimate: at alpha
-    = 1 and h = 256 the estimate is noise.
+    `M = alpha I`, `|M(q^ + k^)|^2` is about `2 alpha^2 sqrt(h)`; the result is the alpha at which
+    that is `log m`, or 1 if it is larger. The kernel is flatter than softmax's, but the features
+    can estimate it: at alpha = 1 and h = 256 the estimate is noise.
     """
     return min(1.0, math.sqrt(math.log(max(num_features, 2)) / (2.0 * math.sqrt(head_dim))))
 
 
 def layer_seed(seed: int, index: int) -> int:
-    """A seed of its own for every layer."""
+    """A separate seed for every layer."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
@@ -375,5 +377,5 @@ def _resolve_layers(layers: str | Sequence[int], is_local: Sequence[bool]) -> tu
             )
         chosen = tuple(sorted({i % count for i in layers}))
     if not chosen:
-        raise ValueError("`layers` is empty: nothing would be converted.")
+        raise ValueError(f"`layers` is empty: nothing would be converted. Received: {layers!r}")
     return chosen

@@ -1,19 +1,19 @@
-"""Results that are a dict for code and a table when printed."""
+"""Results that are dicts and print as tables."""
 
 from rich.console import Console
 
 
 class PrintedDict(dict):
-    """A dict that prints as what its `__rich__` returns.
+    """A dict that prints the table that its `__rich__` returns.
 
     Attributes:
-        width: columns of the page.
+        width: width of the printed text, in columns.
     """
 
     width = 100
 
     def __str__(self) -> str:
-        # In a notebook it would display an empty box, besides.
+        # Otherwise a notebook would also display an empty box.
         console = Console(width=self.width, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)

@@ -1,7 +1,7 @@
-"""What long calls show while they run.
+"""Progress lines of long calls.
 
-`keras.utils.Progbar` writes carriage returns into files, tells "1/Unknown" where it knows no total,
-and after a slow first step, which compiles, promises hours.
+`keras.utils.Progbar` writes carriage returns into files, shows "1/Unknown" without a known total
+and, after a slow first step that compiles, predicts hours.
 """
 
 import shutil
@@ -17,13 +17,13 @@ TERMINAL_SECONDS = 0.1
 
 
 class Progress:
-    """One line, written over in a terminal or a notebook; in a file a new one now and then.
+    """One line, rewritten in place in a terminal or notebook; in a file, a new one now and then.
 
     Args:
-        what: begins the line.
+        what: text that begins the line.
         unit: what is counted, in the plural.
-        total: int, or `None` where it is not known.
-        start: int. What was there before, and says nothing about the speed.
+        total: int, or `None` if it is not known.
+        start: int. What was done before, which is left out of the speed.
         verbose: bool. Whether anything is shown.
     """
 
@@ -40,12 +40,12 @@ class Progress:
         self.written_over = sys.stdout.isatty() or "ipykernel" in sys.modules
         self.count = self.first = start
         self.began = self.shown = time.monotonic()
-        # When the first was done: it may have been compiled, and takes no part in the estimate.
+        # When the first step ended. It may include compilation, so the estimate leaves it out.
         self.first_done: float | None = None
         self.more, self.width = "", 0
 
     def update(self, count: int, more: str = "") -> None:
-        """So many are done; `more` ends the line from now on, if it is given."""
+        """Sets how many are done; `more`, if given, ends the line from now on."""
         now, self.count, self.more = time.monotonic(), count, more or self.more
         if self.first_done is None and count > self.first:
             self.first_done, self.first = now, count
@@ -58,7 +58,7 @@ class Progress:
         self._show("", end="\n")
 
     def _left(self, now: float) -> str:
-        """How long it will take; nothing before there is more than one to judge by."""
+        """The time left; an empty string until a step after the first is done."""
         done = self.count - self.first
         if self.total is None or self.first_done is None or done < 1:
             return ""
@@ -72,7 +72,7 @@ class Progress:
         passed = _told(time.monotonic() - self.began)
         line = f"{self.what}: {self.count}{of} {self.unit} in {passed}{left}{more}"
         if self.written_over:
-            if sys.stdout.isatty():  # one that goes on in the next line is not written over
+            if sys.stdout.isatty():  # a line that wraps can't be rewritten
                 line = line[: shutil.get_terminal_size().columns - 1]
             padding = " " * max(0, self.width - len(line))
             self.width = len(line)
@@ -85,9 +85,9 @@ class FitProgress(keras.callbacks.Callback):
     """Shows the progress of a fit, with the losses of its last epoch.
 
     Args:
-        what: begins the line.
-        steps: int, of all epochs.
-        done: int, steps taken before.
+        what: text that begins the line.
+        steps: int. Steps of all epochs together.
+        done: int. Steps taken before.
     """
 
     def __init__(self, what: str, steps: int, done: int = 0) -> None:
@@ -95,22 +95,22 @@ class FitProgress(keras.callbacks.Callback):
         self.progress = Progress(what, "steps", steps, start=done)
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
-        """One step more."""
+        """Counts one more step."""
         self.progress.update(self.progress.count + 1)
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
-        """The losses of an epoch stay until the next."""
+        """Shows an epoch's losses until the next one ends."""
         losses = {name: (logs or {})[name] for name in ("loss", "val_loss") if name in (logs or {})}
         told = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
         self.progress.update(self.progress.count, told)
 
     def on_train_end(self, logs: Config | None = None) -> None:
-        """The last line."""
+        """Shows the last line."""
         self.progress.finish()
 
 
 def _told(seconds: float) -> str:
-    """A time as a person says it."""
+    """A time as `m:ss` or `h:mm:ss`."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -2,9 +2,9 @@
 
 from typing import Any, TypeAlias
 
-# A tensor of whichever backend, a variable, or an array that becomes one.
+# A tensor of any backend, a variable, or an array that becomes a tensor.
 Tensor: TypeAlias = Any
-# Sizes: ints, or `None` where unknown when traced.
+# Sizes: ints, or `None` where unknown during tracing.
 Shape: TypeAlias = tuple[Any, ...]
 # A Keras model or layer. Keras ships no type information.
 Model: TypeAlias = Any

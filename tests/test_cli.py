@@ -144,7 +144,7 @@ def test_compare_measures_both(stock, dark, book, folder, capsys):
 
 @pytest.mark.parametrize("build", [lambda: gemma(vocabulary_size=32), lambda: row("Llama")])
 def test_models_that_are_not_of_one_another_are_not_compared(build):
-    with pytest.raises(ValueError, match="does not come of a"):
+    with pytest.raises(ValueError, match="does not come from a"):
         compare(build(), dark_of(gemma()), None, 24, 4)
 
 

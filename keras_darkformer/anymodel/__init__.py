@@ -1,1 +1,1 @@
-"""Keras models with `MultiHeadAttention` and `GroupQueryAttention` in them, made linear in time."""
+"""Linear-time attention for Keras models with `MultiHeadAttention` or `GroupQueryAttention`."""

@@ -26,11 +26,11 @@ from keras_darkformer.types import Layer, Tensor
 
 
 class DarkKerasAttention(FeatureAttention, DarkLayer):
-    """Turns a `MultiHeadAttention` or `GroupQueryAttention`, its base class in Python, dark.
+    """Mixin that makes a `MultiHeadAttention` or `GroupQueryAttention` dark.
 
-    An instance is a stock layer that has become dark: same projections, same variable paths, same
-    call, and one new sublayer, `feature_map`. In exact mode it is the stock layer with the learned
-    kernel.
+    An instance is a stock layer that has become dark. It keeps its projections, variable paths and
+    call, and has one new sublayer, `feature_map`. In exact mode it computes the stock attention
+    with the learned kernel.
     """
 
     @property
@@ -47,14 +47,14 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         return self._query_dense, self._key_dense, self._value_dense
 
     def darken(self, options: AttentionOptions) -> None:
-        """Puts the feature map in; it is trainable also where the layer is frozen."""
+        """Adds the feature map, which is trainable even if the layer is frozen."""
         if (reason := refusal_of_axes(self)) is not None:
             raise ValueError(f"Attention layer {self.path!r} can't be converted. {reason}")
         num_query_heads, num_heads, head_dim = head_sizes(self)
         feature_map = self.make_feature_map(num_heads, head_dim, num_query_heads, options)
         give(self, options=options, feature_map=feature_map)
         build_at(feature_map, f"{self.path}/feature_map")
-        # This layer sees to masks; its parts need not warn that they don't.
+        # This layer handles masks, so its parts need not warn that they don't.
         for dense in (*self.dense_layers(), *self._gates()):
             give(dense, supports_masking=True)
         mark_weights(self._key_dense)
@@ -84,17 +84,17 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         Args:
             query: `(b, t, d)`.
             value: `(b, s, d')`.
-            key: `(b, s, d'')`; `None` for `value`.
+            key: `(b, s, d'')`; `None` to use `value`.
             query_mask, value_mask, key_mask: bool, `(b, t)`, `(b, s)` and `(b, s)`. In linear mode
                 masked queries give the output of attending to nothing.
-            attention_mask: bool. In linear mode only what is causal or padding; in exact mode as
-                for the stock layer.
+            attention_mask: bool. In linear mode a causal or padding mask; in exact mode as for the
+                stock layer.
             return_attention_scores: bool. Exact mode only.
-            training: bool. Turns dropout on, in linear mode of whole tokens.
+            training: bool. Turns dropout on; linear mode drops whole tokens.
             use_causal_mask: bool. Query t attends to keys up to t.
 
         Raises:
-            ValueError: with the layer's path, for what linear attention can't express.
+            ValueError: for what linear attention can't express. The message gives the layer's path.
         """
         if not self.is_linear and self.observer is None:
             return super().call(
@@ -134,7 +134,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         causal: bool,
         training: bool | None,
     ) -> Heads:
-        """What attention is between, of inputs `(b, t, d)` and masks that have been read."""
+        """The heads of inputs `(b, t, d)`, with masks that have been read."""
         heads = Heads(
             self._query_dense(query),
             self._key_dense(value if key is None else key),
@@ -146,7 +146,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         return heads if self.observer is None else self._within_window(heads)
 
     def _within_window(self, heads: Heads) -> Heads:
-        """What the stock layer let a query see, for those who compare with it."""
+        """Limits heads to what the stock layer lets a query see, for observers that compare."""
         if (window := window_of(self)) is None:
             return heads
         places = [ops.arange(ops.shape(x)[1], dtype="int32") for x in (heads.query, heads.key)]
@@ -168,7 +168,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
         training: bool | None = None,
         use_causal_mask: bool = False,
     ) -> Tensor:
-        """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
+        """Shapes and dtypes of the outputs of `call`; refuses what `call` would refuse."""
         with named(self):
             self.read_masks(attention_mask, use_causal_mask, return_attention_scores)
         return super().compute_output_spec(
@@ -178,7 +178,7 @@ class DarkKerasAttention(FeatureAttention, DarkLayer):
 
 @contextlib.contextmanager
 def named(layer: Layer) -> Iterator[None]:
-    """Has an error say which layer it is of."""
+    """Has errors name the layer they come from."""
     try:
         yield
     except ValueError as error:
@@ -186,7 +186,7 @@ def named(layer: Layer) -> Iterator[None]:
 
 
 def dark_attention_cls(stock_cls: type) -> Any:
-    """What a layer of one of Keras' attention classes becomes."""
+    """The dark class of one of Keras' attention classes."""
     return dark_layer_cls(DarkKerasAttention, stock_cls)
 
 
@@ -194,11 +194,11 @@ _MAKERS: dict[type, Callable[[type], Any]] = dict.fromkeys(STOCK_CLASSES, dark_a
 
 
 def know_attention(stock_cls: type, make: Callable[[type], Any]) -> None:
-    """Has layers of a subclass of one of Keras' attention classes become dark in their own way.
+    """Makes layers of a subclass of Keras' attention classes become dark in their own way.
 
     Args:
         stock_cls: the subclass.
-        make: gives the class that its layers become, a subclass of `DarkKerasAttention`.
+        make: function that gives its dark class, a subclass of `DarkKerasAttention`.
     """
     know_subclass(stock_cls)
     _MAKERS[stock_cls] = make
@@ -209,16 +209,16 @@ def take_over(layer: Layer, stock_cls: type, options: AttentionOptions) -> None:
     """Makes an attention layer dark, in place.
 
     Args:
-        layer: of that class, or of a subclass that is only made otherwise, which it then is no
-            more: a saved model needs no class of the user's own for it.
-        stock_cls: what `layers.stock.stock_class` says of it.
+        layer: of that class, or of a subclass that differs only in how it is constructed. The layer
+            loses that subclass, so a saved model does not need the user's class for it.
+        stock_cls: the class that `layers.stock.stock_class` gives for it.
         options: of the attention.
     """
     dark_subclass(_MAKERS[stock_cls], stock_cls).take_over(layer, options)
 
 
 def _register(stock_cls: type) -> None:
-    """Has Keras find the dark layers when it loads a model that holds them."""
+    """Registers the dark layers, so that Keras finds them when it loads a model."""
     keras.saving.register_keras_serializable("keras_darkformer", f"Dark{stock_cls.__name__}")(
         dark_subclass(_MAKERS[stock_cls], stock_cls)
     )

@@ -1,4 +1,4 @@
-"""Any Keras model made dark: every attention layer of Keras' own that it holds."""
+"""Conversion of any Keras model, in which Keras' own attention layers become dark."""
 
 import dataclasses
 import warnings
@@ -34,20 +34,20 @@ from keras_darkformer.types import Config, Layer, Model
 
 
 def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
-    """Makes the attention layers of a Keras model, or a layer, dark, and compiles it as it was.
+    """Makes the attention layers of a Keras model or layer dark, and compiles it as it was.
 
-    On any error it is what it was.
+    On any error nothing is changed.
 
     Args:
         model: a Keras model or layer.
-        arguments: options of the conversion by name; `layers` may be a predicate or names, too.
-        copy: bool. Whether a copy is converted, and `model` stays.
+        arguments: options of the conversion by name; `layers` may also be a predicate or names.
+        copy: bool. Whether to convert a copy and leave `model` as it is.
 
     Returns:
         The model, or the copy.
     """
     if not isinstance(model, keras.Layer):
-        raise ValueError(f"`model` can't be converted, as it is no Keras model: {model!r}")
+        raise ValueError(f"`model` can't be converted, as it is not a Keras model: {model!r}")
     found = attention_layers(model)
     _check_model(model, found)
     layers = arguments.get("layers")
@@ -75,11 +75,11 @@ def convert(model: Model, arguments: Config, *, copy: bool) -> Model:
 
 
 def _check_model(model: Model, found: Sequence[Layer]) -> None:
-    """Raises a ValueError unless this is a model that has attention layers, none of them dark."""
+    """Raises a ValueError unless the model is built and has attention layers, none of them dark."""
     if dark := [layer.path for layer in found if isinstance(layer, DarkLayer)]:
         raise ValueError(
             f"`model` is dark already, in {dark}. A second conversion would lose what the feature "
-            "maps have learned. Convert layers that were left by themselves: "
+            "maps have learned. Convert the layers that were left one by one, with "
             "`convert_to_dark(layer)`."
         )
     if not found:
@@ -90,7 +90,7 @@ def _check_model(model: Model, found: Sequence[Layer]) -> None:
         )
     if hub := [x.name for x in every_layer(model) if is_of_keras_hub(x) and attention_layers(x)]:
         raise ValueError(
-            f"`model` holds models of KerasHub, {hub}. Convert these first, by themselves: "
+            f"`model` holds models of KerasHub, {hub}. Convert these first, each with "
             "`convert_to_dark(backbone)`."
         )
     if waiting := [x.path or x.name for x in found if not x.built and x is not model]:
@@ -103,7 +103,7 @@ def _check_model(model: Model, found: Sequence[Layer]) -> None:
 def _convertible(model: Model, found: Sequence[Layer]) -> list[int]:
     """Indices of the attention layers that can be converted; warns of the others.
 
-    Those with a window are none of them, unless all have one.
+    Layers with a window are left out, unless all have one.
     """
     reasons = [refusal(layer, stock_class(layer)) for layer in found]
     able = [index for index, reason in enumerate(reasons) if reason is None]
@@ -122,7 +122,7 @@ def _convertible(model: Model, found: Sequence[Layer]) -> list[int]:
 def _options_by_layer(
     found: Sequence[Layer], options: ConversionOptions
 ) -> dict[int, AttentionOptions]:
-    """The options of every layer to convert, by its index, once all is checked."""
+    """Checks the options, and gives those of every layer to convert, by its index."""
     windows = [window_of(layer) for layer in found]
     resolved = options.resolve([window is not None for window in windows], 1)
     placement = placement_of(resolved)
@@ -144,7 +144,7 @@ def _options_by_layer(
             scale = default_geometry_scale(head_dim, of_layer.num_features)
             of_layer = dataclasses.replace(of_layer, geometry_scale=scale)
         if windows[index] is not None:
-            # Which is just what the layer sees, in linear time.
+            # The layer sees the same as before, in linear time.
             of_layer = dataclasses.replace(
                 of_layer,
                 feature_map="none",
@@ -158,5 +158,5 @@ def _options_by_layer(
 
 
 def _models(model: Model) -> list[Any]:
-    """The models in a model, from the inside out: itself comes last."""
+    """The models in a model, from the inside out; the model itself comes last."""
     return [x for x in reversed(every_layer(model)) if isinstance(x, keras.Model)]

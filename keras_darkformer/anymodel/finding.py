@@ -1,4 +1,4 @@
-"""Which attention layers a Keras model has, and which of them are meant."""
+"""Finds the attention layers of a Keras model, and those that `layers` chooses."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
@@ -11,8 +11,8 @@ from keras_darkformer.layers.tree import every_layer
 from keras_darkformer.surgery.dark_layer import DarkLayer
 from keras_darkformer.types import Layer
 
-# Makes known how KerasHub's own attention layers become dark. This part may not import KerasHub:
-# who may, says how.
+# Registers how KerasHub's own attention layers become dark. This part must not import KerasHub, so
+# a part that may sets this function.
 know_keras_hub: Callable[[], object] = tuple
 # What `layers` may be besides what `ConversionOptions` takes.
 Choice = Callable[[Layer], bool] | Sequence[str]
@@ -21,7 +21,7 @@ Choice = Callable[[Layer], bool] | Sequence[str]
 def attention_layers(root: Layer) -> list[Any]:
     """All `MultiHeadAttention` and `GroupQueryAttention` layers in a layer, in the tree's order.
 
-    Those too that are dark, but for those of KerasHub models, which became it otherwise.
+    Includes dark ones, except those of KerasHub models, which become dark in another way.
     """
     found = [layer for layer in every_layer(root) if isinstance(layer, STOCK_CLASSES)]
     if any(map(_comes_from_keras_hub, found)):
@@ -30,7 +30,7 @@ def attention_layers(root: Layer) -> list[Any]:
 
 
 def is_of_keras_hub(model: Any) -> bool:
-    """Whether a layer is a model of KerasHub, or of a subclass of one."""
+    """Whether a layer is a KerasHub model, or an instance of a subclass of one."""
     return isinstance(model, keras.Model) and _comes_from_keras_hub(model)
 
 
@@ -47,15 +47,15 @@ def is_choice(layers: Any) -> TypeGuard[Choice]:
 
 
 def chosen(found: Sequence[Layer], layers: Choice) -> list[int]:
-    """Indices of the attention layers that a predicate or names mean.
+    """Indices of the attention layers that a predicate or names choose.
 
     Args:
         found: attention layers.
-        layers: a function of a layer, or names or paths of layers; a name that several layers have
-            means all of them.
+        layers: a predicate of a layer, or names or paths of layers. A name that several layers have
+            chooses all of them.
 
     Raises:
-        ValueError: if a name means no layer, or nothing is chosen.
+        ValueError: if a name is unknown, or no layer is chosen.
     """
     if callable(layers):
         indices = [index for index, layer in enumerate(found) if layers(layer)]

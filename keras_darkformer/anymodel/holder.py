@@ -1,4 +1,4 @@
-"""Layers and models of a user's own that make their attention themselves, saved and loaded dark."""
+"""Saves and loads users' own layers and models that create their attention layers themselves."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,26 +14,26 @@ from keras_darkformer.surgery.become import Mixin, after_build, as_stock, become
 from keras_darkformer.types import Config, Layer
 
 HOW_TO_LOAD = (
-    "Make the model as it was made before it was converted, call `keras_darkformer."
-    "convert_to_dark` with the same options, and then `load_weights`; or call `convert_to_dark` on "
-    "the attention layers in the constructor of the class."
+    "Create the model as before the conversion, call `keras_darkformer.convert_to_dark` with the "
+    "same options, and then `load_weights`; or call `convert_to_dark` on the attention layers in "
+    "the constructor of the class."
 )
 
 
-# All under one name, of which Keras needs no more than `from_config`: that is the same for all.
+# All have one name. Keras only needs its `from_config`, which is the same for all.
 _register = keras.saving.register_keras_serializable("keras_darkformer", "DarkHolder")
 
 
 @_register
 class DarkHolder(Mixin):
-    """Turns a class whose objects make their own attention layers into one that says they are dark.
+    """Mixin for classes that create their own attention layers: the config says which are dark.
 
-    The config of such a layer or model says nothing of the attention in it: from the config alone
-    it would come back with softmax. This one's holds that config, and the options of its dark
+    The stock config says nothing about the attention inside: a layer or model made from it would
+    have softmax again. This class's config holds the stock config and the options of the dark
     layers.
 
     Attributes:
-        stock_cls: the class it is made of.
+        stock_cls: the class that this one extends.
     """
 
     stock_cls: Any
@@ -42,7 +42,7 @@ class DarkHolder(Mixin):
         """The stock object as Keras saves it, and the options of its dark attention layers."""
         with as_stock(self):
             stock = keras.saving.serialize_keras_object(self)
-        stock.pop("compile_config", None)  # the dark model's own is beside this config
+        stock.pop("compile_config", None)  # Keras saves the dark model's own next to this config
         layers = attention_layers(self)
         dark = {
             str(index): layer.get_config()["dark"]
@@ -53,10 +53,10 @@ class DarkHolder(Mixin):
 
     @classmethod
     def from_config(cls, config: Config) -> Any:
-        """Makes the stock object from its own config and has its attention become dark.
+        """Makes the stock object from its own config and makes its attention dark.
 
         Raises:
-            ValueError: if it does not make the attention layers that it had when it was saved.
+            ValueError: if it does not create as many attention layers as it had when it was saved.
         """
         holder = keras.saving.deserialize_keras_object(config["stock"])
         options = {int(i): AttentionOptions(**dark) for i, dark in config["dark"].items()}
@@ -69,12 +69,12 @@ class DarkHolder(Mixin):
 def _settle(
     holder: Layer, options: dict[int, AttentionOptions], count: int, hooked: set[int]
 ) -> None:
-    """Has the attention layers of a holder become dark, as soon as all of them are there.
+    """Makes the attention layers of a holder dark, as soon as all of them exist.
 
     Args:
         holder: the layer or model.
-        options: of its dark layers, by their indices.
-        count: int. Of all its attention layers.
+        options: those of its dark layers, by their indices.
+        count: int. Number of all its attention layers.
         hooked: ids of layers that call this once they are built.
     """
     layers = attention_layers(holder)
@@ -87,7 +87,7 @@ def _settle(
     if len(layers) != count:
         raise ValueError(
             f"{holder.name!r}, a {type(holder).__name__}, had {count} attention layers when it was "
-            f"saved and makes {len(layers)} now: which of them are dark is not known. {HOW_TO_LOAD}"
+            f"saved and makes {len(layers)} now: which of them are dark is unknown. {HOW_TO_LOAD}"
         )
     for index, of_layer in options.items():
         if not isinstance(layers[index], DarkKerasAttention):
@@ -96,38 +96,38 @@ def _settle(
 
 
 def _may_make_layers(holder: Layer) -> list[Any]:
-    """Layers that are not built yet and have a `build` of their own, which may make attention."""
+    """Layers that are not built yet and whose own `build` may create attention layers."""
     return [x for x in every_layer(holder) if not x.built and not hasattr(x.build, "_is_default")]
 
 
 def hold(layer: Layer) -> None:
-    """Has a layer or model of a user's own class be saved as one that holds dark attention."""
+    """Makes a layer or model of a user's own class save its dark attention."""
     become(layer, dark_subclass(dark_holder_cls, type(layer)))
 
 
 def hold_all(root: Layer) -> None:
-    """Does so with all that need it in a tree, its root too, once some of its attention is dark."""
+    """Calls `hold` on all in a tree, its root included, that hold dark attention and need it."""
     for layer in [*_outermost(root), *_blocks(root)]:
         if not isinstance(layer, DarkHolder):
             hold(layer)
 
 
-# What the classes of holders have of their own, by the stock classes that they are made of.
+# What the classes of holders have of their own, by the stock classes that they extend.
 _MIXINS: dict[type, type] = {}
 
 
 def know_block(stock_cls: type, mixin: type) -> None:
-    """Has layers of a class that call their attention in a way of their own do so as dark ones do.
+    """Adapts layers of a class that call their attention in their own way to dark attention.
 
     Args:
         stock_cls: the class. Its layers become holders wherever they are.
-        mixin: what such a holder does instead.
+        mixin: the methods that such a holder overrides.
     """
     _MIXINS[stock_cls] = mixin
 
 
 def dark_holder_cls(stock_cls: type) -> Any:
-    """What a class whose objects make their own attention layers becomes."""
+    """The dark class of one whose objects create their own attention layers."""
     attributes = {"stock_cls": stock_cls, "__doc__": stock_cls.__doc__}
     mixins = [mixin for cls, mixin in _MIXINS.items() if issubclass(stock_cls, cls)]
     holder_cls = type(stock_cls.__name__, (DarkHolder, *mixins, stock_cls), attributes)
@@ -135,14 +135,14 @@ def dark_holder_cls(stock_cls: type) -> Any:
 
 
 def _blocks(root: Layer) -> Iterator[Any]:
-    """Layers of known classes in a tree, or its root, with dark attention in them."""
+    """Layers of known classes in a tree, its root included, with dark attention in them."""
     return (x for x in every_layer(root) if isinstance(x, tuple(_MIXINS)) and _has_dark(x))
 
 
 def _outermost(root: Layer) -> list[Any]:
-    """The outermost layers in a tree, or its root, that make attention layers themselves.
+    """The outermost layers in a tree, its root included, that create attention layers themselves.
 
-    Keras' own containers have the layers in them in their configs.
+    Keras' own containers have their layers in their configs.
     """
     if isinstance(root, DarkHolder | DarkKerasAttention):
         return []

@@ -39,7 +39,7 @@ def dropped(model: Model) -> list[dict[str, Any]]:
 
 
 def _drops_weights(layer: Layer) -> bool:
-    """Whether a layer is one that drops whole tokens where the stock layer drops weights."""
+    """Whether a layer drops whole tokens where the stock layer drops attention weights."""
     if not isinstance(layer, DarkKerasAttention):
         return False
     return layer.made_with.is_linear and layer.dropout > 0

@@ -1,4 +1,4 @@
-"""A second Keras model like another one, for a conversion that leaves that one as it is."""
+"""Copies of Keras models, for conversions that leave the original as it is."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ from keras_darkformer.types import Layer, Model
 def twin_of(model: Model) -> Any:
     """A model or layer of the same class, config and weights, with variables of its own.
 
-    It is not compiled. Classes of the model's layers need not be registered with Keras.
+    The copy is not compiled. The classes of its layers need not be registered with Keras.
 
     Raises:
-        ValueError: if it can't be made again from its config.
+        ValueError: if it can't be rebuilt from its config.
     """
     layers = every_layer(model)
     classes = {type(layer).__name__: type(layer) for layer in layers}
@@ -28,7 +28,7 @@ def twin_of(model: Model) -> Any:
         twin = keras.saving.deserialize_keras_object(config, custom_objects=own)
     except Exception as error:  # whatever a class of the user's own does
         raise ValueError(
-            f"`copy=True` makes {model.name!r} again from its config, and that failed. Convert the "
+            f"`copy=True` rebuilds {model.name!r} from its config, and that failed. Convert the "
             f"model in place. The error was: {error}"
         ) from error
     make_alike(model, twin, layers, every_layer(twin))
@@ -37,7 +37,7 @@ def twin_of(model: Model) -> Any:
 
 @contextlib.contextmanager
 def _uncompiled(layers: Iterable[Layer]) -> Iterator[None]:
-    """Has Keras leave out how models are compiled: it may be with what has no config."""
+    """Has Keras leave out how models are compiled, since some of it may have no config."""
     compiled = [x for x in layers if isinstance(x, keras.Model) and x.compiled]
     for model in compiled:
         model.compiled = False

@@ -1,1 +1,1 @@
-"""The command `keras-darkformer`: a module a subcommand, each with what it needs imported late."""
+"""The command `keras-darkformer`: one module per subcommand, each with late imports."""

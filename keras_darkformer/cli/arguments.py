@@ -12,7 +12,7 @@ from typing import Any
 from keras_darkformer.options import ConversionOptions
 from keras_darkformer.types import Config
 
-# The options of a conversion that can be given. The others are for code.
+# The conversion options that the command line has. The others are for code.
 OPTIONS = (
     "num_features",
     "feature_map",
@@ -52,28 +52,28 @@ def minutes(text: str) -> float:
 
 
 def add_text(parser: argparse.ArgumentParser, used: str) -> None:
-    """The files of text."""
+    """Adds `--text`, the files of text."""
     help = f"Files of UTF-8 text, {used}."
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=help)
 
 
 def add_length(parser: argparse.ArgumentParser, help: str) -> None:
-    """Tokens of a row."""
+    """Adds `--length`, the tokens of a row."""
     help = f"{help} (default: %(default)s)."
     parser.add_argument("--length", type=positive, default=512, metavar="N", help=help)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Of the model."""
+    """Adds `--dtype`, that of the model."""
     help = "Dtype of the model, such as bfloat16 (default: what KerasHub loads the preset in)."
     parser.add_argument("--dtype", help=help)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the conversion, explained by their class."""
+    """Adds the options of the conversion, explained by their class."""
     group = parser.add_argument_group(
         "options of the conversion",
-        "Values are numbers, words, or several of them with commas between.",
+        "Values are numbers or words, or lists of them separated by commas.",
     )
     told = meanings(ConversionOptions)
     for name in OPTIONS:
@@ -83,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_given(arguments: argparse.Namespace) -> Config:
-    """Those that were.
+    """The options of the conversion that were given.
 
     Raises:
         ValueError: if one is out of range.
@@ -97,7 +97,7 @@ def options_given(arguments: argparse.Namespace) -> Config:
 
 
 def value(text: str) -> Any:
-    """`3` as a number, `0,4` as a list of them, and other words as they are."""
+    """Parses `3` as a number, `0,4` as a list of numbers, and leaves other words as they are."""
     if "," in text:
         return [value(part) for part in text.split(",") if part]
     try:
@@ -107,7 +107,7 @@ def value(text: str) -> Any:
 
 
 def meanings(options: type) -> dict[str, str]:
-    """The first sentence about each option, of the docstrings of its class and those it extends."""
+    """The first sentence on each option, from the docstrings of its class and the bases."""
     found = {}
     for cls in reversed(options.__mro__[:-1]):
         lines = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
@@ -119,7 +119,7 @@ def meanings(options: type) -> dict[str, str]:
 
 
 def read_texts(paths: Sequence[str]) -> list[str]:
-    """What is in files.
+    """Reads files of text.
 
     Raises:
         OSError: if one can't be read.

@@ -6,28 +6,28 @@ from pathlib import Path
 
 from keras_darkformer.cli.arguments import add_dtype, add_length, add_text, positive, read_texts
 
-SUMMARY = "measure a dark model beside its source"
-DESCRIPTION = """Measures a dark causal LM beside the one it was converted from: losses of text and
-of lookups in it, how far its predictions are from the other's, tokens per second of
-reading and of writing, and the bytes that writing carries for one text."""
+SUMMARY = "compare a dark model with its source"
+DESCRIPTION = """Compares a dark causal LM with the one it was converted from: losses of text and of
+lookups in it, the divergence of their predictions, tokens per second of reading and
+of writing, and the bytes that writing carries for one text."""
 EXAMPLE = "qwen2.5_0.5b_en dark --text held_out.txt --length 2048"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
+    """Adds the arguments of the command."""
     add = parser.add_argument
     add("preset", metavar="PRESET", help="The stock causal LM.")
-    add("dark", metavar="DIR", help="The dark one.")
+    add("dark", metavar="DIR", help="The dark model converted from it.")
     add_text(parser, "which the model was not fitted to")
     add_length(parser, "Tokens of a row of text, and of the prompt")
     help = "Tokens to write after the prompt (default: %(default)s)."
     add("--write", type=positive, default=32, metavar="N", help=help)
-    add("--json", metavar="FILE", help="Write the figures to a file, too.")
+    add("--json", metavar="FILE", help="File to write the figures to.")
     add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does it."""
+    """Runs the command."""
     texts = read_texts(arguments.text)
 
     from keras_darkformer.cli.comparison import compare

@@ -1,4 +1,4 @@
-"""A dark causal LM beside the one it was converted from, in figures."""
+"""Compares a dark causal LM with the one it was converted from, in figures."""
 
 import functools
 import time
@@ -15,7 +15,7 @@ from keras_darkformer.training.held_out import inputs_of
 from keras_darkformer.types import Model
 
 REPEATS = 3
-# Figures of a model: what they are, and how they are written.
+# Figures of a model: their meaning, and how they are formatted.
 FIGURES = {
     "text": ("loss of text", "z.3f"),
     "lookups": ("loss of lookups", "z.3f"),
@@ -27,22 +27,22 @@ FIGURES = {
 
 
 class Comparison(PrintedDict):
-    """Two models' figures: a dict for code, a table when printed.
+    """The figures of two models: a dict for code, a table when printed.
 
     Keys:
         length: int, tokens of a row, and of the prompt.
         written: int, tokens written after it.
         rows: int, rows whose losses were taken.
-        exact, dark: dicts of a model's figures: `text` and `lookups`, losses in nats a token;
-            `divergence`, in nats a token, of the predictions from the exact model's; `reading` and
-            `writing`, tokens per second; `bytes`, what writing carries for one text, caches and
-            states.
+        exact, dark: dicts of a model's figures: `text` and `lookups`, losses in nats per token;
+            `divergence` from the exact model's predictions, in nats per token; `reading` and
+            `writing`, tokens per second; `bytes`, the size of the caches and states that writing
+            carries for one text.
     """
 
     def __rich__(self) -> Table:
         table = Table(
             title=f"{self['length']:,} tokens",
-            caption=f"losses in nats a token, of {self['rows']} rows; {self['written']} tokens "
+            caption=f"losses in nats per token, of {self['rows']} rows; {self['written']} tokens "
             "written after the prompt",
         )
         for column in ("", "exact", "dark"):
@@ -63,13 +63,13 @@ def compare(exact: Model, dark: Model, rows: Rows, length: int, written: int) ->
         written: int. Tokens to write.
 
     Raises:
-        ValueError: if it was not: the models are of other kinds or sizes.
+        ValueError: if it was not: the models differ in class or vocabulary size.
     """
     sizes = [model.backbone.vocabulary_size for model in (exact, dark)]
     if dark.stock_cls is not type(exact) or sizes[0] != sizes[1]:
         raise ValueError(
-            f"A {type(dark).__name__} with {sizes[1]} tokens in its vocabulary does not come of a "
-            f"{type(exact).__name__} with {sizes[0]}."
+            f"A {type(dark).__name__} with {sizes[1]} tokens in its vocabulary does not come from "
+            f"a {type(exact).__name__} with {sizes[0]}."
         )
     kind = kind_of(exact, length)
     kind.look(exact, rows)
@@ -90,13 +90,13 @@ def _read(model: Model, prompt: np.ndarray) -> Any:
 
 
 def _writing_speed(model: Model, prompt: np.ndarray, written: int) -> float:
-    """Of all tokens but the first, whose time is that of the prompt."""
-    model.preprocessor = None  # it would take text
+    """Tokens per second without the first, whose time is that of the prompt."""
+    model.preprocessor = None  # or it would expect text
     model.compile(sampler="greedy")
     size = prompt.shape[1] + written + 1
 
     def write(count: int) -> None:
-        # The buffer is of one size, for one compiled function to serve them all.
+        # The buffer always has one size, so that one compiled function serves all calls.
         tokens = np.pad(prompt, [(0, 0), (0, written + 1)], mode="wrap")
         real = (np.arange(size) < size - count)[None]
         inputs = {"token_ids": tokens * real, "padding_mask": real.astype("int32")}
@@ -107,7 +107,7 @@ def _writing_speed(model: Model, prompt: np.ndarray, written: int) -> float:
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    """The least of a few times, after one that compiles."""
+    """The shortest of a few runs, after one that compiles."""
     function()
     found = []
     for _ in range(REPEATS):

@@ -11,11 +11,11 @@ SAMPLERS = ("greedy", "top_k", "top_p", "random", "beam", "contrastive")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
+    """Adds the arguments of the command."""
     add = parser.add_argument
-    add("preset", metavar="PRESET", help="The model; a folder or any other preset.")
+    add("preset", metavar="PRESET", help="The model: a folder or any other preset.")
     add("--prompt", required=True, metavar="TEXT", help="What the text begins with.")
-    help = "Tokens of the text, the prompt among them (default: %(default)s)."
+    help = "Tokens of the text, including the prompt (default: %(default)s)."
     add("--max-length", type=positive, default=256, metavar="N", help=help)
     help = "How the next token is picked (default: %(default)s)."
     add("--sampler", choices=SAMPLERS, default="greedy", help=help)
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does it."""
+    """Runs the command."""
     import keras
 
     from keras_darkformer.hub.loading import load_causal_lm

@@ -20,18 +20,18 @@ from keras_darkformer.cli.arguments import (
 from keras_darkformer.options import LINEARIZED
 
 SUMMARY = "convert a model, fit it to text, and save it"
-DESCRIPTION = """Converts a model to attention in linear time, has it learn from text what it did
+DESCRIPTION = """Converts a model to linear-time attention, trains it on text to do what it did
 before, and saves it as a preset. The last tenth of the text is held out to judge by.
-Killed at any point, the same command goes on from there."""
+If the command is killed at any point, the same command continues from there."""
 EXAMPLE = "qwen2.5_0.5b_en --text book.txt --output dark --keep-exact 4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
+    """Adds the arguments of the command."""
     add = parser.add_argument
     add("preset", metavar="PRESET", help="The stock model.")
     add_text(parser, "to learn from and to judge by")
-    add("--output", required=True, metavar="DIR", help="Folder of the new preset; not there yet.")
+    add("--output", required=True, metavar="DIR", help="Folder of the new preset; new or empty.")
     help = "Layers of a causal LM to leave exact; a probe finds which (default: %(default)s)."
     add("--keep-exact", type=not_negative, default=0, metavar="N", help=help)
     spent = parser.add_mutually_exclusive_group()
@@ -42,24 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length(parser, "Tokens of a row of text")
     help = "Rows of a training step (default: %(default)s)."
     add("--batch-size", type=positive, default=1, metavar="N", help=help)
-    help = "Where it notes down what it has reached (default: OUTPUT.work, deleted at the end)."
+    help = "Folder for its progress (default: OUTPUT.work, deleted at the end)."
     add("--work-dir", metavar="DIR", help=help)
     add_dtype(parser)
     add_options(parser)
     given = ", ".join(f"{name.replace('_', '-')} {x}" for name, x in LINEARIZED.items())
-    parser.epilog = (
-        f"A causal LM for which no such option is given gets\n{given}.\n\n{parser.epilog}"
-    )
+    parser.epilog = f"Without any such option a causal LM gets\n{given}.\n\n{parser.epilog}"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does it."""
+    """Runs the command."""
     output = Path(arguments.output)
     work = Path(arguments.work_dir or f"{output}.work")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{str(output)!r} is there already; name a folder that is not.")
+        raise ValueError(f"{str(output)!r} is there already; name a new or empty folder.")
     if work.exists() and not (work.is_dir() and (_is_run(work) or not any(work.iterdir()))):
-        raise ValueError(f"{str(work)!r} holds something else than a run of this command.")
+        raise ValueError(f"{str(work)!r} holds something other than a run of this command.")
     options, texts = options_given(arguments), read_texts(arguments.text)
 
     from keras_darkformer.cli.rows import rows_of
@@ -81,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(report)
     preset = _save(model, arguments, report, work / "preset")
-    # From one folder to another at once: OUTPUT is whole or not there.
+    # Moved in one step, so that OUTPUT is complete or not there.
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists():
         output.rmdir()
@@ -96,7 +94,7 @@ def _is_run(work: Path) -> bool:
 
 
 def _save(model: Any, arguments: argparse.Namespace, report: Any, preset: Path) -> Path:
-    """Saves the model, what makes tokens for it and a figure of the report."""
+    """Saves the model, its preprocessor and a plot of the report."""
     from keras_darkformer.hub.loading import load_text_preprocessor
 
     shutil.rmtree(preset, ignore_errors=True)  # of a run that was killed here

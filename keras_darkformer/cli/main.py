@@ -1,4 +1,4 @@
-"""Reads the command line, and tells errors in one line."""
+"""Reads the command line, and reports errors in one line."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from keras_darkformer.cli import compare, generate, linearize, report
 
 COMMANDS = (linearize, report, generate, compare)
 NAME = "keras-darkformer"
-DESCRIPTION = "Gives models of KerasHub attention in linear time, and says what that costs them."
+DESCRIPTION = "Gives KerasHub models linear-time attention, and reports what they lose."
 EPILOG = f"""PRESET is what `from_preset` of KerasHub takes: a built-in name, kaggle://...,
 hf://USER/MODEL, or a folder in KerasHub's or Hugging Face's layout. The environment
 variable KERAS_BACKEND chooses tensorflow, jax or torch.
@@ -20,11 +20,11 @@ example:
   {NAME} linearize {linearize.EXAMPLE}
   {NAME} generate dark --prompt "Call me Ishmael."
 
-`{NAME} COMMAND --help` says more about each."""
+`{NAME} COMMAND --help` describes each command."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and exit with 1 as all others do."""
+    """A parser whose errors are one line, and exit with status 1 like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program."""
@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: what follows its name; `None` for this process's.
+        argv: the arguments after the command's name; `None` for those of this process.
 
     Returns:
-        The exit status: 0, 1 for an error, which stderr tells in one line, 130 if interrupted.
+        The exit status: 0; 1 for an error, which is one line on stderr; 130 if interrupted.
     """
     arguments = parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # so TensorFlow says less on stderr
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
-    # What the package raises for what a user has given, and the system for files and the network.
+    # What the package raises for bad input, and the system for files and the network.
     except (ImportError, OSError, ValueError) as error:
         if arguments.debug:
             raise

@@ -10,14 +10,14 @@ from keras_darkformer.types import Model
 
 
 def rows_of(model: Model, preset: str, texts: list[str], length: int, more: int = 0) -> Rows:
-    """Texts as arrays: for a causal LM put together and cut, for an encoder about as long.
+    """Turns texts into rows of tokens: joined and cut for a causal LM, in pieces for an encoder.
 
     Args:
         model: stock or dark.
-        preset: where its tokenizer is.
+        preset: the preset with its tokenizer.
         texts: strings.
-        length: int. Tokens of a row.
-        more: int. Tokens that are to have a position behind them.
+        length: int. Tokens per row; for an encoder, about as many.
+        more: int. Further tokens that need positions after a row.
 
     Raises:
         ValueError: if there is too little text, or the model has no positions for so many tokens.
@@ -34,7 +34,7 @@ def rows_of(model: Model, preset: str, texts: list[str], length: int, more: int 
 
 
 def _pieces(preprocessor: Any, text: str, length: int) -> list[str]:
-    """Runs of words that make about `length` tokens each, two of them around what is in it."""
+    """Runs of words that make about `length` tokens each, with two special tokens around them."""
     words = text.split()
     tokens = max(1, len(preprocessor.tokenizer(text)))
     size = max(1, len(words) * (length - 2) // tokens)

@@ -1,8 +1,8 @@
-"""Fits features to queries and keys: NumPy arrays in, weights out, in float64, head by head;
-descents go over their sample in float32.
+"""Fits features to queries and keys, head by head: NumPy arrays in, weights out.
 
-It knows no layer and no tensor. `LayerStatistics` collects what a layer sees, `fit_features` turns
-it into a `Fit`, and a `HeadFitter` says where the geometry sits relative to the rotary rotation.
+Fits are in float64; descents go over their sample in float32. This part knows no layers and no
+tensors. `LayerStatistics` collects what a layer sees, and `fit_features` turns it into a `Fit`. A
+`HeadFitter` determines where the geometry sits relative to the rotary rotation.
 """
 
 from keras_darkformer.fitting.choose import check_calibration, fit_features, needs_sample

@@ -1,4 +1,4 @@
-"""Fitting as a whole: what it needs, which method it takes, and what it gives."""
+"""Fits whole feature maps: checks what a fit needs, chooses its method, and runs it."""
 
 from keras_darkformer.fitting.dark import HeadFitter, fit_dark
 from keras_darkformer.fitting.exponential import fit_exponential, fit_exponential_head
@@ -12,17 +12,17 @@ from keras_darkformer.options import FeatureOptions
 
 
 def check_calibration(calibration: CalibrationOptions, features: FeatureOptions) -> None:
-    """Raises a ValueError if features can't be calibrated this way."""
+    """Raises a ValueError if features with these options can't be calibrated this way."""
     if calibration.method == "clusters" and features.memory:
         raise ValueError(
             '`method="clusters"` does not go with a `sliding_window` or `num_sinks`: its features '
-            "know the kernel up to a factor of the query only, so they can't share a normaliser "
+            "know the kernel only up to a factor of the query, so they can't share a normaliser "
             'with the exact kernel. Use "spectral".'
         )
 
 
 def needs_sample(calibration: CalibrationOptions, head_fitter: HeadFitter) -> bool:
-    """Whether moments alone do not do."""
+    """Whether a fit needs a sample besides moments."""
     method = calibration.method
     can_refine = method == "auto" or (method == "spectral" and calibration.refine)
     return method == "clusters" or (can_refine and head_fitter.uses_sample)
@@ -37,10 +37,13 @@ def fit_features(
     """Fits a feature map to what was seen of a layer.
 
     Args:
-        statistics: with a sample where `needs_sample` says so.
-        features: of the map.
+        statistics: statistics of the layer, with a sample if `needs_sample` says so.
+        features: options of the map.
         calibration: how to fit it.
-        head_fitter: for where the geometry sits relative to the rotation.
+        head_fitter: the fitter for where the geometry sits relative to the rotation.
+
+    Returns:
+        A `Fit`.
 
     Raises:
         ValueError: if the map can't be calibrated this way, nothing was seen, or the proposal does
@@ -66,10 +69,10 @@ def _best_method(
     calibration: CalibrationOptions,
     head_fitter: HeadFitter,
 ) -> str:
-    """The method of the lowest error at positions and in sequences it was not fitted to.
+    """The method with the lowest error at positions and in sequences it was not fitted to.
 
-    `"spectral"` where a sample can't tell: features of something else than what is in it, or
-    queries and keys that are not of the same tokens.
+    `"spectral"` if the sample can't decide: features are not functions of what it holds, or queries
+    and keys are of different tokens.
     """
     excluded = ["auto"]
     if features.memory:

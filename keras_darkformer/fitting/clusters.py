@@ -1,4 +1,4 @@
-"""Features from a k-means of the queries: attention as a mixture of typical maps."""
+"""Features from k-means clusters of the queries: attention as a mixture of typical maps."""
 
 from collections.abc import Sequence
 
@@ -26,18 +26,19 @@ def clusters(
     max_queries: int = 10_000,
     seed: int = 0,
 ) -> Projections:
-    """Features whose queries' side gates between typical attention maps.
+    """Features that mix typical attention maps, with a query's features as the gate.
 
-    A k-means of the queries gives m typical queries `w_j`. The key feature j is the attention map
-    of `w_j`, and the query feature says how much of that map a query wants: attention becomes a
-    mixture of m maps. With `x = q^ - b` and `y = k^ - c`, the metric of the k-means is the
-    covariance of y as attention weighs it, so distances are differences of logits.
+    K-means of the queries gives m typical queries `w_j`. Key feature j is the attention map of
+    `w_j`, and query feature j is the share of that map in a query's attention, a mixture of m maps.
+    With `x = q^ - b` and `y = k^ - c`, the metric of k-means is the covariance of y, weighted by
+    attention, so that distances are differences of logits.
 
     Args:
-        sample: of one head. Where it is causal, maps and metric go over the keys up to each query.
+        sample: the sample of one head. If it is causal, maps and metric use the keys up to each
+            query.
         tau: float. How sharply queries are told apart; 1 is the posterior of normal clusters.
         max_queries: int. Queries used.
-        seed: int. Everything random: which queries are used and where k-means starts.
+        seed: int. Seed of the choice of queries and of the start of k-means.
     """
     parts = sequences(sample, max_queries, seed)
     hat = sample.key.shape[-1] ** -0.25
@@ -65,7 +66,7 @@ def clusters(
 
 
 def _logit_metric(parts: Sequence[Attended]) -> np.ndarray:
-    """Covariance of `k^`: half that within a query's softmax, half that within a sequence."""
+    """Covariance of `k^`: the mean of that within a query's softmax and that within a sequence."""
     head_dim = parts[0].key.shape[-1]
     attended, plain = np.zeros((2, head_dim, head_dim))
     num_queries = sum(len(part.query) for part in parts)
@@ -104,7 +105,7 @@ def kmeans(
 
 
 def _cluster_means(points: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Means of the points with each label, zero where there are none."""
+    """Means of the points with each label, zero for labels without points."""
     means = np.zeros((num_clusters, points.shape[1]))
     order = np.argsort(labels, kind="stable")
     present, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
@@ -113,7 +114,7 @@ def _cluster_means(points: np.ndarray, labels: np.ndarray, num_clusters: int) ->
 
 
 def _split_empty(centres: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turns empty clusters into copies of the largest, which share its points: the same sum."""
+    """Turns empty clusters into copies of the largest ones, which share its points equally."""
     source, copies = np.arange(len(counts)), np.ones(len(counts), int)
     for index in np.flatnonzero(counts == 0):
         source[index] = np.argmax(counts / copies)
@@ -122,7 +123,7 @@ def _split_empty(centres: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _correction(gate: np.ndarray, x: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Moves `w` so that the gates' mean of `w` is the query itself, to first order its logits."""
+    """Moves `w` so that its mean over the gates is the query: its logits, to first order."""
     n, m = gate.shape
     gram = gate.T @ gate + HOLD * n / m * np.eye(m)
     return np.linalg.solve(gram, gate.T @ (x - gate @ centres))
@@ -133,6 +134,6 @@ def _second_moment(x: np.ndarray) -> np.ndarray:
 
 
 def _loaded(matrix: np.ndarray, ridge: float) -> np.ndarray:
-    """Adds a ridge, and as much more as keeps the matrix invertible whatever the data."""
+    """Adds a ridge, plus as much as keeps the matrix invertible for any data."""
     ridge = ridge + RIDGE * np.trace(matrix) / len(matrix) + np.finfo("float64").tiny ** 0.5
     return matrix + ridge * np.eye(len(matrix))

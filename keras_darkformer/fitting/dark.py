@@ -1,4 +1,4 @@
-"""Dark feature maps from statistics of a layer."""
+"""Fits dark feature maps to the statistics of a layer."""
 
 from functools import partial
 
@@ -15,11 +15,11 @@ from keras_darkformer.options import FeatureOptions
 
 
 class HeadFitter:
-    """Fits one head of a dark feature map, for one place of its geometry.
+    """Fits one head of a dark feature map, for one placement of its geometry.
 
     Attributes:
-        needs_unrotated: whether it asks for moments before the rotation, and for where the
-            rotation puts coordinates.
+        needs_unrotated: whether it needs the moments before the rotation, and where the rotation
+            puts coordinates.
         uses_sample: whether features are functions of the queries and keys in the sample, so that
             they can be refined and judged on it.
     """
@@ -30,10 +30,10 @@ class HeadFitter:
     def fit_head(
         self, seen: HeadStatistics, features: FeatureOptions, calibration: CalibrationOptions
     ) -> DarkParameters:
-        """Draws features for a geometry and a proposal that are fitted to a head.
+        """Fits a geometry and a proposal to a head, and draws its features.
 
         Raises:
-            ValueError: if the proposal does not exist for it.
+            ValueError: if the proposal does not exist for this head.
         """
         raise NotImplementedError
 
@@ -68,13 +68,13 @@ def fit_dark(
     calibration: CalibrationOptions,
     head_fitter: HeadFitter,
 ) -> Fit:
-    """Fits every head of a dark feature map; `calibration` is of a method that draws."""
+    """Fits every head of a dark feature map; the method of `calibration` must draw features."""
     heads = [
         head_fitter.fit_head(statistics.of_head(head), features, calibration)
         for head in range(statistics.num_heads)
     ]
     fit = Fit.of_heads("dark", heads, DarkParameters._fields)
-    fit.weights["query_geometry"] = fit.weights["geometry"]  # where queries have their own
+    fit.weights["query_geometry"] = fit.weights["geometry"]  # for queries with their own
     return fit
 
 
@@ -85,7 +85,7 @@ def draw(
     features: FeatureOptions,
     rng: np.random.Generator,
 ) -> DarkParameters:
-    """Features with a W drawn from the proposal."""
+    """Draws W from the proposal, and gives the features."""
     m, kind = features.num_features, features.projection
     standard = draw_projection(m, len(proposal), kind=kind, seed=rng).astype("float64")
     log_weight = proposal_log_weight(proposal * standard, proposal).astype("float64")
@@ -101,7 +101,7 @@ def _geometry(
     geometry = geometry_of(calibration.method, covariance, features.num_features)
     if proposal == "none" and rank == head_dim:
         return geometry, np.ones(rank)
-    # Along the eigenvectors of what M makes of the data the proposal is diagonal.
+    # The proposal is diagonal along the eigenvectors of the data's covariance after M.
     values, rotation = spectrum(geometry @ covariance @ geometry.T)
     # A smaller rank keeps the directions of largest variance, which come last.
     return (rotation.T @ geometry)[-rank:], proposal_scale(proposal, values)[-rank:]

@@ -1,4 +1,4 @@
-"""Descent on the divergence of attention maps, from what closed forms found."""
+"""Descent on the divergence of attention maps, starting from the closed forms."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from keras_darkformer.fitting.sequences import HeadSample, exact_weights, sequen
 
 DTYPE = "float32"  # of all that grows with the sample; parameters and sums over it are float64
 BATCH = 512  # queries a step of the descent, or a few less
-BLOCK = 64  # queries at a time: what they meet stays in the processor's cache
-MAX_RATIO = 1e4  # bound on p / p_features in the descent, where features miss a key entirely
+BLOCK = 64  # queries at a time, so that what they meet stays in the processor's cache
+MAX_RATIO = 1e4  # bound on p / p_features in the descent, for keys that features miss entirely
 TINY = 1e-30
 
 Arrays = Mapping[str, np.ndarray]
-# From gradients by log phi_q and log phi_k to those by parameters.
+# Turns gradients by log phi_q and log phi_k into those by parameters.
 Pullback = Callable[[np.ndarray, np.ndarray], Arrays]
 
 
 class Example(NamedTuple):
-    """Queries `(i, h)` of one sequence, its keys `(s, h)`, which see which, and softmax's weights.
+    """Queries `(i, h)` and keys `(s, h)` of one sequence, which see which, and softmax's weights.
 
-    The last two are `(i, s)`.
+    `visible` and `target`, the weights, are `(i, s)`.
     """
 
     query: np.ndarray
@@ -31,13 +31,13 @@ class Example(NamedTuple):
     target: np.ndarray
 
 
-# From parameters and an example to log phi_q, log phi_k and their pullback.
+# Turns parameters and an example into log phi_q, log phi_k and their pullback.
 LogFeatures = Callable[[Arrays, Example], tuple[np.ndarray, np.ndarray, Pullback]]
 Gradient = Callable[[Arrays], tuple[float, Arrays]]
 
 
 def examples(sample: HeadSample, *, max_queries: int = 4096, seed: int = 0) -> list[Example]:
-    """What features of a head are to do, sequence by sequence; for arguments see `sequences`."""
+    """What a head's features should do, sequence by sequence; for arguments see `sequences`."""
     return [
         Example(
             part.query.astype(DTYPE),
@@ -50,9 +50,9 @@ def examples(sample: HeadSample, *, max_queries: int = 4096, seed: int = 0) -> l
 
 
 def batches(seen: Sequence[Example]) -> list[list[Example]]:
-    """The examples in parts for one step each: some of the sequences, or some queries of each.
+    """Splits the examples into a part per step: some of the sequences, or some queries of each.
 
-    Sequences are cut where they are fewer than parts.
+    Sequences are split if there are fewer of them than parts.
     """
     count = -(-sum(len(example.query) for example in seen) // BATCH)
     if count <= len(seen):
@@ -61,7 +61,7 @@ def batches(seen: Sequence[Example]) -> list[list[Example]]:
 
 
 def _every(count: int, first: int, example: Example) -> Example:
-    """One query of so many, from the first on."""
+    """An example with every `count`-th query, from number `first` on."""
     query, key, visible, target = example
     return Example(query[first::count], key, visible[first::count], target[first::count])
 
@@ -69,9 +69,9 @@ def _every(count: int, first: int, example: Example) -> Example:
 def cross_entropy(
     log_query: np.ndarray, log_key: np.ndarray, target: np.ndarray, visible: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """From exact attention maps to those of features, summed over queries, and its gradient.
+    """Cross entropy from exact attention maps to those of features, over queries, and its gradient.
 
-    It is the divergence and a constant, the entropy of the exact maps.
+    It is the divergence plus a constant, the entropy of the exact maps.
 
     Args:
         log_query: `log phi_q`, of shape `(i, m)`.
@@ -113,12 +113,12 @@ def refine_exponential(
     steps: int = 120,
     learning_rate: float = 0.03,
 ) -> Projections:
-    """Lowers the divergence of attention maps by a few steps over all that `clusters` returns.
+    """Lowers the divergence of attention maps by a few steps on all that `clusters` returns.
 
-    For projections without a norm. Returns the projections given if the descent went nowhere.
+    The projections must have no norm. They are returned as they are if the descent brings no gain.
     """
     query_kernel, key_kernel, bias, _ = projections
-    # Centred, so that the kernels and the bias are near independent.
+    # Centred, so that the kernels and the bias are nearly independent.
     b = np.concatenate([example.query for example in seen]).mean(axis=0)
     c = np.concatenate([example.key for example in seen]).mean(axis=0)
 
@@ -134,7 +134,7 @@ def refine_exponential(
     start = {"query": query_kernel, "key": key_kernel, "bias": bias + shift}
     rates = {
         "query": learning_rate * _rms(query_kernel),
-        # The part all features share is the mean query: it says nothing of their spread.
+        # The part that all features share is the mean query, which says nothing about their spread.
         "key": learning_rate * _rms(key_kernel - key_kernel.mean(axis=1, keepdims=True)),
         "bias": learning_rate,
     }
@@ -152,8 +152,8 @@ def refine_dark(
 ) -> DarkParameters:
     """Lowers the divergence of attention maps over the geometry and the weight of each feature.
 
-    Keeps the dark form. What it finds belongs to the draw it was given: geometry and weights make
-    up for that very W, and part of the gain goes when W is drawn anew.
+    The result is a dark feature map again. It belongs to the draw it was given: geometry and
+    weights make up for that particular W, and part of the gain is lost when W is redrawn.
     """
     rates = {
         "geometry": learning_rate * _rms(dark.geometry),
@@ -165,7 +165,7 @@ def refine_dark(
 def best_draw(
     draw: Callable[[], DarkParameters], seen: Sequence[Example], *, draws: int = 8
 ) -> DarkParameters:
-    """Of some draws the one whose attention maps diverge least from the exact ones."""
+    """The draw, of several, whose attention maps diverge least from the exact ones."""
 
     def loss(dark: DarkParameters) -> float:
         return _gradient(_dark_features(dark), seen)(_free(dark))[0]
@@ -174,12 +174,12 @@ def best_draw(
 
 
 def _free(dark: DarkParameters) -> Arrays:
-    """What a descent moves."""
+    """The parameters that a descent changes."""
     return {"geometry": dark.geometry, "log_weight": dark.log_weight}
 
 
 def _dark_features(dark: DarkParameters) -> LogFeatures:
-    """The features of a draw as functions of what is free."""
+    """The features of a draw as functions of the free parameters."""
     hat = dark.geometry.shape[1] ** -0.25
     w, b, c = (x.astype(DTYPE) for x in (dark.projection, dark.query_shift, dark.key_shift))
 
@@ -224,7 +224,7 @@ def _adam(
     rates: Mapping[str, float],
     steps: int,
 ) -> Arrays:
-    """Adam with a cosine schedule, a batch a step; the start if the end is no better."""
+    """Adam with a cosine schedule, a batch per step; returns the start if the end is no better."""
     gradients = [_gradient(log_features, batch) for batch in batches(seen)]
     first_decay, second_decay = 0.9, 0.95
     now = dict(start)

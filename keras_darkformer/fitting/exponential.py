@@ -1,4 +1,4 @@
-"""Exponential feature maps from a sample of a layer."""
+"""Fits exponential feature maps to a sample of a layer."""
 
 from keras_darkformer.fitting.clusters import clusters
 from keras_darkformer.fitting.descent import examples, refine_exponential
@@ -10,7 +10,7 @@ from keras_darkformer.fitting.sequences import HeadSample
 from keras_darkformer.fitting.statistics import LayerStatistics
 from keras_darkformer.options import FeatureOptions
 
-TAUS = (0.15, 0.3)  # sharpness of clusters, chosen between by held-out error
+TAUS = (0.15, 0.3)  # sharpness of clusters; held-out error decides between them
 
 
 def fit_exponential(
@@ -28,7 +28,7 @@ def fit_exponential(
 def fit_exponential_head(
     sample: HeadSample, features: FeatureOptions, calibration: CalibrationOptions
 ) -> Projections:
-    """Clusters of the better sharpness, refined by descent where that is asked for."""
+    """Clusters with the better sharpness, refined by descent if `calibration` says so."""
 
     def fitted(part: HeadSample, tau: float) -> Projections:
         return clusters(part, features.num_features, tau, seed=calibration.seed)

@@ -1,20 +1,20 @@
-"""The scale of features behind a sliding window, from the mass softmax has there."""
+"""The scale of features beside an exact memory, from softmax's mass on far keys."""
 
 import numpy as np
 
-BOUND = 80.0  # of an offset: far beyond what float32 can tell from infinity
+BOUND = 80.0  # of an offset: far beyond what float32 can distinguish from infinity
 
 
 class FarOffset:
     """Finds the offset at which a feature map gives the far part softmax's mass.
 
-    Features underestimate: an average of exponentials lies below its expectation more often than
-    not. One offset d per head, added to the far part's log-weights, makes the masses agree,
+    Features tend to underestimate: an average of exponentials is more often below its expectation
+    than above. One offset d per head, added to the far part's log-weights, makes the masses agree,
 
         sum_t sigmoid(z_t + d) = sum_t p_t,
 
-    z_t being the log-odds of the far part and p_t softmax's far mass. It is the offset that
-    minimises the divergence of near/far from softmax's.
+    where z_t are the log-odds of the far part and p_t is softmax's far mass. This offset minimises
+    the divergence of the near/far split from softmax's.
     """
 
     def __init__(self) -> None:
@@ -25,10 +25,11 @@ class FarOffset:
         """Adds a batch of queries.
 
         Args:
-            log_odds: of the far part by the features, without an offset, of shape `(b, n, t)`.
-            exact_log_odds: those by softmax.
-            counts: bool, broadcastable to the same shape. Queries that see nothing on one side have
-                no odds and must not count.
+            log_odds: shape `(b, n, t)`, log-odds of the far part by the features, without an
+                offset.
+            exact_log_odds: the same by softmax.
+            counts: bool, broadcastable to the same shape: which queries count. Those that see
+                nothing on one side have no odds and must not count.
         """
         counts = np.broadcast_to(counts, log_odds.shape)
         for kept, odds in ((self._log_odds, log_odds), (self._exact, exact_log_odds)):
@@ -36,13 +37,13 @@ class FarOffset:
             kept.append([odds[:, head][counts[:, head]] for head in range(odds.shape[1])])
 
     def solve(self) -> np.ndarray:
-        """d per head, float32 of shape `(n,)`; 0 for a head of which nothing counted.
+        """The offset d per head, float32 of shape `(n,)`; 0 for a head in which no query counted.
 
         Raises:
             ValueError: if nothing was added.
         """
         if not self._exact:
-            raise ValueError("No query was added: there is no far mass to agree with.")
+            raise ValueError("No query was added, so there is no far mass to match.")
         heads = range(len(self._exact[0]))
         return np.array([self._solve_head(head) for head in heads], "float32")
 

@@ -1,4 +1,4 @@
-"""What fitting gives."""
+"""The result of a fit."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Self
@@ -10,8 +10,8 @@ class Fit(NamedTuple):
     """Weights of a feature map.
 
     Attributes:
-        kind: one of `options.FEATURE_MAPS`: the map they are for.
-        weights: float64 arrays, stacked over heads, by the names of the map's weights.
+        kind: one of `options.FEATURE_MAPS`, the kind of map they are for.
+        weights: dict of float64 arrays, stacked over heads, by the names of the map's weights.
     """
 
     kind: str
@@ -19,5 +19,5 @@ class Fit(NamedTuple):
 
     @classmethod
     def of_heads(cls, kind: str, heads: Sequence[NamedTuple], names: Sequence[str]) -> Self:
-        """The arrays of these names, stacked."""
+        """Stacks the arrays with these names over heads."""
         return cls(kind, {name: np.stack([getattr(x, name) for x in heads]) for name in names})

@@ -1,4 +1,4 @@
-"""Errors on what features were not fitted to."""
+"""Errors of features on data that they were not fitted to."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,12 +7,12 @@ import numpy as np
 from keras_darkformer.fitting.projections import Projections
 from keras_darkformer.fitting.sequences import HeadSample, exact_weights, feature_weights, split
 
-# Masks `(b, t)` of what is calibrated on and of what is judged.
+# Masks `(b, t)` of what features are fitted to and of what they are judged on.
 Fold = tuple[np.ndarray, np.ndarray]
 
 
 def output_errors(projections: Projections, sample: HeadSample) -> np.ndarray:
-    """`|out_features - out_exact| / |out_exact|` of every query that counts, one flat array.
+    """`|out_features - out_exact| / |out_exact|` of every query that counts, as a flat array.
 
     Keys centred over each sequence stand in for the values.
     """
@@ -36,9 +36,9 @@ def sequence_folds(b: int, t: int) -> list[Fold]:
 def position_folds(b: int, t: int, blocks: int = 4) -> list[Fold]:
     """Two folds of `(calibrated, judged)` masks `(b, t)` that share no position.
 
-    Positions are cut into contiguous blocks, taken in turn. With several sequences, what is judged
-    also lies in other sequences than what is calibrated on. Features that merely remember positions
-    lose here.
+    Positions are cut into contiguous blocks, which go to the folds in turn. With several sequences,
+    the judged part also lies in other sequences than the calibrated part. Features that merely
+    remember positions do badly here.
     """
     block = np.arange(t) * min(blocks, t) // t
     even = np.broadcast_to(block % 2 == 0, (b, t))
@@ -51,9 +51,10 @@ def position_folds(b: int, t: int, blocks: int = 4) -> list[Fold]:
 def held_out_error(
     fit_part: Callable[[HeadSample], Projections], sample: HeadSample, folds: Sequence[Fold]
 ) -> float:
-    """Median error on the judged part of every fold of features fitted to its other part.
+    """Median error, over the folds, on the judged part of features fitted to the other part.
 
-    Needs as many queries as keys. A fold's mask holds for both, so judged queries meet judged keys.
+    There must be as many queries as keys. A fold's mask is used for both, so judged queries meet
+    judged keys.
     """
     errors = []
     for fold in folds:

@@ -13,10 +13,10 @@ class HeadMoments(NamedTuple):
     covariance: np.ndarray
 
     def uncentred(self) -> "HeadMoments":
-        """The same about the origin: what features of raw queries and keys meet."""
+        """The moments about the origin, which features of raw queries and keys depend on."""
         total = self.query_mean + self.key_mean
         zero = np.zeros_like(total)
-        # E[z z'] of z = q^ + k^ is all that geometries and proposals ask for.
+        # Geometries and proposals depend only on E[z z'] of z = q^ + k^.
         return HeadMoments(zero, zero, self.covariance + np.outer(total, total))
 
 
@@ -26,9 +26,9 @@ class Moments:
     Queries are pooled over their group. Memory is constant; partial results merge in any order.
 
     Attributes:
-        count: `(2,)`: queries and keys counted per head.
-        mean: `(2, k, h)`, of queries and of keys.
-        cov: `(2, k, h, h)`, divided by the count.
+        count: `(2,)`, the number of queries and of keys per head.
+        mean: `(2, k, h)`, the means of queries and of keys.
+        cov: `(2, k, h, h)`, their covariances, divided by the count.
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
@@ -53,7 +53,7 @@ class Moments:
         query_mask: np.ndarray | None = None,
         key_mask: np.ndarray | None = None,
     ) -> Self:
-        """Adds query `(b, t, n, h)` and key `(b, s, k, h)`; masked vectors may hold anything.
+        """Adds queries `(b, t, n, h)` and keys `(b, s, k, h)`; masked vectors may hold anything.
 
         Raises:
             ValueError: if a vector that counts is not finite, or shapes do not fit.
@@ -72,7 +72,8 @@ class Moments:
     def merge(self, other: "Moments") -> Self:
         """Adds what `other` has counted.
 
-        Chan, Golub and LeVeque's update: no difference of large numbers, unlike E[xx'] - E[x]^2.
+        This is Chan, Golub and LeVeque's update, which takes no difference of large numbers, unlike
+        E[xx'] - E[x]^2.
         """
         count = self.count + other.count
         delta = other.mean - self.mean
@@ -87,7 +88,7 @@ class Moments:
 def _rows(
     name: str, value: np.ndarray, mask: np.ndarray | None, num_heads: int, head_dim: int
 ) -> np.ndarray:
-    """Hats of the vectors that count, of shape `(k, rows, h)`."""
+    """The vectors that count, divided by `h^(1/4)`, of shape `(k, rows, h)`."""
     if value.ndim != 4 or value.shape[2] % num_heads or value.shape[3] != head_dim:
         raise ValueError(
             f"`{name}` does not fit {num_heads} key/value heads of size {head_dim}. "

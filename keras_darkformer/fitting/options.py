@@ -1,4 +1,4 @@
-"""What a calibration is asked for."""
+"""Options of a calibration."""
 
 import dataclasses
 from typing import Self
@@ -17,13 +17,13 @@ class CalibrationOptions:
 
     Args:
         method: one of `METHODS`.
-        proposal: what W is drawn from: one of `PROPOSALS`, or `None` for the method's own.
+        proposal: the distribution of W, one of `PROPOSALS`, or `None` for the method's own.
         center: bool. Whether means are taken off and put back exactly; `None` for the method's own.
         refine: bool. Whether to fit to a sample beyond the closed forms.
         seed: int. Seed of the draws.
 
     Raises:
-        ValueError: if a value is unknown, or `proposal` is for a method that does not draw.
+        ValueError: if a value is unknown, or `proposal` is given for a method that does not draw.
     """
 
     method: str = "spectral"
@@ -46,26 +46,26 @@ class CalibrationOptions:
 
     @property
     def kind(self) -> str | None:
-        """The kind of feature map that comes out; `None` where the data decide."""
+        """The kind of feature map that results; `None` if it depends on the data."""
         return {"clusters": "exponential", "auto": None}.get(self.method, "dark")
 
     @property
     def drawn_from(self) -> str:
-        """The proposal, given or the method's own."""
+        """The proposal: the given one, or the method's own."""
         own = "spectral" if self.method in ("scale", "spectral") else "none"
         return own if self.proposal is None else self.proposal
 
     @property
     def centers(self) -> bool:
-        """Whether to centre, as given or as the method does."""
+        """Whether to centre: as given, or as the method does."""
         own = self.method in ("scale", "spectral")
         return own if self.center is None else self.center
 
     def of_layer(self, number: int) -> Self:
-        """The same with a seed of the layer's own."""
+        """The same options with a seed of the layer's own."""
         seed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
         return dataclasses.replace(self, seed=int(seed))
 
     def of_method(self, method: str) -> Self:
-        """The same by another method, whose own values hold for what was left open."""
+        """The same options with another method, which decides whatever was left open."""
         return dataclasses.replace(self, method=method)

@@ -11,7 +11,7 @@ class Projections(NamedTuple):
         log phi_q[j] = q . A_q[:, j]
         log phi_k[j] = k . A_k[:, j] + a_j - |N' k|^2 / 2
 
-    What is constant to a query cancels in the ratio and is left out.
+    Terms that are constant for a query cancel in the ratio and are left out.
 
     Attributes:
         query_kernel: `A_q`, of shape `(h, m)`.

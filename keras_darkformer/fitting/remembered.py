@@ -1,4 +1,4 @@
-"""Which keys are in an exact memory, for the fits of what stands beside it."""
+"""Which keys are in an exact memory, for fitting the features beside it."""
 
 import heapq
 
@@ -10,11 +10,11 @@ from keras_darkformer.memory import Memory
 def exact_keys(near: np.ndarray, real: np.ndarray, memory: Memory) -> np.ndarray:
     """Which keys each query of one key/value head meets exactly, bool `(t, s)`.
 
-    The same as `ops.reference.exact_keys` where all that is real is written, in a fraction of its
-    time: keys receive attention before they compete, never after, so it is summed up at once.
+    It equals `ops.reference.exact_keys` if all real tokens are written, in a fraction of the time:
+    keys receive attention only before they compete, so all of it is summed at once.
 
     Args:
-        near: softmax's logits, `(g, t, s)`; those of masked tokens may be anything.
+        near: softmax logits, `(g, t, s)`; those of masked tokens may be anything.
         real: bool, `(s,)`: which tokens are not masked.
         memory: `Memory`.
     """
@@ -28,7 +28,7 @@ def exact_keys(near: np.ndarray, real: np.ndarray, memory: Memory) -> np.ndarray
     received = np.sum(weights / weights.sum(axis=-1, keepdims=True), axis=(0, 1))
 
     kept: list[tuple[float, int]] = []
-    lost = np.zeros_like(s)  # the first query that does not have a key any more
+    lost = np.zeros_like(s)  # the first query that no longer has a key
     for now in range(window, np.max(np.flatnonzero(real), initial=-1) + 1):
         key = now - window
         if real[key] and not sinks[key]:

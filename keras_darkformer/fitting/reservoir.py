@@ -8,11 +8,11 @@ from keras_darkformer.fitting.sequences import HeadSample
 
 
 class Reservoir:
-    """A random sample of the sequences that go by, bounded in tokens.
+    """A random sample of the sequences it is offered, bounded in tokens.
 
     Args:
-        max_tokens: int. Longer sequences are cut to this.
-        seed: int.
+        max_tokens: int. Tokens in the sample; longer sequences are cut to this.
+        seed: int. Seed of the sample.
     """
 
     def __init__(self, max_tokens: int, seed: int) -> None:
@@ -23,9 +23,9 @@ class Reservoir:
         self._causal = False
 
     def add(self, batch: Sequence[np.ndarray], causal: bool) -> None:
-        """Offers query `(b, t, n, h)`, key `(b, s, k, h)`, and their masks.
+        """Offers queries `(b, t, n, h)`, keys `(b, s, k, h)`, and their masks.
 
-        A sequence stays by the rank of a random number.
+        Sequences with the lowest random numbers stay.
         """
         self._causal = causal
         for sequence in zip(*batch, strict=True):
@@ -40,7 +40,7 @@ class Reservoir:
                 break
 
     def of_head(self, head: int) -> HeadSample | None:
-        """What was kept of a key/value head, padded to one length; `None` for nothing."""
+        """The sample of a key/value head, padded to one length; `None` if it is empty."""
         if not self._kept:
             return None
         queries, keys, query_masks, key_masks = zip(*(x for _, x in self._kept), strict=True)
@@ -56,7 +56,7 @@ class Reservoir:
 
 
 def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of different lengths as one array, with zeros behind."""
+    """Rows of different lengths as one array, padded with zeros at the end."""
     length = max(len(row) for row in rows)
     stacked = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
     for row, into in zip(rows, stacked, strict=True):

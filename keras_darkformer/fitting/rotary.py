@@ -1,8 +1,8 @@
 """Geometries that sit before the rotary rotation.
 
 The features then see vectors that are rotated after the geometry. A rotation mixes the two members
-of a plane, so what is left of them is one variance, and the proposal is one scale, per plane. The
-members of plane p are the unrotated coordinates p and p + h / 2.
+of a plane, so each plane has only one variance, and the proposal one scale per plane. The members
+of plane p are the unrotated coordinates p and p + h / 2.
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ from keras_darkformer.options import FeatureOptions
 class BeforeRotation(HeadFitter):
     """A geometry of any shape for queries and keys that are rotated after it.
 
-    It is fitted to moments before the rotation. There are no shifts: means before a rotation are no
-    means behind it.
+    It is fitted to the moments before the rotation. There are no shifts, because means before the
+    rotation are not means after it.
     """
 
     needs_unrotated = True
@@ -32,9 +32,9 @@ class BeforeRotation(HeadFitter):
         query_mean, key_mean, covariance = seen.unrotated
         geometry = geometry_of(calibration.method, covariance, features.num_features)
         if calibration.method == "spectral":
-            # Symmetric: where nothing is damped it is the identity, which rotations pass.
+            # Symmetric: without damping it is the identity, which commutes with rotations.
             geometry = spectrum(covariance)[1] @ geometry
-        # Slow planes keep their means.
+        # Second moments, as planes that rotate slowly keep their means.
         second = covariance + np.outer(query_mean, query_mean) + np.outer(key_mean, key_mean)
         variances = _mean_of_members(np.diag(geometry @ second @ geometry.T))
         scale = _of_members(proposal_scale(calibration.drawn_from, variances))[seen.layout]
@@ -44,7 +44,7 @@ class BeforeRotation(HeadFitter):
 
 
 def _mean_of_members(values: np.ndarray) -> np.ndarray:
-    """`(h,)` to `(h / 2,)`."""
+    """The mean over the members of each plane, `(h,)` to `(h / 2,)`."""
     return values.reshape(2, -1).mean(axis=0)
 
 

@@ -13,9 +13,9 @@ from keras_darkformer.memory import NO_MEMORY, Memory
 class HeadSample(NamedTuple):
     """Queries `(b, t, g, h)` and keys `(b, s, h)` of one key/value head, sequence by sequence.
 
-    Masks, `(b, t)` and `(b, s)`, are true for what counts; `None` is true everywhere. With `causal`
-    query t attends to keys up to t. Keys in an exact `memory` are left out of what a query sees:
-    features are not asked for them.
+    Masks, `(b, t)` and `(b, s)`, are true for what counts; `None` is true everywhere. With
+    `causal`, query t attends to keys up to t. Queries do not see keys in an exact `memory`, which
+    features do not stand for.
     """
 
     query: np.ndarray
@@ -26,7 +26,7 @@ class HeadSample(NamedTuple):
     memory: Memory = NO_MEMORY
 
     def where(self, mask: np.ndarray) -> Self:
-        """The part of it where a mask `(b, t)` holds, of queries and of as many keys."""
+        """The part of the sample where a mask `(b, t)` holds, for queries and as many keys."""
         query_mask, key_mask = (
             mask if own is None else mask & own for own in (self.query_mask, self.key_mask)
         )
@@ -44,7 +44,7 @@ class HeadSample(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Queries `(i, h)` of one sequence, its keys `(s, h)`, and which see which, `(i, s)`."""
+    """Queries `(i, h)` and keys `(s, h)` of one sequence, and which see which, `(i, s)`."""
 
     query: np.ndarray
     key: np.ndarray
@@ -52,12 +52,12 @@ class Attended(NamedTuple):
 
 
 def sequences(sample: HeadSample, max_queries: int | None = None, seed: int = 0) -> list[Attended]:
-    """Takes a sample apart into sequences of real tokens.
+    """Splits a sample into sequences of real tokens.
 
     Args:
-        sample: of one head.
-        max_queries: int. Queries kept in all, the same number a sequence, picked at random.
-        seed: int. Of the queries picked.
+        sample: the sample of one head.
+        max_queries: int. Queries kept in all, equally many per sequence, picked at random.
+        seed: int. Seed of this pick.
 
     Raises:
         ValueError: if a query or key that counts is not finite, or none is left.
@@ -79,9 +79,9 @@ def sequences(sample: HeadSample, max_queries: int | None = None, seed: int = 0)
 
 
 def split(sample: HeadSample) -> Iterator[Attended]:
-    """Yields the sequences of a sample in float64, queries of a group pooled.
+    """Yields the sequences of a sample in float64, with the queries of a group pooled.
 
-    Queries that see no key are dropped, and sequences without any other.
+    Queries that see no key are dropped, and so are sequences without any other queries.
     """
     (b, t, groups, head_dim), s = sample.query.shape, sample.key.shape[1]
     query_mask = np.broadcast_to(True if sample.query_mask is None else sample.query_mask, (b, t))
@@ -102,7 +102,7 @@ def split(sample: HeadSample) -> Iterator[Attended]:
 
 
 def softmax(logits: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
-    """Over the visible entries of the last axis."""
+    """Softmax over the visible entries of the last axis."""
     if visible is not None:
         logits = np.where(visible, logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -116,9 +116,9 @@ def exact_weights(part: Attended) -> np.ndarray:
 
 
 def feature_weights(projections: Projections, part: Attended) -> np.ndarray:
-    """Attention weights `(i, s)` of features.
+    """Attention weights of features, `(i, s)`.
 
-    Queries whose features meet none of the keys' get zeros.
+    Queries whose features meet no key's features get zeros.
     """
     query, key, visible = part
     log_key = key @ projections.key_kernel + projections.key_bias

@@ -1,12 +1,12 @@
 """Geometries M and proposals for W from the moments of one head.
 
 Letters: `q^ = h^(-1/4) q`, so that `q^ . k^ = q . k / sqrt(h)`; h head_dim, m features. Every
-`covariance` is `Cov(q^) + Cov(k^)`, `(h, h)`, unless told otherwise.
+`covariance` is `Cov(q^) + Cov(k^)`, `(h, h)`, unless stated otherwise.
 """
 
 import numpy as np
 
-GRID = 257  # points in [0, 1] on which a multiplier of a direction is sought before polishing
+GRID = 257  # points in [0, 1] at which a direction's multiplier is tried before polishing
 
 
 def proposal_variance(v: np.ndarray) -> np.ndarray:
@@ -19,16 +19,16 @@ def proposal_variance(v: np.ndarray) -> np.ndarray:
 
 
 def log_second_moment(v: np.ndarray) -> np.ndarray:
-    """`h(v) = log t - log(2 t - 1) / 2 + v / (2 t - 1)`: a direction's part of the log variance."""
+    """A direction's part of the log variance, `h(v) = log t - log(2 t - 1) / 2 + v / (2 t - 1)`."""
     t = proposal_variance(v)
     return np.log(t) - 0.5 * np.log(2 * t - 1) + v / (2 * t - 1)
 
 
 def geometry_of(method: str, covariance: np.ndarray, num_features: int) -> np.ndarray:
-    """M `(h, h)` by a method.
+    """The geometry M `(h, h)` that a method gives.
 
-    `"spectral"` spends the feature budget on the directions that carry the logits: with
-    `U diag(v) U' = Cov(q^) + Cov(k^)` it is `M = diag(a) U'`, `a` from `spectral_multipliers`.
+    `"spectral"` spends the feature budget on the directions that carry the logits. It is `M =
+    diag(a) U'`, with `U diag(v) U' = Cov(q^) + Cov(k^)` and `a` from `spectral_multipliers`.
     """
     if method == "identity":
         return np.eye(len(covariance))
@@ -46,19 +46,19 @@ def spectral_multipliers(
 
         sum_l (1 - a_l^2)^2 (v_l / 2)^2 + beta softplus(sum_l h(a_l^2 v_l) - log m):
 
-    the variance of the logits that are left out, and the relative variance of m features, `h` being
-    `log_second_moment`.
+    the variance of the logits that are left out, and the relative variance of m features, where `h`
+    is `log_second_moment`.
 
-    softplus(s) is the largest `p s + entropy(p)`, so for a fixed slope p every direction is a
-    problem of its own, `(1 - a^2)^2 (v / 2)^2 + beta p h(a^2 v)`, solved on a grid. At the optimum
-    p is the logistic function of s, which falls as p grows: bisection. As h is concave s may jump;
-    then the better side of the jump is taken.
+    softplus(s) is the maximum of `p s + entropy(p)`. For a fixed slope p every direction is
+    therefore a problem of its own, `(1 - a^2)^2 (v / 2)^2 + beta p h(a^2 v)`, solved on a grid. At
+    the optimum p is the logistic function of s. As s falls when p grows, bisection finds p. Since h
+    is concave, s may jump; then the better side of the jump is taken.
 
     Args:
         v: variances of `q^ + k^` along the directions, `(h,)`.
-        num_features: m.
+        num_features: number m of features.
         beta: weight of the features' variance.
-        one_for_all: one multiplier for all directions.
+        one_for_all: whether to use one multiplier for all directions.
     """
     grid = np.linspace(0, 1, GRID)[:, None]
     if one_for_all:
@@ -111,9 +111,9 @@ def _cost(a: np.ndarray, v: np.ndarray, num_features: int, beta: float) -> np.nd
 def whitening(
     covariance: np.ndarray, scale: float | None = None, floor: float = 1e-6
 ) -> np.ndarray:
-    """`M = s L^(-1/2)`, L half the covariance (the paper's proposition C.1), `s = h^(-1/4)`.
+    """The geometry `M = s L^(-1/2)`, with L half the covariance (proposition C.1), `s = h^(-1/4)`.
 
-    Eigenvalues under `floor` of the largest are raised to it; without any variance, `M = s I`.
+    Eigenvalues below `floor` times the largest are raised to that; without any variance, `M = s I`.
     """
     values, u = spectrum(covariance / 2)
     largest = values.max()
@@ -131,7 +131,7 @@ def variance_optimal_scale(values: np.ndarray) -> np.ndarray:
         values: the eigenvalues of L.
 
     Raises:
-        ValueError: if one is 1/2 or more, where no such proposal has finite variance.
+        ValueError: if one of them is 1/2 or more, as then no such proposal has finite variance.
     """
     if values.max() >= 0.5:
         raise ValueError(
@@ -145,8 +145,8 @@ def proposal_scale(proposal: str, values: np.ndarray) -> np.ndarray:
     """Standard deviations of w, by one of `PROPOSALS`, along directions of given variance.
 
     Args:
-        proposal: its name. `"spectral"` is `t(v)`, which always exists.
-        values: variances of `M q^ + M k^`: the eigenvalues of its covariance.
+        proposal: name of the proposal. `"spectral"` is `t(v)`, which always exists.
+        values: variances of `M q^ + M k^`, the eigenvalues of its covariance.
     """
     if proposal == "none":
         return np.ones_like(values)
@@ -156,10 +156,10 @@ def proposal_scale(proposal: str, values: np.ndarray) -> np.ndarray:
 
 
 def spectrum(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, rounding errors below zero removed, and eigenvectors as columns.
+    """Eigenvalues, at least zero despite rounding, and eigenvectors as columns.
 
-    The largest entry of each vector is positive, or rounding would choose the sign, and with it
-    what a draw of the same seed becomes.
+    The largest entry of each vector is positive. Otherwise rounding would choose the sign, and so
+    change what a draw with the same seed gives.
     """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     largest = np.argmax(np.abs(vectors), axis=0)

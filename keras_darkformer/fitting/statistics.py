@@ -1,4 +1,4 @@
-"""What is kept of the queries and keys of one layer: moments, and a bounded sample."""
+"""Statistics of the queries and keys of one layer: moments, and a bounded sample."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class HeadStatistics(NamedTuple):
     sample: HeadSample | None
 
     def of_part(self, part: HeadSample) -> "HeadStatistics":
-        """The same head as if nothing but a part of its sample had been seen."""
+        """The statistics of the head as if only a part of its sample had been seen."""
         moments = Moments(1, part.key.shape[-1])
         moments.update(part.query, part.key[:, :, None], part.query_mask, part.key_mask)
         return self._replace(moments=moments.of_head(0), sample=part)
@@ -31,16 +31,16 @@ class LayerStatistics:
     """Moments and, where a method needs it, a sample of one layer's queries and keys.
 
     Args:
-        num_heads, head_dim: int. Of the keys.
+        num_heads, head_dim: int. Heads and head size of the keys.
         needs_sample: bool. Whether to keep a sample.
-        needs_unrotated: bool. Whether `probe_layout` and `update_unrotated` have to be called, too.
-        max_tokens, seed: int. Of the sample.
-        memory: `Memory`, whose keys features are not asked for.
+        needs_unrotated: bool. Whether `probe_layout` and `update_unrotated` must be called, too.
+        max_tokens, seed: int. Size and seed of the sample.
+        memory: the exact `Memory`, whose keys features do not stand for.
 
     Attributes:
-        moments: of rotated queries and keys.
-        unrotated: of those before the rotation, or `None`.
-        layout: `(h,)`: the unrotated coordinate that each rotated one comes from.
+        moments: moments of rotated queries and keys.
+        unrotated: moments of those before the rotation, or `None`.
+        layout: `(h,)`, the unrotated coordinate that each rotated one comes from.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class LayerStatistics:
         query_mask: np.ndarray | None = None,
         key_mask: np.ndarray | None = None,
     ) -> None:
-        """Adds the same batch as it was before the rotation, where that is needed."""
+        """Adds the same batch as it was before the rotation, if that is needed."""
         if self.unrotated is not None:
             self.unrotated.update(query, key, query_mask, key_mask)
 
     def probe_layout(self, rotate_first: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Finds where the rotation puts coordinates; some models shuffle them.
+        """Finds where the rotation puts coordinates, since some models shuffle them.
 
         Args:
-            rotate_first: rotates a vector `(h,)` as the token at position 0.
+            rotate_first: function that rotates a vector `(h,)` like the token at position 0.
         """
         self.layout = np.rint(rotate_first(np.arange(self.head_dim))).astype(int)
 
@@ -116,7 +116,7 @@ class LayerStatistics:
 
 
 def _full_mask(name: str, mask: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
-    """The mask as bool `(b, t)`, from that or `(1, t)`; true everywhere if there is none."""
+    """The mask as bool `(b, t)`, from that shape or `(1, t)`; true everywhere without one."""
     shape = tokens.shape[:2]
     if mask is None:
         return np.ones(shape, "bool")

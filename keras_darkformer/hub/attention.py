@@ -1,7 +1,7 @@
 """KerasHub's attention layers, with the dark kernel in place of softmax.
 
-`DarkHubAttention` does the work. Its subclasses read the calls of one kind of KerasHub block each;
-`Family` joins them with the stock layers.
+`DarkHubAttention` does the work. Each subclass reads the calls of one kind of KerasHub block, and
+`Family` combines it with the stock layer.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from keras_darkformer.types import Layer, Tensor
 
 
 class Code(enum.IntEnum):
-    """What a token of a prompt is to a layer with a state.
+    """How a layer with a recurrent state treats a token of a prompt.
 
-    A prompt is prefilled in one pass, but only its first tokens may enter the state: the sampler
-    feeds the others again, one by one. Both facts go through unmodified decoder blocks as one
-    padding mask of these codes.
+    A prompt is prefilled in one pass, but only its first tokens may enter the state, because the
+    sampler feeds the others again, one by one. The codes pass through the unmodified decoder blocks
+    in place of the padding mask.
     """
 
     PAD = 0
@@ -35,14 +35,15 @@ class Code(enum.IntEnum):
 
 
 class DarkHubAttention(FeatureAttention, DarkHubLayer):
-    """Turns a KerasHub attention layer, its base class in Python, dark.
+    """Mixin that makes a KerasHub attention layer dark.
 
-    An instance is a stock attention layer that has become dark: same projections, norms and rotary
-    embedding, same variable paths, and one new sublayer, `feature_map`. In linear mode its `cache`
-    is a recurrent state; in exact mode it is the stock layer with M applied after the rotation.
+    An instance is a stock attention layer that has become dark. It keeps its projections, norms,
+    rotary embedding and variable paths, and has one new sublayer, `feature_map`. In linear mode its
+    `cache` is a recurrent state; in exact mode the layer computes the stock attention with the
+    learned kernel.
     """
 
-    # What the stock layer drops in training: single "weights", parts of the "output", or nothing.
+    # What the stock layer applies dropout to: the attention "weights", its "output", or nothing.
     drops: str | None = "weights"
 
     def get_attention(self) -> "DarkHubAttention":
@@ -50,10 +51,10 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         return self
 
     def darken(self, options: AttentionOptions) -> None:
-        """Puts the feature map in, and the geometry before the rotation in exact mode."""
+        """Adds the feature map, and has the rotary embedding apply the geometry in exact mode."""
         num_query_heads, num_heads, head_dim = self.family.head_sizes(self)
         feature_map = self.make_feature_map(num_heads, head_dim, num_query_heads, options)
-        # A bounded logit is no kernel of this kind. The block keeps the value.
+        # A dark kernel can't bound its logits. The block keeps the value.
         give(self, options=options, feature_map=feature_map, logit_soft_cap=None)
         build_at(feature_map, f"{self.path}/feature_map")
         mark_weights(self.dense_layers()[1])
@@ -63,7 +64,7 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
             become(rotary, rotary_cls, in_exact_mode=self.in_exact_mode)
 
     def in_exact_mode(self, x: Tensor) -> Tensor:
-        """What the rotary embedding does besides, in exact mode, to what the layer hands it."""
+        """What is rotated: in exact mode `x` with a geometry that sits before the rotation."""
         return x if self.is_linear else self.feature_map.before_rotation(x)
 
     @property
@@ -79,14 +80,14 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         return super()._compute_attention(self.feature_map.exact_query(query), *args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock layer's call; in linear mode `cache` is a state, the mask `(b, t)`."""
+        """The stock layer's call. In linear mode `cache` is a state, and the mask is `(b, t)`."""
         refuse_vllm(self)
         if self.is_linear:
             return self.call_linear(*args, **kwargs)
         return super().call(*args, **kwargs)
 
     def call_linear(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the blocks of Gemma call it."""
+        """Attends in linear mode, as the blocks of Gemma call it."""
         return self.attend_cached(*args, **kwargs)
 
     def attend_cached(
@@ -98,13 +99,13 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         cache_update_mask: Tensor = None,
         training: bool | None = None,
     ) -> Tensor:
-        """Linear attention and output projection; with a state also the next state.
+        """Linear attention and the output projection; with a state, also the next state.
 
         Args:
             x: `(b, t, d)`.
-            attention_mask: `(b, t)`, or `None` where every token counts. Without a state a padding
-                mask; with one, of `Code`.
-            cache: state of the tokens before, or `None`.
+            attention_mask: `(b, t)`, or `None` if every token counts. Without a state it is a
+                padding mask, with one it holds `Code` values.
+            cache: state of the preceding tokens, or `None`.
             cache_update_index: position of the first token; `None` for 0.
             cache_update_mask: not used.
             training: bool.
@@ -136,7 +137,7 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
         return output if cache is None else (output, state)
 
     def combine(self, output: Tensor) -> Tensor:
-        """The output projection of what heads attend to, `(b, t, n, h)`."""
+        """The output projection of the heads' outputs, `(b, t, n, h)`."""
         return part(self, "output_dense")(output)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -163,7 +164,7 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
             rotate_key=rotate,
             causal=self.family.causal,
             key_mask=None if code is None else ops.greater(ops.cast(code, "int32"), Code.PAD.value),
-            # What the stock layer let a query see, for those who compare with it.
+            # What the stock layer lets a query see, for observers that compare with it.
             attention_mask=None if self.observer is None else self._local_mask(x),
         )
 
@@ -176,21 +177,21 @@ class DarkHubAttention(FeatureAttention, DarkHubLayer):
 
 
 class LlamaAttention(DarkHubAttention):
-    """As the blocks of Llama call it, and of those built after it."""
+    """Attention as the blocks of Llama, and of families modelled on it, call it."""
 
     drops = "output"
 
     def call_linear(
         self, hidden_states: Tensor, attention_mask: Tensor = None, **kwargs: Any
     ) -> Tensor:
-        """Their blocks may hand on a mask `(b, t, 1)`."""
+        """Takes the mask as `(b, t)` or `(b, t, 1)`, as these blocks pass it on."""
         if attention_mask is not None and len(attention_mask.shape) == 3:
             attention_mask = ops.squeeze(attention_mask, axis=2)
         return self.attend_cached(hidden_states, attention_mask, **kwargs)
 
 
 class SmolLM3Attention(DarkHubAttention):
-    """As the blocks of SmolLM 3 call it; some of its layers have no positions."""
+    """Attention as the blocks of SmolLM 3 call it. Some of its layers have no positions."""
 
     drops = None
 
@@ -200,7 +201,7 @@ class SmolLM3Attention(DarkHubAttention):
         return self.use_rope
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of `x`: their projections are flat."""
+        """Queries, keys and values of `x`, from flat projections."""
         num_query_heads, num_heads, head_dim = self.family.head_sizes(self)
         return tuple(
             ops.reshape(y, (*ops.shape(y)[:2], heads, head_dim))
@@ -218,7 +219,7 @@ class SmolLM3Attention(DarkHubAttention):
         self_attention_cache_update_index: Tensor = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Their backbone also hands its own keyword arguments on, down to here."""
+        """Ignores other keyword arguments: the backbone passes its own on to every layer."""
         return self.attend_cached(
             hidden_states,
             attention_mask,
@@ -229,10 +230,10 @@ class SmolLM3Attention(DarkHubAttention):
 
 
 class GPTNeoXAttention(DarkHubAttention):
-    """As the blocks of GPT-NeoX call it: one projection to queries, keys and values."""
+    """Attention as the blocks of GPT-NeoX call it: one projection to queries, keys and values."""
 
     def dense_layers(self) -> tuple[Layer, Layer, Layer]:
-        """The projection, which is the same for all three."""
+        """The single projection, three times."""
         dense = part(self, "qkv_dense")
         return dense, dense, dense
 
@@ -247,18 +248,18 @@ class GPTNeoXAttention(DarkHubAttention):
     def call_linear(
         self, hidden_states: Tensor, attention_mask: Tensor = None, **kwargs: Any
     ) -> Tensor:
-        """Their blocks expect a cache back in any case."""
+        """Always returns a cache, as these blocks expect; it is `None` if they passed none."""
         result = self.attend_cached(hidden_states, attention_mask, **kwargs)
         return result if kwargs.get("cache") is not None else (result, None)
 
 
 class EsmAttention(DarkHubAttention):
-    """As the blocks of ESM call it: flat projections, and attention in one piece."""
+    """Attention as the blocks of ESM call it: flat projections, and one method for all of it."""
 
     drops = None
 
     def in_exact_mode(self, x: Tensor) -> Tensor:
-        """The rotary embedding is the last that queries go through before attention."""
+        """Applies the kernel to queries, whose last step before attention is the rotation."""
         return x if self.is_linear else self.feature_map.exact_query(x)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -272,7 +273,7 @@ class EsmAttention(DarkHubAttention):
 
 
 class MultiHeadAttention(DarkHubAttention):
-    """Self-attention by Keras' `MultiHeadAttention`, with KerasHub's cache or without."""
+    """Self-attention by Keras' `MultiHeadAttention`, with or without KerasHub's cache."""
 
     def call_linear(
         self,
@@ -287,10 +288,10 @@ class MultiHeadAttention(DarkHubAttention):
         use_causal_mask: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Their blocks may hand on a mask `(b, 1, t)`; keys and values are the queries.
+        """Takes the mask as `(b, t)` or `(b, 1, t)`; keys and values are the queries.
 
-        Keras fills in the masks `(b, t)` that its layers hand on; what comes out for a query that
-        is padding does not matter.
+        Keras fills in the masks `(b, t)` that its layers propagate. The output for a padding query
+        does not matter.
         """
         if return_attention_scores:
             raise ValueError(
@@ -299,20 +300,20 @@ class MultiHeadAttention(DarkHubAttention):
             )
         if use_causal_mask:
             raise ValueError(
-                "`use_causal_mask=True` would change what this layer computes: it attends as the "
-                "blocks of its family do."
+                "`use_causal_mask=True` would change what this layer computes, which its "
+                "family's blocks determine."
             )
         if attention_mask is not None and len(attention_mask.shape) == 3:
             if attention_mask.shape[1] != 1:
                 raise ValueError(
-                    "Linear attention takes a padding mask, not one of pairs of tokens. Received: "
-                    f"`attention_mask` of shape {tuple(attention_mask.shape)}"
+                    "`attention_mask` must be a padding mask in linear mode, not a mask of token "
+                    f"pairs. Received: shape {tuple(attention_mask.shape)}"
                 )
             attention_mask = ops.squeeze(attention_mask, axis=1)
         for mask in (value_mask, key_mask):
             if mask is not None:
                 mask = ops.cast(mask, "int32")
-                if attention_mask is not None:  # which may be of `Code`
+                if attention_mask is not None:  # it may hold `Code` values
                     mask = mask * ops.cast(attention_mask, "int32")
                 attention_mask = mask
         return self.attend_cached(query, attention_mask, **kwargs)

@@ -26,7 +26,7 @@ class PresetLoading(CheckedWeights, Mixin):
     """`from_preset` of a dark class, for dark presets and for stock ones.
 
     Attributes:
-        stock_cls: the KerasHub class the dark one is made of.
+        stock_cls: the KerasHub class that the dark one extends.
     """
 
     stock_cls: Any
@@ -36,22 +36,22 @@ class PresetLoading(CheckedWeights, Mixin):
         """Loads a dark preset as it is, or loads a stock preset and converts it.
 
         Args:
-            preset: as for the stock class, such as `"gemma_2b_en"` or `"hf://user/name"`, or a
-                directory `save_to_preset` wrote, or one in the layout of Hugging Face.
-            load_weights: bool.
-            **kwargs: for a stock preset, the arguments of `convert_to_dark`; others go to
-                `keras_hub`, such as `dtype`.
+            preset: as for the stock class: a name such as `"gemma_2b_en"` or `"hf://user/name"`, a
+                directory that `save_to_preset` wrote, or one in the Hugging Face layout.
+            load_weights: bool. Whether to load the weights, or leave them at random.
+            **kwargs: for a stock preset, the options of `ConversionOptions`; all others, such as
+                `dtype`, go to KerasHub.
 
         Returns:
             The dark model or backbone.
 
         Raises:
-            ValueError: if arguments of the conversion are given for a dark preset, which has its
-                own, the preset is of another class, or the model can't be converted.
+            ValueError: if conversion options are given for a dark preset, which has its own, the
+                preset holds a model of another class, or the model can't be converted.
 
         Warns:
-            UserWarning: as `convert_to_dark` does; and for what KerasHub leaves out of a checkpoint
-                in the layout of Hugging Face.
+            UserWarning: as `convert_to_dark` does, and for what KerasHub leaves out of a checkpoint
+                in the Hugging Face layout.
 
         Example:
 
@@ -65,9 +65,9 @@ class PresetLoading(CheckedWeights, Mixin):
             expected = getattr(cls, "backbone_cls", cls).stock_cls
             if found is not expected:
                 raise ValueError(
-                    f"Preset {preset!r} has a {found.__name__}, and {cls.__name__} is made of a "
-                    f"{expected.__name__}. Call `from_preset` of the dark class of its own family, "
-                    "or load it with keras_hub and pass it to `convert_to_dark`."
+                    f"Preset {preset!r} has a {found.__name__}, but {cls.__name__} needs a "
+                    f"{expected.__name__}. Call `from_preset` of the dark class for that family, "
+                    "or load the model with keras_hub and pass it to `convert_to_dark`."
                 )
             options = ConversionOptions(**dark)
             stock = cls.stock_cls.from_preset(preset, load_weights, **others)
@@ -75,18 +75,18 @@ class PresetLoading(CheckedWeights, Mixin):
             return convert(stock, cls, options)
         if dark:
             raise ValueError(
-                f"Preset {preset!r} is dark already and is loaded as it was saved. Arguments of "
-                f"the conversion go with stock presets only. Received: {sorted(dark)}"
+                f"Preset {preset!r} is dark already and is loaded as it was saved. Conversion "
+                f"options are for stock presets only. Received: {sorted(dark)}"
             )
         return super().from_preset(preset, load_weights, **others)
 
 
 class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
-    """Turns a KerasHub backbone, its base class in Python, dark.
+    """Mixin that makes a KerasHub backbone dark.
 
     Attributes:
-        family: the `Family` or `Tower` this backbone is of.
-        stock_cls: the KerasHub class this one is made of.
+        family: the `Family` or `Tower` that this backbone belongs to.
+        stock_cls: the KerasHub class that this one extends.
         options: `ConversionOptions`, resolved.
     """
 
@@ -113,14 +113,14 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
 
     @classmethod
     def _resolve(cls, backbone: Model, options: ConversionOptions) -> ConversionOptions:
-        """The options for just this backbone, once all is checked that could be wrong."""
+        """Checks the options against this backbone and resolves them."""
         family = cls.family
         if (reason := family.refuse(backbone)) is not None:
             raise ValueError(reason)
         if options.memory and not family.causal:
             raise ValueError(
-                "`sliding_window` and `num_sinks` need causal attention; that of "
-                f"{family.name} goes in both directions. Received: {options.memory}"
+                "`sliding_window` and `num_sinks` need causal attention, but "
+                f"{family.name} attends in both directions. Received: {options.memory}"
             )
         placement = placement_of(options)
         if placement.needs_rotation and (family.rotary is None or not family.rotates_all):
@@ -146,11 +146,11 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
             linear = layer.is_linear
             if (soft_cap := self.family.soft_cap(self, index)) is not None:
                 what = f"soft cap of the attention logits at {soft_cap}"
-                why = "A bounded logit is no dark kernel."
+                why = "A dark kernel can't bound its logits."
                 found.setdefault((what, why), []).append(index)
             if linear and (window := self.family.window(layer)):
                 what, memory = f"sliding window of {window} tokens", layer.feature_map.memory
-                why = f"These layers now see a memory of their own, {memory}."
+                why = f"These layers now see a memory of their own: {memory}."
                 has_features = layer.feature_map.num_features > 0
                 if has_features:
                     why = "Features sum over all the past; these layers now see all of it."
@@ -187,13 +187,13 @@ class DarkBackbone(LoraBackbone, PresetLoading, Recorded, TransformersExport):
 def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = None) -> Any:
     """Makes a stock task or backbone dark, in place, and compiles it as it, or `like`, was.
 
-    So are other models that hold its layers. On any error all is what it was.
+    Other models that hold its layers are compiled again, too. On any error nothing is changed.
 
     Args:
         model: the stock model.
-        dark_cls: what it becomes.
+        dark_cls: the dark class it becomes.
         options: of the conversion.
-        like: the model that this one is a twin of.
+        like: the model that this one is a copy of, or `None`.
 
     Returns:
         The model.
@@ -212,15 +212,15 @@ def convert(model: Any, dark_cls: Any, options: ConversionOptions, like: Any = N
 
 
 def _parts(model: Any) -> list[Any]:
-    """A backbone, or a task's and the task."""
+    """The backbone and, for a task, the task."""
     return [model.backbone, model] if hasattr(model, "backbone") else [model]
 
 
 @functools.cache
 def option_names(stock_cls: type) -> dict[str, str]:
-    """What the options of a conversion are called beside a stock class's arguments.
+    """The names of the conversion options among a stock class's arguments.
 
-    Mistral, for one, has a `sliding_window` of its own; ours is `dark_sliding_window` there.
+    Mistral, for example, has its own `sliding_window`, so ours is `dark_sliding_window` there.
     """
     taken = inspect.signature(stock_cls).parameters
     names = ConversionOptions.names()

@@ -22,7 +22,7 @@ NO_PREPROCESSOR = "# It was saved without a preprocessor, and takes token ids."
 FEATURES = {
     "dark": "random features with a learned geometry (DARKFormer)",
     "exponential": "exponential features without a geometry",
-    "none": "no features, the exact memory alone",
+    "none": "no features, only the exact memory",
 }
 CARD = """---
 library_name: keras-hub
@@ -34,8 +34,8 @@ library_name: keras-hub
 
 # {name}
 
-A `keras_hub.models.{source}` whose softmax attention was replaced by attention in linear time, by
-`keras_darkformer`. It is not the model it was converted from: see the last section.
+A `keras_hub.models.{source}` whose softmax attention was replaced with linear-time attention by
+`keras_darkformer`. It does not behave exactly like its source: see the last section.
 
 ## What was converted
 
@@ -51,7 +51,7 @@ A `keras_hub.models.{source}` whose softmax attention was replaced by attention 
 
 ## How to use it
 
-It needs the package `keras-darkformer` with its extra `hub`, and TensorFlow, JAX or PyTorch.
+The model needs the package `keras-darkformer` with its extra `hub`, and TensorFlow, JAX or PyTorch.
 Without the package it can't be loaded, since KerasHub does not know its classes.
 
 ```python
@@ -66,15 +66,15 @@ model = keras_hub.models.{kind}.from_preset("hf://USER/MODEL")  # or kaggle://..
 
 ## What it is not
 
-It is no estimate of softmax attention: its layers have a kernel of their own, fitted or trained,
-and what was measured of the model it was converted from does not hold for it. Sums of constant size
-can't keep everything: what a text says once, far away, is lost first. So measure it on texts of
-your own, which it was not fitted to:
+The model is not an estimate of softmax attention: its layers have their own kernel, fitted or
+trained, so measurements of its source do not hold for it. A state of constant size can't keep
+everything: what a text says only once, far back, is lost first. So measure the model on your own
+texts, which it was not fitted to:
 
 ```python
 from keras_darkformer import approximation_report
 
-print(approximation_report(model, texts))  # each layer beside softmax of its queries and keys
+print(approximation_report(model, texts))  # each layer against softmax of its queries and keys
 {loss}```
 """
 LOSS = """
@@ -82,8 +82,8 @@ import keras
 
 loss = keras.losses.SparseCategoricalCrossentropy(
     from_logits=True, reduction="mean_with_sample_weight")
-model.compile(loss=loss)  # and the model it was converted from, to compare
-model.evaluate(texts)  # nats a token; texts are cut at model.preprocessor.sequence_length
+model.compile(loss=loss)  # compile its source in the same way, to compare
+model.evaluate(texts)  # nats per token; texts are cut at model.preprocessor.sequence_length
 """
 
 
@@ -113,13 +113,13 @@ def _converted(model: Any) -> str:
         alike.setdefault(_layer(attention, backbone.family.causal), []).append(index)
     rows = [[_ranges(layers), *facts] for facts, layers in alike.items()]
     parts = [
-        f"{len(report['converted'])} of {len(report['layers'])} layers, of a model of "
+        f"{len(report['converted'])} of {len(report['layers'])} layers, in a model with "
         f"{report['parameters']:,} parameters:",
         _table(["layers", "attention", "features of each key/value head", "state"], rows),
     ]
     if backbone.family.causal and backbone.options.is_linear:
         parts.append(
-            f"States are those of one text in {backbone.compute_dtype}, however long it is. "
+            f"State sizes are for one text of any length, in {backbone.compute_dtype}. "
             + _memory(backbone.options.memory)
         )
     if report["dropped"]:
@@ -135,7 +135,7 @@ def _converted(model: Any) -> str:
 
 def _layer(attention: Any, causal: bool) -> tuple[str, ...]:
     """How a layer attends, its features and its state."""
-    cache = "key/value cache, grows with the text" if causal else ""
+    cache = "key/value cache that grows with the text" if causal else ""
     if not isinstance(attention, FeatureAttention):
         return "exact softmax", "", cache
     feature_map = attention.feature_map
@@ -155,7 +155,7 @@ def _memory(memory: Memory) -> str:
     parts = (
         (memory.window, "the last {:,} tokens (`sliding_window`)"),
         (memory.num_sinks, "the first {:,} (`num_sinks`)"),
-        (memory.cache_size, "{:,} between that received most attention (`cache_size`)"),
+        (memory.cache_size, "{:,} in between that received most attention (`cache_size`)"),
     )
     kept = [text.format(size) for size, text in parts if size]
     return f"Kept exactly: {', '.join(kept)}." if kept else "No token is kept exactly."
@@ -163,7 +163,7 @@ def _memory(memory: Memory) -> str:
 
 def _fitted(record: Config | None) -> str:
     if record is None:
-        return "Not known: no record of it was saved with the model."
+        return "Unknown: no record of it was saved with the model."
     record = as_json(record)
     stages = [{"name": "the source, exact", **record.get("exact", {})}, *record.get("stages", [])]
     numbers = (name for stage in stages for name, x in stage.items() if isinstance(x, int | float))
@@ -180,11 +180,11 @@ def _fitted(record: Config | None) -> str:
     ]
     parts = [_table(["after", *figures, "tokens", "seconds", "kept"], rows)]
     if "cosine" in figures:
-        parts.append("`cosine` is that of the outputs and the source's; 1 is the same.")
+        parts.append("`cosine` compares the outputs with the source's; 1 means the same.")
     if {"text", "lookups"} & {*figures}:
         parts.append(
-            "Losses are nats a token on text held out from all fitting, of the text itself (`text`)"
-            " and of segments that come again in it (`lookups`)."
+            "Losses are in nats per token, on text held out from all fitting: of the text itself "
+            "(`text`) and of segments repeated in it (`lookups`)."
         )
     for title in ("data", "options"):
         if record.get(title):

@@ -19,11 +19,11 @@ from keras_darkformer.types import Layer, Model, Tensor
 
 
 class DarkTask(PresetLoading, Recorded):
-    """Turns a KerasHub task, its base class in Python, dark.
+    """Mixin that makes a KerasHub task dark.
 
     Attributes:
-        stock_cls: the KerasHub class this one is made of.
-        backbone_cls: the dark backbone in it.
+        stock_cls: the KerasHub class that this one extends.
+        backbone_cls: the class of its dark backbone.
     """
 
     backbone_cls: type[DarkBackbone]
@@ -36,14 +36,14 @@ class DarkTask(PresetLoading, Recorded):
 
 
 class DarkCausalLM(DarkTask, TransformersExport):
-    """Turns a KerasHub causal LM dark.
+    """Mixin that makes a KerasHub causal LM dark.
 
-    Generation carries a tuple with one entry a layer: a recurrent state for linear layers, whose
-    size does not depend on the length, and the stock key/value cache for layers left exact.
+    Generation carries a tuple with one entry per layer: a recurrent state for linear layers, whose
+    size does not depend on the length, and the stock key/value cache for exact layers.
 
     Attributes:
-        prefill_size: tokens of a prompt that go through the layers at once; a longer prompt goes
-            piece by piece, in memory that does not grow with it. `None` for all at once.
+        prefill_size: int. Prompt tokens that go through the layers at once. A longer prompt is read
+            in pieces, in memory that does not grow with its length. `None` reads all of it at once.
     """
 
     prefill_size: int | None = 2048
@@ -51,28 +51,29 @@ class DarkCausalLM(DarkTask, TransformersExport):
 
     @classmethod
     def take_over(cls, model: Model, options: ConversionOptions) -> Model:
-        """As for other tasks; refuses a model compiled for speculative sampling first."""
+        """Converts as other tasks do, but refuses a model compiled for speculative sampling."""
         if options.is_linear:
             _refuse_speculative(getattr(model, "sampler", None))
         return super().take_over(model, options)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As the stock model's.
+        """Compiles the model as the stock model does.
 
         Raises:
-            ValueError: for a speculative sampler, which has to roll the recurrent state back.
+            ValueError: for a speculative sampler, which would have to roll the recurrent state
+                back.
         """
         if self._is_recurrent() and "sampler" in kwargs:
             _refuse_speculative(get_sampler(kwargs["sampler"]))
         super().compile(*args, **kwargs)
 
     def make_generate_function(self) -> Tensor:
-        """The compiled part of `generate`, behind a look at its prompts."""
+        """The compiled part of `generate`, preceded by a check of the prompts."""
         if self.generate_function is None:
             generate = super().make_generate_function()
 
             def checked(inputs: Any, stop_token_ids: Any = None) -> Tensor:
-                if not len(inputs["token_ids"]):  # XLA has no loop over nothing
+                if not len(inputs["token_ids"]):  # XLA can't loop over nothing
                     return inputs
                 if self._is_recurrent():
                     _refuse_empty(inputs["padding_mask"])
@@ -92,17 +93,18 @@ class DarkCausalLM(DarkTask, TransformersExport):
         cache_update_index: Tensor,
         padding_mask: Tensor = None,
     ) -> Tensor:
-        """Logits of tokens that follow those in the cache.
+        """Logits for tokens that follow those in the cache.
 
         Args:
             token_ids: int tensor of shape `(b, t)`.
-            cache: tuple with one entry a layer, from `get_initial_cache` or an earlier call.
+            cache: tuple with one entry per layer, from `get_initial_cache` or an earlier call.
             cache_update_index: int or int tensor, the position of the first of these tokens.
-            padding_mask: `(b, t)`, for linear layers only: what each token is to them, see
-                `hub.attention.Code`. `None` for all to enter the new states.
+            padding_mask: `(b, t)`, for linear layers only: how they treat each token, see
+                `hub.attention.Code`. `None` has all tokens enter the new states.
 
         Returns:
-            `(logits, hidden_states, cache)`.
+            `(logits, hidden_states, cache)`, of which logits are `(b, t, vocabulary)` and hidden
+            states `(b, t, d)`.
         """
         hidden_states, cache = self._run_layers(token_ids, cache, cache_update_index, padding_mask)
         logits = self.backbone.token_embedding(hidden_states, reverse=True)
@@ -112,7 +114,7 @@ class DarkCausalLM(DarkTask, TransformersExport):
         self, token_ids: Tensor, cache: Tensor, cache_update_index: Tensor, padding_mask: Tensor
     ) -> Tensor:
         backbone, family = self.backbone, self.backbone.family
-        # The blocks of SmolLM 3 take it beside the cache, where Keras wants tensors only.
+        # The blocks of SmolLM 3 take it next to the cache, where Keras accepts tensors only.
         cache_update_index = ops.convert_to_tensor(cache_update_index, dtype="int32")
         x = family.embed(backbone, token_ids, cache_update_index)
         entries = []
@@ -120,8 +122,8 @@ class DarkCausalLM(DarkTask, TransformersExport):
             backbone.transformer_layers, backbone.attention_layers, cache, strict=True
         ):
             arguments = {
-                # Exact layers need none: in a row padded behind, the causal mask hides padding
-                # until it is overwritten.
+                # Exact layers need none: rows are padded on the right, and the causal mask hides
+                # padding until it is overwritten.
                 family.padding_argument: padding_mask if is_linear(attention) else None,
                 family.cache_argument: entry,
                 f"{family.cache_argument}_update_index": cache_update_index,
@@ -131,14 +133,15 @@ class DarkCausalLM(DarkTask, TransformersExport):
         return getattr(backbone, family.output_norm)(x), tuple(entries)
 
     def get_initial_cache(self, batch_size: Tensor, max_length: Tensor) -> Tensor:
-        """What generation carries before the first token.
+        """The cache that generation starts with.
 
         Args:
             batch_size: int, or scalar int tensor.
-            max_length: int, the longest sequence layers left exact can hold.
+            max_length: int. Longest sequence, in tokens, that exact layers can hold.
 
         Returns:
-            A tuple with one entry a layer. A linear layer's is a state, see `ops.initial_state`.
+            A tuple with one entry per layer. A linear layer's entry is a state, see
+            `ops.initial_state`.
         """
         return tuple(
             attention.feature_map.get_initial_state(batch_size, dtype=attention.compute_dtype)
@@ -148,11 +151,11 @@ class DarkCausalLM(DarkTask, TransformersExport):
         )
 
     def cache_bytes(self, max_length: int, exact: bool = False) -> int:
-        """Bytes that generation carries for one text.
+        """Number of bytes that generation carries for one text.
 
         Args:
-            max_length: int, the longest it may get.
-            exact: bool. As if all layers had been left exact.
+            max_length: int. Longest text, in tokens.
+            exact: bool. Whether to count as if all layers had been left exact.
         """
         if exact:
             layers = self.backbone.attention_layers
@@ -172,11 +175,11 @@ class DarkCausalLM(DarkTask, TransformersExport):
         return ops.zeros(both, dtype=self.compute_dtype)
 
     def _prefill_mask(self, padding_mask: Tensor, start: Tensor) -> Tensor:
-        """Codes of a padded batch of prompts from which sampling goes on at `start`.
+        """Codes for a padded batch of prompts, which sampling continues at `start`.
 
-        The sampler begins at the shortest prompt, `start = min(length)`, with the token before it,
-        and feeds every later prompt token again. A key/value cache may be written twice, a state
-        may not: only positions before `start - 1` enter it now.
+        Sampling begins at the end of the shortest prompt, `start = min(length)`. It feeds the token
+        before that position first, and every later prompt token again. A key/value cache may be
+        written twice but a state may not, so only positions before `start - 1` enter the state now.
         """
         position = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
         real = ops.where(position[None, :] < start - 1, Code.WRITE.value, Code.ATTEND.value)
@@ -189,7 +192,7 @@ class DarkCausalLM(DarkTask, TransformersExport):
         size = self.prefill_size
         if size is None or not isinstance(length, int) or length <= size:
             return self._run_layers(token_ids, cache, 0, codes)
-        # What does not fill a piece comes first: a piece that reached behind the end would ask for
+        # The shorter piece comes first: as the last one, padded to full size, it would ask for
         # positions that a table may not have.
         first = length % size or size
         found, cache = self._run_layers(token_ids[:, :first], cache, 0, codes[:, :first])
@@ -211,12 +214,12 @@ class DarkCausalLM(DarkTask, TransformersExport):
         """Generates for one batch: the compiled part of `generate`.
 
         Args:
-            inputs: dict of `token_ids` and `padding_mask`, `(b, max_length)`, prompts padded
-                behind.
+            inputs: dict of `token_ids` and `padding_mask`, `(b, max_length)`, with prompts padded
+                on the right.
             stop_token_ids: tuple of ids that end a row, or `None`.
 
         Returns:
-            The dict, filled.
+            A dict of the same two tensors, with the generated tokens.
         """
         token_ids, padding_mask = inputs["token_ids"], ops.cast(inputs["padding_mask"], "bool")
         start = ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1))
@@ -247,26 +250,25 @@ class DarkCausalLM(DarkTask, TransformersExport):
 
 
 def is_linear(attention: Layer) -> bool:
-    """Whether an attention layer carries a state, not a key/value cache."""
+    """Whether an attention layer carries a state rather than a key/value cache."""
     return getattr(attention, "is_linear", False)
 
 
 def _refuse_speculative(sampler: Any) -> None:
     if isinstance(sampler, SpeculativeSampler):
         raise ValueError(
-            "Speculative sampling is refused: it feeds drafted tokens and takes back those that "
-            "are not accepted. A recurrent state can't be rolled back to the accepted ones, as a "
-            "key/value cache can, which is overwritten. Use another sampler, or convert with "
-            '`attention_mode="exact"`.'
+            "Speculative sampling is refused: it feeds drafted tokens and takes the rejected ones "
+            "back. A key/value cache is simply overwritten, but a recurrent state can't be rolled "
+            'back. Use another sampler, or convert with `attention_mode="exact"`.'
         )
 
 
 def _refuse_empty(padding_mask: Tensor) -> None:
     lengths = np.sum(ops.convert_to_numpy(padding_mask) != 0, axis=-1)
     if (lengths == 0).any():
-        # The sampler would begin with a token from behind: a key/value cache is overwritten later,
-        # the states of all rows would keep it.
+        # The sampler would begin with the last token of the row. A key/value cache overwrites it
+        # later, but the states of all rows would keep it.
         raise ValueError(
-            "Every prompt needs at least one token to go on from, such as the start token. "
+            "Every prompt needs at least one token to continue, such as the start token. "
             f"Received prompts of lengths {lengths.tolist()}."
         )

@@ -1,4 +1,4 @@
-"""`convert_to_dark`: softmax attention out, linear attention in."""
+"""`convert_to_dark` for KerasHub models, and the dark classes they become."""
 
 from typing import Any
 
@@ -11,57 +11,57 @@ from keras_darkformer.options import ConversionOptions, shows_options
 from keras_darkformer.types import Config, Model
 
 _OF_FAMILIES = [dark_classes(family) for family in (*FAMILIES, *TOWERS)]
-# By their names, and by their stock classes.
+# By name, and by stock class.
 DARK_CLASSES = {dark.__name__: dark for classes in _OF_FAMILIES for dark in classes.values()}
 BY_STOCK_CLASS = {stock: dark for classes in _OF_FAMILIES for stock, dark in classes.items()}
 
 
 @shows_options(ConversionOptions)
 def convert_to_dark(model: Model, *, copy: bool = False, **kwargs: Any) -> Model:
-    """Replaces the softmax attention of a KerasHub model by DARKFormer attention.
+    """Replaces the softmax attention of a KerasHub model with DARKFormer attention.
 
-    `keras_darkformer.convert_to_dark` comes to this for models of KerasHub.
+    `keras_darkformer.convert_to_dark` calls this function for KerasHub models.
 
-    The model is converted in place and returned: no second copy of its weights is made, and the
-    object passed in is the dark model afterwards. Convert a causal LM whole, not by its backbone:
-    the task around it would not know. Pass `copy=True` to leave it as it is and get a converted
-    copy. All weights of the stock model stay, under their paths; each converted layer gains those
-    of a feature map, under `feature_map/`, in float32.
+    The model is converted in place and returned: its weights are not copied, and the object passed
+    in is the dark model afterwards. Pass `copy=True` to leave it as it is and get a converted copy.
+    Convert a causal LM as a whole: a task does not notice when only its backbone is converted. All
+    stock weights keep their paths. Each converted layer gains the weights of a feature map, in
+    float32, under `feature_map/`.
 
     A freshly converted model estimates a different kernel and is worse than the one it came from:
     `calibrate` it, then `transfer_attention` or `distil`.
 
-    If the model was compiled, it is compiled again with the same loss, metrics, sampler and
-    learning rate, your own objects too. An optimizer that has been built is made anew, as it does
-    not know the new weights. Other models that hold its layers are compiled again, too. A copy has
-    an optimizer of its own, and metrics of its own where their configs tell how to make them.
+    A compiled model is compiled again with the same loss, metrics, sampler and learning rate,
+    custom objects included, and so are other models that hold its layers. An optimizer that is
+    already built is rebuilt from its config, as it does not know the new weights. A copy gets its
+    own optimizer, and its own metrics where their configs allow it.
 
     Args:
-        model: a causal LM or backbone of `keras_hub.models`: Gemma (1 and 2), Gemma3 (text), Llama,
-            Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3, Qwen3Moe, Phi3, SmolLM3,
-            GPT2, OPT or GPTNeoX; or a backbone, masked LM or classifier of Bert, Roberta,
-            XLMRoberta, DistilBert, Electra or ESM (2), whose attention goes in both directions; or
-            a model of images or sounds: ViT, DeiT, DINOV2, the encoders of CLIP and SigLIP, Whisper
-            or Moonshine, of which the encoder's self-attention is converted.
-        copy: bool. Convert a copy; needs memory for two models. It is in the state of the model:
-            LoRA is enabled, layers are quantized and frozen as they are there.
+        model: a model of `keras_hub.models`. It may be a causal LM or backbone: Gemma (1 and 2),
+            Gemma3 (text), Llama, Llama3, Mistral, Mixtral, Qwen (2 and 2.5), QwenMoe, Qwen3,
+            Qwen3Moe, Phi3, SmolLM3, GPT2, OPT or GPTNeoX; a bidirectional backbone, masked LM or
+            classifier: Bert, Roberta, XLMRoberta, DistilBert, Electra or ESM (2); or a model of
+            images or sounds: ViT, DeiT, DINOV2, the encoders of CLIP and SigLIP, and Whisper and
+            Moonshine, whose encoder's self-attention is converted.
+        copy: bool. Whether to convert a copy, which needs memory for two models. The copy has the
+            model's LoRA, quantization and frozen layers.
         **kwargs: the options of `ConversionOptions`: `num_features`, `layers`, `attention_mode`,
             `geometry_scale`, `sliding_window` and others.
 
     Returns:
-        The dark model, of the class in `keras_darkformer.hub` that has `Dark` before its name:
-        `DarkGemmaCausalLM`, `DarkBertBackbone`.
+        The dark model. Its class is in `keras_darkformer.hub` and has the stock name with `Dark` in
+        front, such as `DarkGemmaCausalLM` or `DarkBertBackbone`.
 
     Raises:
-        TypeError: for an option that is unknown.
-        ValueError: with the reason, if the model is of no class that can be converted, is dark
-            already or can't be expressed (vision or bidirectional attention), an argument is out of
-            range, or an optimizer has to be made anew and its config does not tell how. After any
-            error the model is as it was.
+        TypeError: for an unknown option.
+        ValueError: if the model's class can't be converted, the model is dark already or attends in
+            a way that can't be expressed (such as image tokens that attend in both directions), an
+            argument is out of range, or an optimizer can't be rebuilt from its config. The message
+            gives the reason. After any error the model is as it was.
 
     Warns:
         UserWarning: for what the converted layers no longer do: a soft cap of the attention logits,
-            a sliding window, dropout of single weights.
+            a sliding window, dropout of single attention weights.
 
     Example:
 
@@ -102,16 +102,16 @@ def dark_class_of(model: Model) -> Any:
         )
     if parts := _convertible(model):
         raise ValueError(
-            f"`model` can't be converted whole: {type(model).__name__}. Convert the models in it: "
-            f"{[part.name for part in parts]}, each by `convert_to_dark`."
+            f"`model` can't be converted whole: {type(model).__name__}. Convert the models in it "
+            f"by themselves, with `convert_to_dark`: {[part.name for part in parts]}."
         )
     dark_cls = dark_class(type(model))
     expected = getattr(dark_cls, "backbone_cls", dark_cls).stock_cls
     backbone = getattr(model, "backbone", model)
     if type(backbone) is not expected:
         raise ValueError(
-            f"`model` can't be converted: a {type(model).__name__} is known around a "
-            f"{expected.__name__}. Received: one around a {type(backbone).__name__}"
+            f"`model` can't be converted: a {type(model).__name__} must hold a "
+            f"{expected.__name__}. Received: one that holds a {type(backbone).__name__}"
         )
     return dark_cls
 
@@ -125,16 +125,16 @@ def dark_class(stock: type) -> Any:
     if stock not in BY_STOCK_CLASS:
         raise ValueError(
             f"`model` can't be converted: {stock.__module__}.{stock.__name__}. "
-            f"{_reason(stock)} Convertible are, from keras_hub.models: "
+            f"{_reason(stock)} Of keras_hub.models, these can be: "
             f"{', '.join(cls.__name__ for cls in BY_STOCK_CLASS)}."
         )
     return BY_STOCK_CLASS[stock]
 
 
 def _convertible(model: Model) -> list[Any]:
-    """The models in a model of no known class that can be converted by themselves.
+    """The models inside a model of no known class that can be converted by themselves.
 
-    Not those in what generates: it would go on with a cache of keys and values.
+    A model that generates has none: it would keep using a key/value cache.
     """
     if hasattr(model, "generate") or any(x in BY_STOCK_CLASS for x in type(model).__mro__):
         return []
@@ -144,13 +144,13 @@ def _convertible(model: Model) -> list[Any]:
 def _reason(cls: type) -> str:
     stock = next((base for base in cls.__mro__ if base in BY_STOCK_CLASS), None)
     if stock is not None:
-        return f"It subclasses {stock.__name__}, and what it changes there would be lost silently."
+        return f"It subclasses {stock.__name__}, and its changes would be lost silently."
     for family, reason in INEXPRESSIBLE.items():
         if cls.__name__.startswith(family):
             return reason
     if not cls.__module__.startswith("keras_hub."):
         return (
-            "It is no model of KerasHub. `keras_darkformer.convert_to_dark`, `calibrate` and "
+            "It is not a KerasHub model. `keras_darkformer.convert_to_dark`, `calibrate` and "
             "`transfer_attention` take other Keras models, too."
         )
     return "There is no conversion for this class."

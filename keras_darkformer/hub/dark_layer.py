@@ -1,4 +1,4 @@
-"""Blocks and attention layers of KerasHub that are dark."""
+"""Dark blocks and attention layers of KerasHub."""
 
 from typing import Any
 
@@ -11,27 +11,27 @@ from keras_darkformer.types import Config
 
 
 class DarkHubLayer(DarkLayer):
-    """Turns a KerasHub block or attention layer, its base class in Python, dark.
+    """Mixin that makes a KerasHub block or attention layer dark.
 
     Attributes:
-        family: the `Family` this layer is of.
+        family: the `Family` that this layer belongs to.
     """
 
     family: Any
 
     def stock_config(self) -> Config:
-        """The config of the stock layer, with what KerasHub's own leaves out."""
+        """The stock layer's config, with the arguments that KerasHub's own config leaves out."""
         return layer_config(self, self.stock_cls)
 
 
 class DarkBlock(CheckedWeights, DarkHubLayer):
-    """Turns a KerasHub block dark: its attention, and the mask that it makes for it."""
+    """Mixin that makes a KerasHub block dark: its attention, and the mask it makes for it."""
 
     def get_attention(self) -> Any:
         """The block's attention layer."""
         return self.family.attention_of(self)
 
     def darken(self, options: AttentionOptions) -> None:
-        """Has the block's attention layer become dark."""
+        """Makes the block's attention layer dark."""
         attention = self.get_attention()
         dark_subclass(self.family.dark_attention_cls, type(attention)).take_over(attention, options)

@@ -65,8 +65,8 @@ def _refuse_esm(backbone: Model) -> str | None:
     if backbone.position_embedding_type == "rotary":
         return None
     return (
-        "This ESM has absolute positions (ESM-1). Its layers compute attention in one piece, and "
-        "there is no place for a geometry in it. ESM-2, with rotary positions, can be converted."
+        "This ESM has absolute positions (ESM-1). Its layers compute attention in one step, which "
+        "leaves no place for a geometry. ESM-2, with rotary positions, can be converted."
     )
 
 
@@ -83,8 +83,8 @@ def _refuse_export_of_gemma(backbone: Model) -> str | None:
     if like_2b and backbone.num_query_heads * backbone.head_dim == backbone.hidden_dim:
         return None
     return (
-        "KerasHub's export is right for models built like Gemma 1 2B only: of others it mixes up "
-        "heads, keeps the first of the key/value heads, and leaves out what Gemma 2 has more."
+        "KerasHub's export is right only for models built like Gemma 1 2B. For others it mixes up "
+        "heads, keeps only the first key/value head, and leaves out what Gemma 2 adds."
     )
 
 
@@ -108,7 +108,7 @@ _QWEN3: dict[str, Any] = _LLAMA | {"norms": private.QWEN3_NORMS, "window": _wind
 def _causal_lm(
     name: str, block: type, attention: type, layout: Mapping[str, Any], **others: Any
 ) -> Family:
-    """A family whose classes are called as KerasHub calls them."""
+    """A family whose class names follow KerasHub's pattern."""
     return Family(
         name=name,
         backbone=getattr(models, f"{name}Backbone"),
@@ -255,7 +255,7 @@ def _blocks(name: str) -> Callable[[Any], list[Layer]]:
 
 
 # The pooling heads of SigLIP, where a single query attends, and the decoders of Whisper and
-# Moonshine are left as they are.
+# Moonshine stay as they are.
 TOWERS = (
     Tower(
         "ViT",
@@ -283,11 +283,11 @@ TOWERS = (
     ),
 )
 
-# Why others can't be converted, by how the names of their classes begin.
+# Why other families can't be converted, by the prefix of their class names.
 INEXPRESSIBLE = {
     "Bloom": "Its logits have linear position biases (ALiBi).",
     "Falcon": "Its logits have linear position biases (ALiBi).",
-    "T5Gemma": "It is an encoder and a decoder that attends to it.",
+    "T5Gemma": "It is an encoder-decoder with cross-attention.",
     "T5": "Its logits have learned relative position biases.",
     "Deberta": "Its logits have products of content and relative position.",
     "XLNet": "Its logits have products of content and relative position.",
@@ -295,14 +295,14 @@ INEXPRESSIBLE = {
     "Gemma3n": "Its layers share keys and values.",
     "Gemma4": "Its layers share keys and values.",
     "PaliGemma": "Its image tokens attend to each other in both directions.",
-    "Bart": "It is an encoder and a decoder that attends to it; only self-attention is replaced.",
+    "Bart": "It is an encoder-decoder with cross-attention; only self-attention is replaced.",
     "Albert": "Its layers share weights: one geometry can't fit them all.",
     "SwinTransformer": "It attends within windows, with learned relative position biases.",
     "SAM": "Its logits have learned relative position biases.",
-    "ViTDet": "Its logits have learned relative position biases, and most layers have windows.",
-    "MiT": "Its queries attend to few keys, which are reduced before.",
-    "DINOV3": "Its queries and keys are rotated by places in two dimensions.",
-    "RoformerV2": "Its layers compute attention in one piece: there is no place for a geometry.",
+    "ViTDet": "Its logits have learned relative position biases, and most layers use windows.",
+    "MiT": "Its queries attend to a reduced set of keys.",
+    "DINOV3": "Its queries and keys are rotated by two-dimensional positions.",
+    "RoformerV2": "Its layers compute attention in one step, with no place for a geometry.",
     "Qwen3_5": "Most of its layers have linear attention already.",
     "RWKV7": "It has no softmax attention.",
     "FNet": "It has no softmax attention.",

@@ -1,4 +1,4 @@
-"""What conversion has to know of a KerasHub family, and what it makes of the parts."""
+"""What conversion needs to know about a KerasHub family, and the dark classes it makes."""
 
 import dataclasses
 import inspect
@@ -35,43 +35,43 @@ def _nothing(x: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """How the models of one KerasHub family are put together.
+    """How the models of one KerasHub family are built.
 
-    From each entry come `Dark{name}Backbone` and one class for each task.
+    Each entry gives `Dark{name}Backbone` and one dark class per task.
 
     Attributes:
-        name: as in the names of the family's classes.
-        backbone: the stock backbone.
-        block: the stock block, and
-        attention: the stock attention layer of its blocks, by which saved ones are found.
-        dark_attention: a subclass of `hub.attention.DarkHubAttention`, which is called as the
-            blocks do.
-        tasks: stock task classes, by what follows the name in theirs.
-        causal: whether tokens attend only to those before them.
-        slot: a block's attribute that holds the attention layer.
-        rotary: the attention layer's attribute that holds the rotary embedding, or `None` without
-            one.
+        name: the family's name, as in its class names.
+        backbone: the stock backbone class.
+        block: the stock block class.
+        attention: the stock class of the blocks' attention layers.
+        dark_attention: the subclass of `hub.attention.DarkHubAttention` that takes the blocks'
+            calls.
+        tasks: stock task classes, by the part of their name that follows the family's.
+        causal: whether attention is causal.
+        slot: the block's attribute that holds the attention layer.
+        rotary: the attention layer's attribute that holds the rotary embedding, or `None`.
         rotates_all: whether the rotary embedding of every layer is called with the queries and keys
             it rotates; if not, a geometry can't sit before the rotation.
-        rotate: `rotate(attention, x, start_index)`, queries or keys `(b, t, n, h)` rotated by their
+        rotate: `rotate(attention, x, start_index)` rotates queries or keys `(b, t, n, h)` by their
             positions.
-        head_sizes: query heads, key/value heads and head size of a built stock attention layer.
-        norms: its attributes that norm queries and keys.
-        window: the sliding window of an attention layer, or `None`.
-        padding_argument: a block's call argument for the padding mask.
-        cache_argument: a block's call argument for the cache; with `_update_index` behind, the one
-            for the position.
-        mask_method: a block's method that makes a mask of all pairs of tokens, or `None` if it
-            hands on the padding mask as it is.
-        mask_axis: where the block wants an axis of size 1 in a padding mask handed on instead, or
-            `None`.
-        embed: `embed(backbone, token_ids, start_index)`, what enters the first block.
-        output_norm: the backbone's attribute that norms what leaves the last block.
+        head_sizes: function that gives query heads, key/value heads and head size of a built stock
+            attention layer.
+        norms: the attention layer's attributes that normalize queries and keys, or `None`.
+        window: function that gives the sliding window of an attention layer, or `None`.
+        padding_argument: the block's call argument for the padding mask.
+        cache_argument: the block's call argument for the cache; with `_update_index` appended, the
+            one for the position.
+        mask_method: the block's method that makes a mask of token pairs, or `None` if the block
+            passes the padding mask on as it is.
+        mask_axis: where the padding mask that replaces it needs an axis of size 1, or `None`.
+        embed: `embed(backbone, token_ids, start_index)` gives the input of the first block.
+        output_norm: the backbone's attribute that normalizes the output of the last block.
         paired_cache: whether an exact layer's cache is a pair of keys and values `(b, s, k, h)`, or
             one tensor `(b, 2, s, k, h)`.
-        kernel_heads_axis: the axis of the key projection's kernel that heads are along.
-        refuse: says why a backbone can't be converted, or `None` if it can.
-        refuse_export: says why KerasHub's export of a backbone would be wrong, or `None`.
+        kernel_heads_axis: the heads' axis in the key projection's kernel.
+        refuse: function that says why a backbone can't be converted, or gives `None` if it can.
+        refuse_export: function that says why KerasHub's export of a backbone would be wrong, or
+            gives `None`.
     """
 
     name: str
@@ -108,11 +108,11 @@ class Family:
         return [self.attention_of(block) for block in backbone.transformer_layers]
 
     def names(self, backbone: Any) -> list[str]:
-        """What a report calls the layers: the names of the blocks."""
+        """The layers' names in a report: those of the blocks."""
         return [block.name for block in backbone.transformer_layers]
 
     def soft_cap(self, backbone: Any, index: int) -> float | None:
-        """The bound of a layer's logits, or `None`."""
+        """The soft cap of a layer's attention logits, or `None`."""
         return getattr(backbone.transformer_layers[index], "logit_soft_cap", None)
 
     def drops_weights(self, backbone: Any, index: int) -> bool:
@@ -121,13 +121,13 @@ class Family:
         return bool(self.attention_of(block).drops == "weights" and block.dropout)
 
     def darken(self, backbone: Any, options: Mapping[int, AttentionOptions]) -> None:
-        """Has blocks of a backbone become dark, by their indices."""
+        """Makes blocks of a backbone dark; the keys of `options` are their indices."""
         for index, of_layer in options.items():
             block = backbone.transformer_layers[index]
             dark_subclass(self.dark_block_cls, type(block)).take_over(block, of_layer)
 
     def register_layers(self) -> None:
-        """Has Keras find the dark layers when it loads a model that holds them."""
+        """Registers the dark layers, so that Keras finds them when it loads a model."""
         makers = {"Block": self.dark_block_cls, "Attention": self.dark_attention_cls}
         stock = {"Block": self.block, "Attention": self.attention}
         for role, make in makers.items():
@@ -137,13 +137,13 @@ class Family:
             register(dark_subclass(make, stock[role]))
 
     def dark_attention_cls(self, stock_cls: type) -> Any:
-        """What an attention layer becomes."""
+        """The dark class of an attention layer."""
         return dark_layer_cls(self.dark_attention, stock_cls, family=self)
 
     def dark_block_cls(self, stock_cls: type) -> Any:
-        """What a block becomes: one that hands the padding mask to attention as it is.
+        """The dark class of a block, which passes the padding mask to attention as it is.
 
-        The stock block first makes a (b, t, t) mask of it.
+        The stock block first makes a mask `(b, t, t)` from it.
         """
         if self.mask_method is None:
             return dark_layer_cls(DarkBlock, stock_cls, family=self)
@@ -163,9 +163,9 @@ class Family:
         return dark_layer_cls(DarkBlock, stock_cls, **attributes)
 
     def dark_rotary_cls(self, stock_cls: Any) -> type:
-        """What a rotary embedding becomes: in exact mode it applies a geometry that sits before.
+        """The dark class of a rotary embedding, which in exact mode applies a geometry before it.
 
-        In linear mode the attention layer sees to that.
+        In linear mode the attention layer applies the geometry.
         """
 
         def call(rotary: Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,7 +178,7 @@ class PairwiseRotary(Family):
     """A family whose rotary embedding rotates queries and keys in one call, and returns both."""
 
     def dark_rotary_cls(self, stock_cls: Any) -> type:
-        """What it becomes: in exact mode it applies the geometry to the rotated queries."""
+        """The embedding's dark class: in exact mode it applies the geometry to rotated queries."""
 
         def call(rotary: Layer, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
             query, key = stock_cls.call(rotary, query, key, *args, **kwargs)

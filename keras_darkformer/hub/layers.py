@@ -1,4 +1,4 @@
-"""KerasHub's `CachedMultiHeadAttention` and `TransformerDecoder` in models of a user's own."""
+"""KerasHub's `CachedMultiHeadAttention` and `TransformerDecoder` in users' own models."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from keras_darkformer.types import Tensor
 
 
 class DarkCachedAttention(DarkKerasAttention):
-    """Turns a `CachedMultiHeadAttention`, its base class in Python, dark.
+    """Mixin that makes a `CachedMultiHeadAttention` dark.
 
     In linear mode its `cache` is a recurrent state, to which every token is added once.
     """
@@ -44,22 +44,22 @@ class DarkCachedAttention(DarkKerasAttention):
         Args:
             query: `(b, t, d)`.
             value: `(b, s, d')`.
-            key: `(b, s, d'')`; `None` for `value`.
-            attention_mask: bool, `(b, 1, s)` or `(b, t, s)`, or a `CausalMask`. In linear mode only
-                what is causal or padding.
+            key: `(b, s, d'')`; `None` to use `value`.
+            attention_mask: bool, `(b, 1, s)` or `(b, t, s)`, or a `CausalMask`. In linear mode it
+                must be a causal or padding mask.
             cache: in exact mode keys and values `(b, 2, s, n, h)`. In linear mode the state of the
-                tokens before, first that of `get_initial_state`; each token attends to those and
-                to the new ones up to itself.
-            cache_update_index: position of the first token. A state needs none.
+                preceding tokens, at first from `get_initial_state`; each token attends to these and
+                to the new tokens up to itself.
+            cache_update_index: position of the first token. Not used with a state.
             return_attention_scores: bool. Exact mode only.
-            training: bool. Turns dropout on, in linear mode of whole tokens.
+            training: bool. Turns dropout on; linear mode drops whole tokens.
 
         Returns:
-            The output `(b, t, d)`, with a cache also the next one.
+            The output `(b, t, d)`; with a cache, also the next cache.
 
         Raises:
-            ValueError: with the layer's path, for what linear attention can't express, and for a
-                cache that is no state or in cross-attention.
+            ValueError: for what linear attention can't express, for a cache that is not a state,
+                and for a cache in cross-attention. The message gives the layer's path.
         """
         refuse_vllm(self)
         if not self.is_linear and (self.observer is None or cache is not None):
@@ -109,8 +109,8 @@ class DarkCachedAttention(DarkKerasAttention):
     def _checked_state(self, cache: Any, query: Tensor, value: Tensor) -> AttentionState:
         if value is not query:
             raise ValueError(
-                "In linear mode `cache` is for self-attention: `query` and `value` must be one "
-                "tensor. Leave cross-attention exact, with `layers=`, to generate with a cache."
+                "In linear mode `cache` is for self-attention: `query` and `value` must be the "
+                "same tensor. To generate with a cache, leave cross-attention exact with `layers=`."
             )
         try:
             return self._state_shapes.check(cache, query.shape[0])
@@ -122,7 +122,7 @@ class DarkCachedAttention(DarkKerasAttention):
 
 
 class DarkMoonshineAttention(DarkCachedAttention):
-    """Turns the attention layer of Moonshine, its base class in Python, dark."""
+    """Mixin that makes the attention layer of Moonshine dark."""
 
     def call(  # type: ignore[override]
         self,
@@ -136,7 +136,7 @@ class DarkMoonshineAttention(DarkCachedAttention):
         training: bool | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The stock layer's call; in linear mode without a cache, as its encoder does.
+        """The stock layer's call. Linear mode takes no cache: it is for the encoder.
 
         Args:
             query: `(b, t, d)`.
@@ -144,8 +144,8 @@ class DarkMoonshineAttention(DarkCachedAttention):
             rotary_embedding: angles `(t, r)` of the positions, or `None`.
             attention_mask: bool, `(b, s)` or as for `DarkCachedAttention`.
             cache, cache_update_index: exact mode only.
-            training: bool. Turns dropout on, in linear mode of whole tokens.
-            **kwargs: handed on in exact mode, not used in linear mode.
+            training: bool. Turns dropout on; linear mode drops whole tokens.
+            **kwargs: passed on in exact mode, not used in linear mode.
         """
         if not self.is_linear and (self.observer is None or cache is not None):
             return self.stock_cls.call(
@@ -180,7 +180,7 @@ class DarkMoonshineAttention(DarkCachedAttention):
 
 
 class DecoderMasks(Mixin):
-    """Has a `TransformerDecoder` hand on what its mask says, without a tensor of all pairs."""
+    """Mixin that has a `TransformerDecoder` pass its masks on without a mask of token pairs."""
 
     def _compute_self_attention_mask(
         self,
@@ -205,12 +205,12 @@ class DecoderMasks(Mixin):
 
 
 def dark_cached_cls(stock_cls: type) -> Any:
-    """What a layer of `CachedMultiHeadAttention`, or of a known subclass, becomes."""
+    """The dark class of `CachedMultiHeadAttention`, or of a known subclass."""
     return dark_layer_cls(DarkCachedAttention, stock_cls)
 
 
 def dark_moonshine_cls(stock_cls: type) -> Any:
-    """What an attention layer of Moonshine becomes."""
+    """The dark class of Moonshine's attention layer."""
     return dark_layer_cls(DarkMoonshineAttention, stock_cls)
 
 

@@ -1,4 +1,4 @@
-"""Presets as a program loads them that is told no more than their names."""
+"""Loads models of any kind from no more than the name of a preset."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from keras_darkformer.types import Model
 
 
 def load_stock(preset: str, dtype: str | None = None) -> Model:
-    """A model to convert: a causal LM, an encoder's task if the preset holds one, or its backbone.
+    """Loads a model to convert: a causal LM, or an encoder's task if there is one, or its backbone.
 
     Args:
         preset: what `from_preset` takes.
-        dtype: of the model; `None` for what `from_preset` takes then.
+        dtype: dtype of the model; `None` for the default of `from_preset`.
 
     Raises:
-        ValueError: if it can't be loaded, can't be converted or is dark already. That it can't be
-            converted is found before its weights are loaded.
+        ValueError: if it can't be loaded, can't be converted or is dark already. A model that can't
+            be converted is refused before its weights are loaded.
     """
     backbone = _backbone_class(preset)
     if issubclass(backbone, DarkBackbone):
@@ -31,7 +31,7 @@ def load_stock(preset: str, dtype: str | None = None) -> Model:
 
 
 def load_dark(preset: str, dtype: str | None = None) -> Model:
-    """A model that was converted, as `load_stock` loads others.
+    """Loads a converted model, with the arguments of `load_stock`.
 
     Raises:
         ValueError: if it can't be loaded or is not dark.
@@ -43,7 +43,7 @@ def load_dark(preset: str, dtype: str | None = None) -> Model:
 
 
 def load_causal_lm(preset: str, dtype: str | None = None) -> Model:
-    """Any causal LM, stock or dark.
+    """Loads any causal LM, stock or dark.
 
     Raises:
         ValueError: if it can't be loaded or is an encoder.
@@ -56,7 +56,7 @@ def load_causal_lm(preset: str, dtype: str | None = None) -> Model:
 
 
 def load_text_preprocessor(preset: str, length: int) -> Any:
-    """What makes rows of at most `length` tokens for an encoder.
+    """Loads the preprocessor that makes rows of at most `length` tokens for an encoder.
 
     Raises:
         ValueError: if the preset has no tokenizer.
@@ -65,8 +65,8 @@ def load_text_preprocessor(preset: str, length: int) -> Any:
     family = BY_STOCK_CLASS.get(backbone, backbone).family
     if "TextClassifier" not in family.tasks:
         raise ValueError(
-            f"{preset!r} can't be linearized by texts: KerasHub has no classifier of texts with a "
-            f"{backbone.__name__}, and so nothing that cuts texts into its tokens. Convert it with "
+            f"{preset!r} can't be linearized from texts: KerasHub has no text classifier with a "
+            f"{backbone.__name__}, and so no preprocessor for texts. Convert it with "
             "`convert_to_dark`, and `calibrate` it with batches of its inputs."
         )
     kind = family.tasks["TextClassifier"].preprocessor_cls
@@ -89,8 +89,8 @@ def _load(preset: str, causal: bool, dtype: str | None) -> Model:
 
 
 def _told(preset: str, load: Any) -> Any:
-    """What `load` returns; whatever goes wrong in it is said to be about the preset."""
+    """Returns `load()`. An error in it is raised again as one about the preset."""
     try:
         return load()
-    except Exception as error:  # of the network, of any file format
+    except Exception as error:  # from the network or any file format
         raise ValueError(f"{preset!r} can't be loaded: {error}") from error

@@ -8,12 +8,12 @@ from keras import ops
 from keras_darkformer.surgery.become import Mixin
 from keras_darkformer.types import Layer, Tensor
 
-# Group of a LoRA file that holds feature maps.
+# Group of a LoRA file that holds the feature maps.
 LORA_FEATURE_MAPS = "feature_maps"
 
 
 class LoraBackbone(Mixin):
-    """LoRA of a stock backbone, its base class in Python, beside trainable feature maps."""
+    """Mixin that extends the LoRA of a stock backbone to its feature maps."""
 
     dark_layers: dict[int, Layer]
 
@@ -24,7 +24,8 @@ class LoraBackbone(Mixin):
 
         Args:
             rank: int. The rank of the factorization.
-            target_layer_names: names of the layers to adapt; `None` for the stock model's.
+            target_layer_names: list of str, names of the layers to adapt; `None` for the stock
+                model's defaults.
             train_geometry: bool. False freezes the feature maps with the rest.
         """
         super().enable_lora(rank, target_layer_names)
@@ -34,10 +35,10 @@ class LoraBackbone(Mixin):
     def save_lora_weights(self, filepath: str | Path) -> None:
         """Saves LoRA weights as the stock backbone does, and the feature maps with them.
 
-        Feature maps are trained beside LoRA, so an adapter is worth little without its own.
+        Feature maps are trained together with LoRA: an adapter is worth little without them.
 
         Args:
-            filepath: where to; must end in `.lora.h5`.
+            filepath: path of the file; must end in `.lora.h5`.
         """
         super().save_lora_weights(filepath)
         with h5py.File(filepath, "a") as file:
@@ -46,14 +47,14 @@ class LoraBackbone(Mixin):
                 group[name] = ops.convert_to_numpy(weight)
 
     def load_lora_weights(self, filepath: str | Path) -> None:
-        """Loads what `save_lora_weights` of a dark backbone converted alike has saved.
+        """Loads a file that `save_lora_weights` wrote for a backbone converted in the same way.
 
         Args:
             filepath: path of the file.
 
         Raises:
-            ValueError: if the file is a stock model's, which numbers layers otherwise, or its
-                feature maps are of other shapes.
+            ValueError: if the file was saved from a stock model, which numbers layers differently,
+                or its feature maps have other shapes.
         """
         weights = self._feature_map_weights()
         with h5py.File(filepath, "r") as file:
@@ -72,8 +73,8 @@ class LoraBackbone(Mixin):
         )
         if shapes != here:
             raise ValueError(
-                f"{str(filepath)!r} is of a model that was converted or calibrated otherwise: its "
-                f"feature maps have weights {shapes}, those of {self.name!r} {here}."
+                f"{str(filepath)!r} is from a model converted or calibrated differently: its "
+                f"feature maps have weights {shapes}, but those of {self.name!r} have {here}."
             )
         super().load_lora_weights(filepath)
         for name, weight in weights.items():

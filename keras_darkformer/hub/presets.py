@@ -14,7 +14,8 @@ from keras_darkformer.surgery.become import Mixin
 
 README = "README.md"
 HUGGING_FACE = "hf://"
-# The last line of a card, by which it is known that nobody has edited it. HTML, so it is not shown.
+# The last line of a card, which shows that nobody has edited it. As an HTML comment it is not
+# displayed.
 MARK = "\n<!-- written by keras_darkformer, {}; saving again replaces it until it is edited -->\n"
 
 
@@ -24,13 +25,13 @@ class Carded(Mixin):
     def save_to_preset(self, preset_dir: str | Path, max_shard_size: float | None = 10) -> None:
         """Saves as the stock model does, and writes a model card, `README.md`, beside it.
 
-        A `README.md` that was edited, or is of someone else, is left as it is. What is known of how
-        the model was fitted, its `linearization`, is part of the config; the card shows it, and
-        `linearization.json` has it for other programs.
+        A `README.md` that was edited, or was not written here, is left as it is. The record of how
+        the model was fitted, its `linearization`, is part of the config. The card shows it, and
+        `linearization.json` holds it for other programs.
 
         Args:
-            preset_dir: the folder.
-            max_shard_size: int or float, GB of a file of weights; `None` for one file.
+            preset_dir: path of the folder.
+            max_shard_size: int or float. Largest size of a weights file in GB; `None` for one file.
 
         Warns:
             UserWarning: if the card was left as it is or could not be written.
@@ -38,24 +39,24 @@ class Carded(Mixin):
         super().save_to_preset(preset_dir, max_shard_size)
         try:
             written = write_card(self, Path(preset_dir))
-        except Exception as error:  # a model is not lost for its card
-            warnings.warn(f"The model is saved, its card is not: {error!r}", stacklevel=2)
+        except Exception as error:  # its card must not cost the model
+            warnings.warn(f"The model is saved, but its card is not: {error!r}", stacklevel=2)
             return
-        # A task has its backbone saved into the folder before: that was warned of already.
+        # A task saves its backbone into the folder first, which has warned already.
         if not written and not hasattr(self, "backbone"):
             warnings.warn(
-                f"{str(Path(preset_dir, README))!r} was edited or is no card of ours, and is left "
-                "as it is. Remove it to have a new one.",
+                f"{str(Path(preset_dir, README))!r} was edited or not written by keras_darkformer, "
+                "and is left as it is. Remove it to get a new one.",
                 stacklevel=2,
             )
 
 
 def upload_preset(uri: str, preset: str | Path) -> None:
-    """Uploads a preset as `keras_hub.upload_preset` does, with the model card that is in it.
+    """Uploads a preset as `keras_hub.upload_preset` does, with the model card in it.
 
-    To a Hugging Face repository that has no `README.md` yet, KerasHub uploads a card of its own: it
-    writes it over the one in the folder and removes it from there afterwards. This uploads the
-    folder's card first, so that there is one. On Kaggle both do the same.
+    For a Hugging Face repository without a `README.md`, KerasHub writes its own card over the one
+    in the folder, uploads it, and removes it from the folder. This function uploads the folder's
+    card first, so that the repository has one. For Kaggle both functions do the same.
 
     Args:
         uri: `"hf://user/model"`, or `"kaggle://user/model/framework/variation"`.
@@ -79,7 +80,7 @@ def write_card(model: Any, folder: Path) -> bool:
     """Writes a model's card and record into its preset.
 
     Returns:
-        Whether the card was written: one that was edited is not.
+        Whether the card was written: an edited one is left as it is.
     """
     record = folder / f"{NAME}.json"
     if model.linearization is None:
@@ -95,7 +96,7 @@ def write_card(model: Any, folder: Path) -> bool:
 
 
 def is_unedited(card: bytes) -> bool:
-    """Whether a card is just as it was written here."""
+    """Whether a card is exactly as it was written here."""
     text, start, _ = card.rpartition(b"\n<!--")
     return card == text + _mark(text) if start else False
 

@@ -1,7 +1,7 @@
-"""Every name of KerasHub that is not public, checked when this is imported.
+"""All private names of KerasHub that are used, checked when this module is imported.
 
-KerasHub has no public way to another attention, so conversion reaches into its layers. A KerasHub
-whose insides are others is refused here, with its version, rather than converted wrongly.
+KerasHub has no public way to replace attention, so conversion reaches into its layers. A KerasHub
+with other internals is refused here, by version, rather than converted wrongly.
 """
 
 import importlib.metadata
@@ -63,7 +63,7 @@ try:
     from keras_hub.src.vllm.context import get_vllm_context
 except ImportError as error:
     raise ImportError(
-        f"keras_darkformer.hub is made for {WORKS_WITH} and does not know the insides of the "
+        f"keras_darkformer.hub is made for {WORKS_WITH} and does not know the internals of the "
         f"installed keras-hub {importlib.metadata.version('keras-hub')}: {error}"
     ) from error
 
@@ -102,7 +102,7 @@ __all__ = [
 
 
 def task_class(preset: str) -> Any:
-    """The class of the task that a preset holds; `None` where it holds a backbone alone."""
+    """The class of the task that a preset holds; `None` if it holds only a backbone."""
     if not check_file_exists(preset, TASK_CONFIG_FILE):
         return None
     return check_config_class(load_json(preset, TASK_CONFIG_FILE))
@@ -133,7 +133,7 @@ ESM_BLOCK |= {"mask_method": None}
 ENCODER_BLOCK = DECODER_BLOCK | {"padding_argument": "padding_mask", "mask_method": None}
 GEMMA3_NORMS = ("query_norm", "key_norm")
 QWEN3_NORMS = ("_query_dense_layer_norm", "_key_dense_layer_norm")
-# What SmolLM 3 and ESM call the projections, and GPT-NeoX its dropout.
+# Names of the projections in SmolLM 3 and ESM, and of the dropout in GPT-NeoX.
 _SHORT = {
     "query_dense": ("q_proj", "q_dense"),
     "key_dense": ("k_proj", "k_dense"),
@@ -155,35 +155,35 @@ def rotate_gemma(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
 
 
 def rotate_smollm3(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
-    """The rotary embedding of SmolLM 3, whose layer gives the angles only."""
+    """The rotary embedding of SmolLM 3, whose layer only gives the angles."""
     cos, sin = attention.rotary_embedding(x, start_index=start_index)
     return apply_rotary_pos_single(x, cos, sin, expansion_axis=2)
 
 
 def sizes_of_smollm3(attention: Layer) -> tuple[int, int, int]:
-    """Its projections are flat: their shapes don't tell heads apart."""
+    """Head sizes of SmolLM 3, which the shapes of its flat projections do not show."""
     return attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
 
 
 def sizes_of_gpt_neo_x(attention: Layer) -> tuple[int, int, int]:
-    """Its one projection is to queries, keys and values."""
+    """Head sizes of GPT-NeoX, which has one projection to queries, keys and values."""
     return attention.num_heads, attention.num_heads, attention.attn_head_size
 
 
 def sizes_of_esm(attention: Layer) -> tuple[int, int, int]:
-    """Its projections are flat: their shapes don't tell heads apart."""
+    """Head sizes of ESM, which the shapes of its flat projections do not show."""
     return attention.heads, attention.heads, attention.head_size
 
 
 def rotate_gpt_neo_x(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
-    """The rotary embedding of GPT-NeoX, of the first coordinates only."""
+    """The rotary embedding of GPT-NeoX, which rotates the first coordinates only."""
     size = attention.rotary_dim
     rotated = attention.rotary_embedding_layer(x[..., :size], start_index=start_index)
     return ops.concatenate((rotated, x[..., size:]), axis=-1)
 
 
 def rotate_esm(attention: Layer, x: Tensor, start_index: Tensor) -> Tensor:
-    """The rotary embedding of ESM, whose layer starts from position 0 only."""
+    """The rotary embedding of ESM, whose layer always starts at position 0."""
     rotary, size = attention.rotary_embedding_layer, x.shape[-1]
     frequency = rotary.scaling_factor / (
         rotary.max_wavelength ** (ops.arange(0, size, 2, dtype=x.dtype) / size)
@@ -202,9 +202,9 @@ def rotate_moonshine(x: Tensor, angles: Tensor) -> Tensor:
 def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a stock backbone's constructor that its config leaves out.
 
-    Llama's forgets `tie_word_embeddings`: without it a model comes back with an output layer of its
-    own, whose weights are random. QwenMoe's forgets how much its routers add to the loss; what
-    Mixtral's forgets only its blocks know.
+    Llama's config leaves out `tie_word_embeddings`: without it a loaded model has an output layer
+    of its own, with random weights. QwenMoe's leaves out how much its routers add to the loss. Only
+    Mixtral's blocks know what its config leaves out.
     """
     found: dict[str, Any] = {}
     for name in left_out(stock_cls, config):
@@ -215,12 +215,12 @@ def forgotten(stock_cls: Any, backbone: Layer, config: dict[str, Any]) -> dict[s
 
 
 def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
-    """The config of a stock block or attention layer, with what KerasHub's own leaves out.
+    """The config of a stock block or attention layer, with what KerasHub's config leaves out.
 
     Raises:
-        ValueError: if the layer does not know what it was made with.
+        ValueError: if the layer does not keep an argument it was made with.
     """
-    # Llama's ask for an attribute that they do not have.
+    # Those of Llama read an attribute that they do not have.
     broken = stock_cls in (LlamaTransformerDecoder, LlamaAttention)
     config = keras.layers.Layer.get_config(layer) if broken else stock_cls.get_config(layer)
     if stock_cls is GPTNeoXDecoder:  # which its constructor does not take
@@ -231,7 +231,7 @@ def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
             value = kept[name] if name in kept else part(layer, name)
         except AttributeError as error:
             raise ValueError(
-                f"{layer.name!r} can't be saved by itself: {stock_cls.__name__} does not know the "
+                f"{layer.name!r} can't be saved by itself: {stock_cls.__name__} does not keep the "
                 f"`{name}` it was made with. Save the KerasHub model that holds it."
             ) from error
         config[name] = keras.saving.serialize_keras_object(value)
@@ -239,7 +239,7 @@ def layer_config(layer: Layer, stock_cls: Any) -> dict[str, Any]:
 
 
 def _kept_by_smollm3(block: Layer) -> dict[str, Any]:
-    """Arguments of a block of SmolLM 3 that only the layers in it know."""
+    """Arguments of a SmolLM 3 block that only the layers in it keep."""
     attention = inspect.signature(SmolLM3Attention.__init__).parameters
     return {
         **{name: getattr(block.self_attn, name, None) for name in attention},
@@ -249,17 +249,16 @@ def _kept_by_smollm3(block: Layer) -> dict[str, Any]:
 
 
 def copy_lora_facts(backbone: Layer, other: Layer) -> None:
-    """Has one backbone know of LoRA in its layers what another one knows."""
+    """Copies what a backbone knows about LoRA in its layers to another one."""
     for name in ("_lora_enabled_layers", "_lora_rank"):
         if hasattr(backbone, name):
             setattr(other, name, getattr(backbone, name))
 
 
 def renumbered_lora_layers(backbone: Layer) -> list[int] | None:
-    """Where LoRA that was enabled before the conversion finds its layers again; `None` for none.
+    """Indices of the layers whose LoRA was enabled before the conversion; `None` without LoRA.
 
-    The stock backbone knows them by their places among all layers with weights, and feature maps
-    have moved these.
+    The stock backbone stores their indices among all layers with weights, which feature maps shift.
     """
     if not getattr(backbone, "_lora_enabled_layers", None):
         return None
@@ -268,7 +267,7 @@ def renumbered_lora_layers(backbone: Layer) -> list[int] | None:
 
 
 def refuse_vllm(attention: Layer) -> None:
-    """Raises where KerasHub serves the model through vLLM, past the attention of its layers."""
+    """Raises an error if KerasHub serves the model through vLLM, which bypasses its attention."""
     if get_vllm_context() is not None:
         raise NotImplementedError(
             f"{attention.name!r} has dark attention, which KerasHub's vLLM serving can't compute: "
@@ -278,12 +277,12 @@ def refuse_vllm(attention: Layer) -> None:
 
 
 def any_stop(token_ids: Tensor, stop_token_ids: Any, padding_mask: Tensor) -> Tensor:
-    """Which tokens behind the prompt end a row."""
+    """Which tokens after the prompt end a row."""
     return any_equal(token_ids, stop_token_ids, ops.logical_not(padding_mask))
 
 
 def _check() -> None:
-    """Raises an ImportError unless all methods that are overridden are there."""
+    """Raises an ImportError unless KerasHub has all methods that are overridden."""
     llama_like = (
         (LlamaAttention, LlamaTransformerDecoder),
         (CachedMistralAttention, MistralTransformerDecoder),

@@ -1,4 +1,4 @@
-"""How a dark model was fitted, as a record that goes where the model goes."""
+"""The record of how a dark model was fitted, which is saved and loaded with it."""
 
 import importlib
 import importlib.metadata
@@ -13,22 +13,22 @@ from keras_darkformer.surgery.become import Mixin
 from keras_darkformer.types import Config
 
 NAME = "linearization"
-# What a stage of a record says beside its figures.
+# Keys of a stage in a record that are not figures.
 FACTS = ("name", "seconds", "tokens", "kept")
 
 
 class Recorded(Mixin):
-    """A dark model that knows how it was fitted, if anyone told it."""
+    """A dark model with a record of how it was fitted."""
 
     @property
     def linearization(self) -> Config | None:
-        """How the model was fitted: a dict that JSON can hold, or `None` if that isn't known.
+        """How the model was fitted: a dict that JSON can hold, or `None` if unknown.
 
-        Set it on a task or on its backbone, it is seen from both. It is part of the backbone's
-        config, so it is saved and loaded with the model, whichever way.
+        A task and its backbone share it: it can be set on either. As part of the backbone's config
+        it is saved and loaded with the model in every format.
 
         Raises:
-            ValueError: when it is set to what JSON can't hold.
+            ValueError: if it is set to something that JSON can't hold.
         """
         return vars(getattr(self, "backbone", self)).get(f"_{NAME}")
 
@@ -40,14 +40,15 @@ class Recorded(Mixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == NAME:
-            # Past Keras, which on TensorFlow and JAX would wrap the dict and track what is in it.
+            # Bypasses Keras, which on TensorFlow and JAX would wrap the dict and track its
+            # contents.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
 
 def as_json(record: Config) -> Config:
-    """A record as JSON gives it back: tuples are lists, NumPy's numbers are Python's."""
+    """A record as JSON gives it back: with lists for tuples and Python's numbers for NumPy's."""
     try:
         found = json.loads(json.dumps(record, default=lambda x: x.tolist()))
     except (AttributeError, TypeError, ValueError) as error:
@@ -58,7 +59,7 @@ def as_json(record: Config) -> Config:
 
 
 def versions() -> dict[str, str]:
-    """Of what a model is fitted or saved with."""
+    """Versions of the packages that a model is fitted or saved with."""
     try:
         own = importlib.metadata.version("keras-darkformer")
     except importlib.metadata.PackageNotFoundError:

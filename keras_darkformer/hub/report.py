@@ -8,7 +8,7 @@ from keras_darkformer.surgery.report import ConversionReport, Row, report_of
 
 
 def conversion_report(model: Any) -> ConversionReport:
-    """Says what `convert_to_dark` changed in a model, also after saving and loading it.
+    """Reports what `convert_to_dark` changed in a model, even one that was saved and loaded.
 
     Args:
         model: a dark causal LM, another dark task, or a dark backbone.

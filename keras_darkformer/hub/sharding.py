@@ -1,4 +1,4 @@
-"""Layout maps for model parallel training: the stock model's, and the feature maps beside it."""
+"""Layout maps for model-parallel training: the stock model's, extended by the feature maps."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import keras
 from keras_darkformer.hub.backbone import DarkBackbone
 from keras_darkformer.hub.family import Family
 
-# Where a feature map's weights are; all of them have heads along their first axis.
+# Paths of a feature map's weights, all of which have heads along their first axis.
 FEATURE_MAPS = ".*/feature_map/[^/]+"
 KEY_KERNELS = ".*attention/(key|value)/kernel"
 
@@ -30,26 +30,26 @@ class ShardedBackbone(DarkBackbone):
         Every weight of a feature map is split by its heads, as the stock map splits the
         attention's.
 
-        The stock maps take it that the heads of keys and values can be split evenly, and JAX
-        refuses to build models for which that is not so, such as Gemma 2B with its single one. Give
-        `num_key_value_heads` then: what can't be split by these heads is kept whole on every
-        device, which for so few heads is little. The layouts of all other weights stay.
+        The stock maps assume that the key/value heads can be split evenly, and JAX refuses to build
+        models where they can't, such as Gemma 2B with its single head. Pass `num_key_value_heads`
+        for these: weights that can't be split by heads are then kept whole on every device, which
+        costs little for so few heads. All other layouts stay the same.
 
-        Set the distribution before the model is made, and leave it set while it is converted or
-        calibrated: new weights take their layout from it.
+        Set the distribution before the model is created, and keep it set during conversion and
+        calibration: new weights take their layout from it.
 
         Args:
             device_mesh: `keras.distribution.DeviceMesh`.
             model_parallel_dim_name: the mesh's axis that weights are split along.
             data_parallel_dim_name: its axis that data are split along.
-            num_key_value_heads: int, heads of keys and values of the model to come. `None` takes it
-                that they can be split.
+            num_key_value_heads: int. Key/value heads of the model. `None` assumes that they can be
+                split.
 
         Returns:
             `keras.distribution.LayoutMap`.
 
         Raises:
-            ValueError: if the mesh is none or lacks an axis.
+            ValueError: if `device_mesh` is not a `DeviceMesh` or lacks an axis.
 
         Example:
 
@@ -76,8 +76,8 @@ class ShardedBackbone(DarkBackbone):
         if not splits(kernel[cls.family.kernel_heads_axis]):
             kernel[cls.family.kernel_heads_axis] = None
             ours[KEY_KERNELS] = tuple(kernel)
-        # A path that two patterns match is an error, and the stock ones, whose dots match any
-        # letter, take feature_map/query_kernel for query/kernel.
+        # A path that two patterns match is an error, and the stock patterns, whose dots match any
+        # character, take feature_map/query_kernel for query/kernel.
         others = "".join(f"(?!{pattern}$)" for pattern in ours)
         layout_map = keras.distribution.LayoutMap(device_mesh)
         for pattern, layout in stock.items():

@@ -1,4 +1,4 @@
-"""A text that goes on between calls, and between sessions."""
+"""Texts that continue across calls and sessions."""
 
 import pathlib
 import weakref
@@ -14,23 +14,24 @@ from keras_darkformer.ops.backend import compiled
 
 
 class Stream:
-    """Reads tokens as they come and writes on; its memory does not grow with the text.
+    """Reads and writes a text piece by piece, in memory that does not grow with its length.
 
-    All that was read is in the model's state: a few tensors of constant size a layer, kept between
-    calls and, with `save`, on disk. Layers left exact keep a key/value cache instead, for at most
-    `max_length` tokens. The streams of a model share what is compiled for them.
+    The model's state stands for all tokens read so far: a few tensors of constant size per layer.
+    It is kept between calls, and `save` writes it to disk. Exact layers keep a key/value cache
+    instead, for at most `max_length` tokens. All streams of a model share their compiled functions.
 
     Args:
         model: a dark causal LM.
-        batch_size: int. Texts side by side.
-        max_length: int. Longest text, in tokens. Needed where layers were left exact; `None` for no
-            end.
+        batch_size: int. Number of texts read in parallel.
+        max_length: int. Longest text, in tokens. Required if any layer is exact. `None` sets no
+            limit but that of a table of learned positions.
 
     Attributes:
         position: int. Tokens read so far.
 
     Raises:
-        ValueError: if the model is no dark causal LM, or needs `max_length`.
+        ValueError: if `model` is not a dark causal LM or needs `max_length`, or `batch_size` is not
+            a positive integer.
 
     Example:
 
@@ -53,9 +54,9 @@ class Stream:
         if max_length is None and not all(map(is_linear, backbone.attention_layers)):
             raise ValueError(
                 "`max_length` is needed: layers left exact keep a key/value cache, which must "
-                "have a size. Convert all layers for a text without end."
+                "have a size. Convert all layers to read texts without a limit."
             )
-        if backbone.family.rotary is None:  # learned positions: there is a table of them
+        if backbone.family.rotary is None:  # learned positions come from a table
             table = backbone.max_sequence_length
             max_length = table if max_length is None else min(max_length, table)
         self.model = model
@@ -71,13 +72,13 @@ class Stream:
 
         Args:
             token_ids: int array or tensor of shape `(batch_size, t)`, or `(t,)` for a batch of one.
-                All rows have t tokens: no padding.
+                Padding is not allowed: all rows have t tokens.
 
         Returns:
-            Logits of the token that follows, of shape `(batch_size, vocabulary)`.
+            Logits of the next token, a tensor of shape `(batch_size, vocabulary)`.
 
         Raises:
-            ValueError: if the shape does not fit, or the text gets longer than `max_length`. The
+            ValueError: if the shape is wrong, or the text would get longer than `max_length`. The
                 stream is then as it was.
         """
         token_ids = np.asarray(ops.convert_to_numpy(token_ids))
@@ -100,21 +101,23 @@ class Stream:
         return logits[:, -1]
 
     def write(self, num_tokens: int, stop_token_ids: Any = None) -> np.ndarray:
-        """Continues the text with the model's sampler, see `compile`, and reads what it wrote.
+        """Continues the text with the model's sampler, set by `compile`, and reads the new tokens.
 
-        A sampler whose settings were changed in place may go on as it was: `compile` with another.
+        A sampler that is modified after its first use may keep its old settings: `compile` with a
+        new one.
 
         Args:
             num_tokens: int. Tokens to write.
-            stop_token_ids: ids; writing ends when every row has come to one.
+            stop_token_ids: iterable of int. Writing ends once every row has one of them; `None`
+                never stops.
 
         Returns:
-            Token ids, int32 of shape `(batch_size, num_tokens)`, or fewer where all rows stopped;
-            in a row that stopped before the others, what follows its stop token does not count, but
-            was read.
+            Token ids, an int32 array of shape `(batch_size, num_tokens)`, or shorter if all rows
+            stopped. In a row that stopped before the others, ignore what follows its stop token;
+            the stream has read it, too.
 
         Raises:
-            ValueError: if nothing was read yet, or the text gets longer than `max_length`.
+            ValueError: if nothing was read yet, or the text would get longer than `max_length`.
         """
         positive_integer("num_tokens", num_tokens)
         if not self.position:
@@ -134,7 +137,7 @@ class Stream:
         return written
 
     def _run(self, token_ids: np.ndarray, state: Any, start: int) -> Any:
-        # As tensors, or TensorFlow would trace anew for every position.
+        # As tensors, or TensorFlow would retrace for every position.
         return self._functions.step(
             ops.convert_to_tensor(token_ids), state, ops.convert_to_tensor(start, "int32")
         )
@@ -147,7 +150,11 @@ class Stream:
             )
 
     def save(self, path: Any) -> None:
-        """Writes the stream, not the model, to a `.npz` file."""
+        """Writes the stream, but not the model, to a file.
+
+        Args:
+            path: path of the `.npz` file.
+        """
         leaves = [_stored(leaf) for leaf in tree.flatten(self._state)]
         arrays: dict[str, Any] = {f"state_{index}": leaf for index, leaf in enumerate(leaves)}
         longest = -1 if self.max_length is None else self.max_length
@@ -155,14 +162,14 @@ class Stream:
 
     @classmethod
     def load(cls, path: Any, model: Any) -> "Stream":
-        """A stream as `save` left it.
+        """Loads a stream that `save` wrote.
 
         Args:
-            path: a file that `save` wrote.
-            model: the model it was read with: the same weights.
+            path: the file.
+            model: the model that read the text, with the same weights.
 
         Raises:
-            ValueError: if the state is not of such a model.
+            ValueError: if the shapes of the state do not fit the model.
         """
         with np.load(path) as arrays:
             longest = int(arrays["max_length"])
@@ -189,7 +196,7 @@ class Stream:
 
 
 class _Functions:
-    """What the streams of a model compile, once for all that there are."""
+    """The compiled functions that all streams of a model share."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -200,9 +207,9 @@ class _Functions:
 
     @classmethod
     def of(cls, model: Any) -> "_Functions":
-        """Those of another stream, or new ones where the model has other variables since.
+        """The functions of another stream, or new ones if the model's variables have changed since.
 
-        Other feature maps are other variables, as LoRA's and those of few bits are.
+        New feature maps, LoRA and quantization change the variables.
         """
         found = _functions[model]() if model in _functions else None
         if found is None or [*map(id, found.variables)] != [*map(id, model.variables)]:
@@ -211,7 +218,7 @@ class _Functions:
         return found
 
     def sample(self, sampler: Any, stops: Any) -> Any:
-        """The function that goes on with a text by the model's sampler."""
+        """The function that continues a text with the model's sampler."""
         if self.sampler is not sampler:
             self.sampler, self.samples = sampler, {}
         if stops not in self.samples:
@@ -253,7 +260,7 @@ def _stored(leaf: Any) -> np.ndarray:
 
 
 def _pieces(length: int, largest: int | None) -> Iterator[int]:
-    """Sizes that add up to a length, of few different ones: each compiles once."""
+    """Sizes that add up to a length, with few different ones, as each is compiled."""
     size = length if largest is None else largest
     while length:
         while size > length:

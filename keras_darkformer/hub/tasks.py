@@ -17,14 +17,18 @@ BACKBONE_DOC = """`keras_hub.models.{stock}` whose layers attend in linear time.
 
 Args:
     *args, **kwargs: as for the stock backbone, and the options of
-        `ConversionOptions`; with `dark_` before the name where the stock
+        `ConversionOptions`. An option has the prefix `dark_` where the stock
         backbone has an argument of that name.
+
+Raises:
+    ValueError: if an option is out of range or does not fit the backbone, or
+        the backbone can't be converted.
 
 Example:
 
     backbone = keras_darkformer.hub.{name}.from_preset(preset, num_features=256)
 """
-TASK_DOC = """`keras_hub.models.{stock}` with linear attention, used as the stock model.
+TASK_DOC = """`keras_hub.models.{stock}` with linear attention, used like the stock model.
 
 Args:
     backbone: a `{backbone}`.
@@ -58,9 +62,10 @@ def dark_classes(family: Family | Tower) -> dict[type, Any]:
 
 
 def _constructor(stock: Any) -> Any:
-    """A dark backbone's constructor, whose signature shows the stock one's arguments and ours.
+    """A dark backbone's constructor, whose signature shows the stock arguments and ours.
 
-    Keras takes a class whose constructor takes anything for a functional model's, and clones it so.
+    Keras takes a class whose constructor accepts any argument for a functional model, and clones it
+    as one.
     """
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:

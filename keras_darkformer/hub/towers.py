@@ -1,4 +1,4 @@
-"""KerasHub's models of images and sounds, whose attention layers are Keras' own or cached ones."""
+"""KerasHub's models of images and sounds, with Keras' own attention layers or cached ones."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,19 +18,19 @@ def _nothing(x: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tower:
-    """What conversion has to know of a KerasHub backbone that nothing but the attention differs in.
+    """What conversion needs to know about a KerasHub backbone where only attention changes.
 
-    Its attention layers become dark as those of any Keras model do, and what makes them is saved as
-    what makes a user's own. Beside that it is a family like others, see `hub.family.Family`: from
-    each entry come the dark backbone and one class for each task.
+    Its attention layers become dark as those of any Keras model do, and the classes that create
+    them are saved in the same way. Otherwise it is a family like others, see `hub.family.Family`:
+    each entry gives the dark backbone and one class per task.
 
     Attributes:
-        name: as in the names of the tasks' classes.
-        backbone: the stock backbone.
-        holders: `holders(backbone)`, the layers in which all attention is to become dark; what is
+        name: the family's name, as in its task class names.
+        backbone: the stock backbone class.
+        holders: `holders(backbone)` gives the layers in which all attention becomes dark; attention
             elsewhere is left.
-        tasks: stock task classes, by what follows the name in theirs.
-        causal: whether tokens attend only to those before them.
+        tasks: stock task classes, by the part of their name that follows the family's.
+        causal: whether attention is causal.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Tower:
         return [x for holder in self.holders(backbone) for x in attention_layers(holder)]
 
     def names(self, backbone: Any) -> list[str]:
-        """What a report calls the layers: their paths, as their names are all the same."""
+        """The layers' names in a report: their paths, as they all have the same name."""
         return [layer.path for layer in self.attention_layers(backbone)]
 
     def soft_cap(self, backbone: Any, index: int) -> None:
-        """None of them has one."""
+        """`None`: these models have no soft cap."""
 
     def drops_weights(self, backbone: Any, index: int) -> bool:
         """Whether the stock layer drops single attention weights in training."""
@@ -62,7 +62,7 @@ class Tower:
         return bool(layer.dropout)
 
     def darken(self, backbone: Any, options: Mapping[int, AttentionOptions]) -> None:
-        """Has attention layers of a backbone become dark, by their indices."""
+        """Makes attention layers of a backbone dark; the keys of `options` are their indices."""
         layers = self.attention_layers(backbone)
         for index, of_layer in options.items():
             take_over(layers[index], stock_class(layers[index]), of_layer)

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of Hugging Face's `transformers`: what is read of them, and export."""
+"""Checkpoints in the layout of Hugging Face's `transformers`: warnings for import, and export."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from keras_darkformer.types import Config, Model
 
 
 def warn_of_misread(preset: str, config: Config, backbone: Model) -> None:
-    """Warns of what KerasHub's loader left out of a checkpoint, where that tells in the config.
+    """Warns of what KerasHub's loader left out of a checkpoint, as far as its config shows.
 
     Args:
-        preset: where the checkpoint is.
-        config: what its `config.json` says; of a preset of KerasHub's own, nothing that is asked.
-        backbone: what was loaded.
+        preset: name or path of the checkpoint.
+        config: contents of its `config.json`. KerasHub's own presets have none of the keys used.
+        backbone: the loaded backbone.
     """
     for left_out in _misread(config, backbone):
         warnings.warn(f"KerasHub reads {preset!r} without {left_out}", stacklevel=3)
@@ -24,8 +24,8 @@ def _misread(config: Config, backbone: Any) -> Iterator[str]:
     epsilon, read = config.get("rms_norm_eps"), getattr(backbone, "layer_norm_epsilon", None)
     if None not in (epsilon, read) and epsilon != read:
         yield (
-            f"its `rms_norm_eps={epsilon}`: the norms of this model add {read}. Load the backbone "
-            f"by itself with `layer_norm_epsilon={epsilon}`, hand it to the stock task's "
+            f"its `rms_norm_eps={epsilon}`: the norms of this model use {read}. Load the backbone "
+            f"by itself with `layer_norm_epsilon={epsilon}`, pass it to the stock task's "
             "`from_preset` as `backbone`, and convert that."
         )
     if biases := [name for name in ("attention_bias", "mlp_bias") if config.get(name)]:
@@ -35,39 +35,39 @@ def _misread(config: Config, backbone: Any) -> Iterator[str]:
     factors = ("rope_frequency_adjustment_factor", "global_rope_scaling_factor")
     if kind != "default" and all(getattr(backbone, x, None) in (None, 1.0) for x in factors):
         yield (
-            f"its rotary positions of type {kind!r}: this model's are not rescaled, and go wrong "
-            "in long texts."
+            f"its rotary positions of type {kind!r}: this model's are not rescaled, and are "
+            "wrong in long texts."
         )
 
 
 class TransformersExport(Mixin):
-    """Export of a dark backbone or causal LM, which only a softmax model can read.
+    """Mixin that exports a dark backbone or causal LM, as a softmax model only.
 
     Attributes:
-        stock_cls: the KerasHub class the dark one is made of.
+        stock_cls: the KerasHub class that the dark one extends.
     """
 
     stock_cls: Any
 
     def export_to_transformers(self, path: str, *, as_softmax: bool = False) -> None:
-        """Exports the stock weights, without feature maps, in the layout of Hugging Face.
+        """Exports the stock weights, without feature maps, in the Hugging Face layout.
 
-        What loads the folder, `transformers` or KerasHub, computes softmax with these weights: the
-        layout knows no dark attention. Weights that were trained with dark attention are worse
-        there. A dark model that is to stay one is saved with `save_to_preset`.
+        The layout knows no dark attention: whatever loads the folder, `transformers` or KerasHub,
+        computes softmax with these weights. Weights that were trained with dark attention are worse
+        there. To keep the model dark, save it with `save_to_preset`.
 
         Args:
             path: folder to write into, as for the stock model.
-            as_softmax: bool. Must be `True`, for just this.
+            as_softmax: bool. Must be `True`, to confirm this.
 
         Raises:
-            ValueError: unless `as_softmax` is `True`; if KerasHub's export would be wrong; or, by
-                KerasHub, if it exports no models of this family.
+            ValueError: if `as_softmax` is not `True`, KerasHub's export would be wrong, or KerasHub
+                can't export models of this family.
         """
         if as_softmax is not True:
             raise ValueError(
-                f"{type(self).__name__} can't be exported as what it is: the layout of Hugging "
-                "Face has no place for feature maps, and whatever loads it computes softmax. Save "
+                f"{type(self).__name__} can't be exported as a dark model: the Hugging Face layout "
+                "has no place for feature maps, and whatever loads it computes softmax. Save "
                 "the dark model with `save_to_preset`, or pass `as_softmax=True` to export its "
                 f"stock weights alone. Received: as_softmax={as_softmax!r}"
             )

@@ -1,4 +1,4 @@
-"""A second model like another one, for a conversion that leaves that one as it is."""
+"""Copies of KerasHub models, for conversions that leave the original as it is."""
 
 from typing import Any
 
@@ -10,9 +10,8 @@ from keras_darkformer.types import Layer, Model
 def twin_of(model: Model) -> Any:
     """A KerasHub model of the same class, config and weights, with variables of its own.
 
-    What is no part of a config is as in the model, too: names, LoRA, and which layers and weights
-    are frozen. It is not compiled. The preprocessor is the model's own: its vocabulary is in no
-    config.
+    Names, LoRA and frozen layers and weights, which no config has, are copied, too. The copy is not
+    compiled. It shares the model's preprocessor, whose vocabulary is in no config.
 
     Raises:
         ValueError: if the model has weights that its config does not describe.

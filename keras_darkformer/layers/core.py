@@ -1,7 +1,7 @@
-"""The attention that all dark layers share: from projected heads to its output.
+"""The attention that all dark layers share, from projected heads to its output.
 
-`DarkAttention`, Keras' layers and KerasHub's project and count positions in their own ways. What
-they have then, `Heads`, goes one way.
+`DarkAttention`, Keras' layers and KerasHub's layers project and count positions in their own ways.
+All of them then pass the resulting `Heads` through the code here.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from keras_darkformer.ops.state import AttentionState
 from keras_darkformer.options import AttentionOptions, FeatureOptions
 from keras_darkformer.types import Layer, Tensor
 
-# Computes the attention of a layer in its place, `(b, t, n, v)`.
+# Computes attention, `(b, t, n, v)`, in place of the layer.
 Observer = Callable[["FeatureAttention", Heads], Tensor]
 
 
 class FeatureAttention(CheckedWeights):
-    """What attention layers with a feature map have in common. Mixed into a Keras layer.
+    """Mixin for Keras layers: what attention layers with a feature map have in common.
 
     Attributes:
         options: `AttentionOptions`.
@@ -50,7 +50,7 @@ class FeatureAttention(CheckedWeights):
 
     @property
     def is_linear(self) -> bool:
-        """Whether there are features and a state, or the kernel is always computed exactly."""
+        """Whether there are features and a state, rather than the exact kernel at any length."""
         return self.options.is_linear
 
     @property
@@ -62,7 +62,7 @@ class FeatureAttention(CheckedWeights):
     def make_feature_map(
         num_heads: int, head_dim: int, num_query_heads: int, options: FeatureOptions
     ) -> FeatureMap:
-        """A feature map, not built yet, that calls itself the layer's `feature_map`."""
+        """A feature map, not built yet, with the name `feature_map`."""
         own = options.of(FeatureOptions)
         return BY_KIND[own.feature_map](
             num_heads,
@@ -74,12 +74,12 @@ class FeatureAttention(CheckedWeights):
         )
 
     def swap_feature_map(self, kind: str) -> None:
-        """Puts a new map of another class in the place of the layer's, at initial values.
+        """Replaces the layer's feature map by a new one of another class, at initial values.
 
         Optimizers built before do not know the new map's weights.
 
         Args:
-            kind: the option `feature_map`.
+            kind: value of the option `feature_map`.
         """
         before = self.feature_map
         if before.kind == kind:
@@ -94,7 +94,7 @@ class FeatureAttention(CheckedWeights):
         self.put_feature_map(after)
 
     def put_feature_map(self, feature_map: FeatureMap) -> None:
-        """Puts another map, built as the layer's is, in its place."""
+        """Replaces the layer's feature map by another one, built in the same way."""
         before = self.feature_map
         self._tracker.replace_tracked_value(  # type: ignore[attr-defined]
             "layers", before, feature_map
@@ -109,19 +109,21 @@ class FeatureAttention(CheckedWeights):
         scores: bool = False,
         lengths: tuple[int | None, int | None] = (None, None),
     ) -> tuple[bool, Tensor, Tensor]:
-        """What a call's masks come to.
+        """Combines the masks of a call.
 
         Args:
             attention_mask: bool, of query and key positions; a `CausalMask`; or `None`.
-            causal: bool. Whether the call says that attention is.
+            causal: bool. Whether the call asks for causal attention.
             scores: bool. Whether it asks for the attention weights.
             lengths: of queries and keys, which a mask is checked against; `None` where unknown.
 
         Returns:
-            Causal or not, a mask of keys `(b or 1, s)` or `None`, and in exact mode one of pairs.
+            Whether attention is causal, a mask of keys `(b or 1, s)` or `None`, and in exact mode a
+            mask of pairs or `None`.
 
         Raises:
-            ValueError: for what linear attention can't express, and a mask of other lengths.
+            ValueError: if linear attention can't express what the call asks for, or a mask has
+                other lengths.
         """
         if isinstance(attention_mask, CausalMask):
             causal, attention_mask = True, attention_mask.keys
@@ -139,7 +141,7 @@ class FeatureAttention(CheckedWeights):
             causal = causal or is_causal
         if self.options.memory and not causal:
             raise ValueError(
-                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they are of tokens "
+                "`sliding_window` and `num_sinks` need `use_causal_mask=True`: they hold tokens "
                 f"before a query. Received: {self.options.memory}"
             )
         return causal, padding, None
@@ -152,22 +154,22 @@ class FeatureAttention(CheckedWeights):
         causal: bool = False,
         training: bool | None = None,
     ) -> bool:
-        """Whether a call that goes on from no state computes the kernel itself, not with features.
+        """Whether a call without an initial state computes the kernel itself, without features.
 
-        With `attention_mode="auto"` short sequences are computed exactly. Without an exact memory
-        these are shorter than `exact_below`, and the exact form is the kernel that the features
-        estimate; where the features were learned instead of drawn there is none. Without
-        `exact_below` calls that train use the features at any length: a model that never met their
-        noise does not stand it. With an exact memory short sequences are those that fit into it,
-        and the two forms are the same attention.
+        With `attention_mode="auto"`, short sequences are computed exactly. Without an exact memory,
+        these are shorter than `exact_below`, and the exact form uses the kernel that the features
+        estimate; features that were learned instead of drawn estimate none, and are always used. If
+        `exact_below` is `None`, calls that train use the features at any length, since a model that
+        was trained without their noise does not tolerate it. With an exact memory, short sequences
+        are those that fit into it, and both forms give the same attention.
 
         Args:
             num_queries: int. Tokens that attend.
-            num_keys: int. Tokens attended to. Of two different numbers the harmonic mean counts,
-                since the cost of the exact form is their product. A number that is not known when
-                the call is traced, `None`, gives false.
+            num_keys: int. Tokens attended to. If the two numbers differ, their harmonic mean
+                counts, since the cost of the exact form is their product. `None`, for a number that
+                is unknown during tracing, gives false.
             causal: bool. Whether query t attends to keys up to t.
-            training: bool. Whether the call is one that trains.
+            training: bool. Whether the call is part of training.
 
         Example:
 
@@ -191,7 +193,7 @@ class FeatureAttention(CheckedWeights):
             groups = feature_map.num_query_heads // feature_map.num_heads
             sizes = feature_map.head_dim, feature_map.num_features, groups
             below = crossover(*sizes, causal=causal)
-        # The harmonic mean is below `below`, without a division by zero.
+        # Whether the harmonic mean is less than `below`, without a division by zero.
         return 2 * num_queries * num_keys < below * (num_queries + num_keys)
 
     def attend(
@@ -206,12 +208,12 @@ class FeatureAttention(CheckedWeights):
         """Attention between projected heads: observed, exact or linear.
 
         Args:
-            heads: what came out of the projections.
-            training: bool. Whether the call is one that trains.
+            heads: `Heads`, the outputs of the projections.
+            training: bool. Whether the call is part of training.
             write_mask: bool, `(b, s)`: which tokens enter the state; `None` for all that are
                 attended to.
             initial_state: state of the tokens before, or `None`.
-            return_state: bool.
+            return_state: bool. Whether to return the state after these tokens.
 
         Returns:
             The output, `(b, t, n, v)`, and the state after these tokens or `None`.
@@ -249,7 +251,7 @@ class FeatureAttention(CheckedWeights):
 def observed(
     layers: Iterable[FeatureAttention], observer: Observer, position_offset: Tensor = None
 ) -> Iterator[None]:
-    """Has the layers' attention computed by `observer(layer, heads)` in the block.
+    """A context in which `observer(layer, heads)` computes the layers' attention.
 
     Args:
         layers: dark attention layers.
@@ -268,9 +270,9 @@ def observed(
 
 @contextlib.contextmanager
 def fitted(layers: Iterable[FeatureAttention]) -> Iterator[None]:
-    """Has layers of `attention_mode="auto"` use their features at any length in the block.
+    """A context in which layers with `attention_mode="auto"` use features at any length.
 
-    Texts to fit features to are shorter than those that features are for.
+    The texts to which features are fitted are shorter than those they are meant for.
     """
     before = [(layer, layer.is_fitted) for layer in layers]
     for layer, _ in before:
@@ -284,13 +286,13 @@ def fitted(layers: Iterable[FeatureAttention]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exactly(layers: Iterable[FeatureAttention]) -> Iterator[None]:
-    """Has the layers compute softmax attention in the block."""
+    """A context in which the layers compute softmax attention."""
     with observed(layers, lambda layer, heads: heads.exact_output()):
         yield
 
 
 def build_at(layer: Layer, path: str) -> None:
-    """Builds a layer under the names of a path, the last of which is its own."""
+    """Builds a layer under a path, the last name of which is its own."""
     *above, parent, _ = path.split("/")
     with keras.name_scope(parent, override_parent="/".join(above)):
         layer.build()

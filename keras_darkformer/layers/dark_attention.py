@@ -23,9 +23,10 @@ from keras_darkformer.types import Config, Layer, Shape, Tensor
 class DarkAttention(FeatureAttention, keras.layers.Layer):
     """Grouped-query attention with the dark kernel, linear in the length.
 
-    Takes the place of `keras.layers.GroupQueryAttention`: the same call and masks and, but for
-    `sliding_window`, `flash_attention` and `use_gate`, the same arguments. Softmax's kernel is
-    replaced by the learned `exp(q^' Sigma k^)`, and that by random features (see `DarkFeatureMap`):
+    It takes the place of `keras.layers.GroupQueryAttention`, with the same call, the same masks
+    and, except for `sliding_window`, `flash_attention` and `use_gate`, the same arguments. The
+    learned kernel `exp(q^' Sigma k^)` replaces softmax's and is estimated by random features (see
+    `DarkFeatureMap`):
 
         query = x W_q,  key = x W_k,  value = x W_v
         output = (phi(query) . sum phi(key) value' / phi(query) . sum phi(key)) W_o
@@ -34,42 +35,45 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         head_dim: int. Size of a head.
         num_query_heads: int. Heads of the queries.
         num_key_value_heads: int. Heads of keys and values, a divisor of `num_query_heads`; `None`
-            for as many.
-        dropout: float. Drops whole tokens from the values, the same ones for every query: the part
-            of attention dropout that linear attention can express. Both modes do this.
-        rope_max_wavelength: float or `None`. Rotates queries and keys by their positions (RoPE)
-            with this wavelength, 10_000 in most models. Masked tokens have no position of their
-            own: padding moves nothing.
+            for the same number.
+        dropout: float. Rate at which whole tokens are dropped from the values, the same ones for
+            every query. This is the part of attention dropout that linear attention can express;
+            every mode does it.
+        rope_max_wavelength: float or `None`. Queries and keys are rotated by their positions (RoPE)
+            with this wavelength, 10_000 in most models; `None` for no rotation. Masked tokens take
+            up no position, so padding shifts nothing.
         **kwargs: the options of `AttentionOptions`: `num_features`, `attention_mode`,
-            `sliding_window`, `seed` (of the projection and of dropout) and others; of the four
-            projections `use_bias`, `kernel_initializer` and the others of
-            `keras.layers.GroupQueryAttention`; and as for `keras.layers.Layer`.
+            `sliding_window`, `seed` (of the random projection and of dropout) and others; the
+            arguments of `keras.layers.GroupQueryAttention` for its four dense layers: `use_bias`,
+            `kernel_initializer` and others; and those of `keras.layers.Layer`.
 
     Call arguments:
-        query: `(b, t, d)`.
-        value: `(b, s, d')`.
-        key: `(b, s, d'')`; `None` for `value`.
+        query: float tensor of shape `(b, t, d)`.
+        value: float tensor of shape `(b, s, d')`.
+        key: float tensor of shape `(b, s, d'')`; `None` for `value`.
         query_mask, value_mask, key_mask: bool, of shapes `(b, t)`, `(b, s)` and `(b, s)`; Keras
             fills them in from the inputs' masks. Masked queries give the output of attending to
             nothing.
-        attention_mask: bool. In linear mode only what is causal or padding (see Raises); in exact
-            mode anything that broadcasts to `(b, t, s)` or `(b, n, t, s)`.
+        attention_mask: bool. In exact mode, anything that broadcasts to `(b, t, s)` or
+            `(b, n, t, s)`; otherwise only masks that are causal, padding, or both.
         return_attention_scores: bool. Exact mode only.
         training: bool. Turns dropout on.
         use_causal_mask: bool. Query t attends to keys up to t.
-        initial_state: state returned by an earlier call. Linear mode only.
-        return_state: bool. Also return the state after these keys, to go on from. Linear mode only.
+        initial_state: state returned by an earlier call. Not in exact mode.
+        return_state: bool. Also return the state after these keys, to continue from. Not in exact
+            mode.
 
     Returns:
-        The output, of shape `(b, t, d)`; with `return_attention_scores` `(output, scores)`, scores
-        `(b, n, t, s)`; with `return_state` `(output, state)`: named tuples of float32 tensors of
-        constant shape, batch first, see `get_initial_state`.
+        The output, of shape `(b, t, d)` and the layer's compute dtype. With
+        `return_attention_scores`, `(output, scores)`, where the scores have shape `(b, n, t, s)`.
+        With `return_state`, `(output, state)`, where the state is a named tuple of tensors of
+        constant shape, batch first; see `get_initial_state`.
 
     Raises:
-        TypeError: for an argument that is unknown.
-        ValueError: for an `attention_mask` that linear attention can't express, for scores asked of
-            linear mode or a state of exact mode, for a sliding window without a causal mask, and
-            for sizes that do not fit.
+        TypeError: if an argument is unknown.
+        ValueError: for an `attention_mask` that linear attention can't express, for scores outside
+            exact mode, for a state in exact mode, for a sliding window or sinks without a causal
+            mask, and for sizes that do not fit.
 
     Example:
 
@@ -107,8 +111,8 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         # Under Keras' own name the activity regularizer would apply to this layer's output and
         # state, not to the projections.
         dense_options, kwargs = DenseOptions.split(kwargs)
-        # Without autocast, or a state would arrive in half precision. The projections cast what
-        # they are given.
+        # Without autocast, since a state would arrive in half precision. The projections cast their
+        # inputs themselves.
         super().__init__(autocast=False, **kwargs)
         if num_key_value_heads is None:
             num_key_value_heads = num_query_heads
@@ -138,10 +142,11 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
 
     @classmethod
     def from_attention(cls, layer: Layer, **kwargs: Any) -> "DarkAttention":
-        """A layer with the weights of one of Keras' own.
+        """A layer with the weights of one of Keras' own attention layers.
 
-        It is called as that one is. One with a sliding window keeps just this window, exactly. To
-        have a layer become dark where it is held, see `keras_darkformer.convert_to_dark`.
+        It is called like the Keras layer. If that has a sliding window, the new layer computes just
+        this window, exactly. To convert a layer inside a model, see
+        `keras_darkformer.convert_to_dark`.
 
         Args:
             layer: a built `keras.layers.MultiHeadAttention` or `GroupQueryAttention`.
@@ -151,9 +156,10 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             A built `DarkAttention`.
 
         Raises:
-            TypeError: for an argument that is unknown.
-            ValueError: with the reason, if the layer has a gate, values or outputs of another size,
-                or other axes than that of the tokens.
+            TypeError: if an argument is unknown.
+            ValueError: if the layer is not built, has a gate or values or outputs of another size,
+                attends along axes other than that of the tokens, or is of a subclass that computes
+                something else. The message gives the reason.
 
         Example:
 
@@ -263,7 +269,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return (output, self._with_position(state, start, heads)) if return_state else output
 
     def _split_state(self, state: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """A state less the position that travels with it, and that position."""
+        """Splits a state into the part for attention and the position that goes with it."""
         if state is None:
             return None, None
         state = self._state_shapes.check(state, query.shape[0])
@@ -277,7 +283,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             )
 
     def _rotation(self, x: Tensor, mask: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function that rotates `(b, t, ...)` by positions; padding has none, from `start` on."""
+        """A function that rotates `(b, t, ...)` by positions from `start` on, without padding."""
         wavelength = self.rope_max_wavelength
         if wavelength is None:
             return as_it_is
@@ -292,7 +298,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return lambda inputs: rotary_embedding(inputs, positions, wavelength)
 
     def _with_position(self, state: Tensor, start: Tensor, heads: Heads) -> Tensor:
-        """With RoPE, the number of real tokens seen travels with the state."""
+        """Adds the number of real tokens seen to the state, if there is RoPE."""
         if not self.is_rotary:
             return state
         batch_size, length = ops.shape(heads.value)[:2]
@@ -313,9 +319,9 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
             batch_size: int, or scalar int tensor.
 
         Returns:
-            An `ops.State`, with an exact memory an `ops.MemoryState`; with RoPE an
-            `ops.PositionedState` of that and the tokens seen, `(b,)`. See `ops.initial_state` for
-            the shapes.
+            An `ops.State`, or with an exact memory an `ops.MemoryState`. With RoPE, an
+            `ops.PositionedState` of that and the number of tokens seen, `(b,)`. See
+            `ops.initial_state` for the shapes.
         """
         return self._state_shapes.zeros(batch_size)
 
@@ -340,7 +346,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         initial_state: Tensor = None,
         return_state: bool = False,
     ) -> Tensor:
-        """Shapes and dtypes of what `call` returns; refuses what it would refuse."""
+        """Shapes and dtypes of what `call` returns; raises the same errors."""
         self._check_mode(return_state or initial_state is not None)
         self.read_masks(attention_mask, use_causal_mask, return_attention_scores)
         batch_size, length = query.shape[:2]
@@ -353,7 +359,7 @@ class DarkAttention(FeatureAttention, keras.layers.Layer):
         return output
 
     def compute_mask(self, inputs: Tensor, previous_mask: Any) -> Tensor:
-        """The query's mask goes on with the output; the state has none."""
+        """The output has the query's mask; the state has none."""
         return previous_mask
 
     def get_config(self) -> Config:

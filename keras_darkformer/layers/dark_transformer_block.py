@@ -16,7 +16,8 @@ from keras_darkformer.types import Config, Shape, Tensor
 class DarkTransformerBlock(CheckedWeights, keras.layers.Layer):
     """Transformer decoder or encoder block with attention linear in the length.
 
-    Arguments in the manner of `keras_hub.layers.TransformerDecoder` and `TransformerEncoder`:
+    The arguments follow `keras_hub.layers.TransformerDecoder` and `TransformerEncoder`. By default
+    the block computes:
 
         x = x + attention(norm(x))
         x = x + dense(activation(dense(norm(x))))
@@ -24,36 +25,37 @@ class DarkTransformerBlock(CheckedWeights, keras.layers.Layer):
     Args:
         intermediate_dim: int. Width of the feedforward network.
         num_heads: int. Query heads.
-        dropout: float. Dropout of both branches, and of tokens in attention.
-        activation: string or callable, of the feedforward network.
-        layer_norm_epsilon: float.
+        dropout: float. Dropout rate of both branches, and of whole tokens in attention.
+        activation: string or callable. Activation of the feedforward network.
+        layer_norm_epsilon: float. Epsilon of the layer normalizations.
         kernel_initializer: string or `keras.initializers` initializer.
         bias_initializer: string or `keras.initializers` initializer.
-        normalize_first: bool. Normalize each branch's input (pre-norm), or its sum with the
-            residual (post-norm).
-        num_key_value_heads: int, a divisor of `num_heads`; `None` for as many.
-        head_dim: int; `None` for the input's width over `num_heads`.
+        normalize_first: bool. Whether to normalize each branch's input (pre-norm) or its sum with
+            the residual (post-norm).
+        num_key_value_heads: int, a divisor of `num_heads`; `None` for the same number.
+        head_dim: int; `None` for the input's width divided by `num_heads`.
         causal: bool. True for a decoder, false for an encoder.
         rope_max_wavelength: float or `None`, as for `DarkAttention`.
         **kwargs: the options of `AttentionOptions`: `num_features`, `attention_mode`,
-            `sliding_window`, `seed` and others; and as for `keras.layers.Layer`.
+            `sliding_window`, `seed` and others; and those of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: `(b, t, d)`.
+        inputs: float tensor of shape `(b, t, d)`.
         padding_mask: bool, `(b, t)`, true = a real token. Without it, the mask Keras carries with
             `inputs` is used.
         attention_mask: bool, as for `DarkAttention`.
         initial_state: state returned by an earlier call.
         return_state: bool. Also return the state after these tokens.
-        training: bool.
+        training: bool. Turns dropout on.
 
     Returns:
-        The output, of the shape of `inputs`; with `return_state` `(output, state)`, the state as
-        described at `DarkAttention`.
+        The output, of the shape of `inputs` and the layer's compute dtype. With `return_state`,
+        `(output, state)`, with the state described at `DarkAttention`.
 
     Raises:
+        TypeError: if an argument is unknown.
         ValueError: if `head_dim` is not given and the input's width is not a multiple of
-            `num_heads`, and as `DarkAttention` does.
+            `num_heads`, and in the cases described at `DarkAttention`.
 
     Example:
 
@@ -179,7 +181,7 @@ class DarkTransformerBlock(CheckedWeights, keras.layers.Layer):
     ) -> Tensor:
         """See the class."""
         if padding_mask is None:
-            # Beside other tensors Keras does not pass on the inputs' mask.
+            # If there are other tensors, Keras does not pass on the inputs' mask.
             padding_mask = mask if mask is not None else getattr(inputs, "_keras_mask", None)
         x, state = ops.cast(inputs, self.compute_dtype), None
 

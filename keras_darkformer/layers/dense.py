@@ -1,4 +1,4 @@
-"""The dense layers of attention: what they are made of, spelled once."""
+"""The options of the dense layers of attention, defined once."""
 
 import dataclasses
 from typing import Any, Self
@@ -29,7 +29,7 @@ class DenseOptions:
     bias_constraint: Any = None
 
     def __post_init__(self) -> None:
-        """Names and configs become objects."""
+        """Turns names and configs into objects."""
         for name, module in self._modules().items():
             object.__setattr__(self, name, module.get(getattr(self, name)))
 
@@ -41,7 +41,7 @@ class DenseOptions:
 
     @classmethod
     def split(cls, arguments: Config) -> tuple[Self, Config]:
-        """These options, and the other keyword arguments."""
+        """Splits keyword arguments into these options and the others."""
         others = dict(arguments)
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: others.pop(name) for name in names if name in others}), others
@@ -55,12 +55,12 @@ class DenseOptions:
             **{name: _fresh(getattr(self, name)) for name in self._modules()},
             **kwargs,
         )
-        # The layer around it sees to masks; its parts need not warn that they don't.
+        # The layer around it handles masks, so its parts need not warn that they do not.
         dense.supports_masking = True
         return dense
 
     def get_config(self) -> Config:
-        """All of them, as JSON can hold them."""
+        """All options, in a form that JSON can hold."""
         config = {
             name: module.serialize(getattr(self, name)) for name, module in self._modules().items()
         }

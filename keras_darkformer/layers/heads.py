@@ -1,4 +1,4 @@
-"""What an attention layer's projections make of its inputs."""
+"""The outputs of an attention layer's projections."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def as_it_is(x: Tensor) -> Tensor:
 class Heads:
     """The inputs of one call of an attention layer, projected to heads.
 
-    Those who calibrate or judge a layer are shown this, too.
+    Code that calibrates or evaluates a layer is given this, too.
 
     Attributes:
         unrotated_query: `(b, t, n, h)`.
@@ -31,7 +31,7 @@ class Heads:
         value: `(b, s, k, v)`.
         rotate_query, rotate_key: functions that rotate such tensors by their positions; identities
             where there is no rotary embedding.
-        causal: Whether query t attends to keys up to t.
+        causal: whether query t attends to keys up to t.
         key_mask: `(b, s)`, true = attend, or `None`.
         attention_mask: `(b or 1, n or 1, t, s)`, true = attend, or `None`.
     """
@@ -46,7 +46,7 @@ class Heads:
     attention_mask: Tensor = None
 
     def __post_init__(self) -> None:
-        """Masks become bool."""
+        """Casts masks to bool."""
         for name in ("key_mask", "attention_mask"):
             if (mask := getattr(self, name)) is not None:
                 object.__setattr__(self, name, ops.cast(mask, "bool"))

@@ -1,4 +1,4 @@
-"""What a (query, key) attention mask says, in the two terms linear attention has."""
+"""Reads (query, key) attention masks as what linear attention can express: causal and padding."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from keras_darkformer.types import Tensor
 
 
 class CausalMask(NamedTuple):
-    """What a causal block hands its linear attention for a mask of all pairs of tokens.
+    """What a causal block passes to linear attention instead of a mask of all pairs of tokens.
 
     Attributes:
         keys: which keys count, in any shape that `split_attention_mask` takes, or `None` for all.
@@ -22,10 +22,10 @@ class CausalMask(NamedTuple):
 def split_attention_mask(attention_mask: Tensor) -> tuple[bool, Tensor]:
     """Reads an attention mask as "causal or not" and a padding mask.
 
-    Features sum over keys before they meet a query, so a mask can say which keys count (padding)
-    and that none counts before its time (causal), and nothing else. A mask with one row for all
-    queries is padding. A mask of (t, s) has to be looked at, which works on values, not inside a
-    compiled function.
+    Features are summed over keys before any query sees them. So a mask can say which keys count
+    (padding) and that no query sees later keys (causal), and nothing else. A mask with one row for
+    all queries is padding. A mask of (t, s) has to be inspected, which needs its values and does
+    not work inside a compiled function.
 
     Args:
         attention_mask: bool, of shape `(b, 1, s)`, `(b, t, s)`, `(t, s)` or `(b, n, t, s)`, alike
@@ -35,7 +35,7 @@ def split_attention_mask(attention_mask: Tensor) -> tuple[bool, Tensor]:
         `(causal, key_mask)`, `key_mask` of shape `(b or 1, s)`.
 
     Raises:
-        ValueError: if the mask says anything else, or can't be looked at.
+        ValueError: if the mask has another shape, says anything else, or can't be inspected.
     """
     shape = tuple(attention_mask.shape)
     if len(shape) not in (2, 3, 4):
@@ -76,8 +76,8 @@ def split_attention_mask(attention_mask: Tensor) -> tuple[bool, Tensor]:
         if np.array_equal(values, seen[:, None] & np.tri(length, dtype=bool)):
             return True, ops.convert_to_tensor(seen)
     raise ValueError(
-        "Linear attention can't express an arbitrary `attention_mask`: features sum over the "
-        "keys before they meet a query. Masks that are causal, padding of keys, or both are "
+        "Linear attention can't express an arbitrary `attention_mask`: features are summed over "
+        "the keys before any query sees them. Masks that are causal, padding of keys, or both are "
         'accepted; for this one use `attention_mode="exact"`. '
         f"Received: a mask of shape {shape} that is neither."
     )
@@ -93,7 +93,7 @@ def merge_masks(first: Tensor, second: Tensor) -> Tensor:
 def check_attention_mask(
     attention_mask: Tensor, query_length: int | None, key_length: int | None
 ) -> None:
-    """Raises a ValueError if a mask of queries and keys has not their lengths."""
+    """Raises a ValueError if a mask of queries and keys does not have their lengths."""
     if attention_mask is None or len(attention_mask.shape) < 2:
         return
     lengths = (query_length, key_length)
@@ -120,5 +120,5 @@ def _values(mask: Tensor) -> Tensor:
         return None
     try:
         return ops.convert_to_numpy(mask)
-    except Exception:  # each backend raises its own when there are no values
+    except Exception:  # each backend raises its own error when there are no values
         return None

@@ -1,4 +1,4 @@
-"""What there is to know of Keras' own attention layers."""
+"""Properties of Keras' own attention layers."""
 
 import dataclasses
 from typing import Any
@@ -9,32 +9,32 @@ from keras_darkformer.layers.dense import DenseOptions
 from keras_darkformer.types import Config, Layer
 
 STOCK_CLASSES = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
-# Subclasses of these that compute something else, and for which there are dark layers, too.
+# Subclasses that compute something else, and that also have dark layers.
 _KNOWN_SUBCLASSES: list[type] = []
-# What a subclass may have of its own beside a constructor: a dark layer has these itself.
+# What a subclass may override besides the constructor, since a dark layer has its own.
 _HARMLESS = {"get_config", "from_config"}
 
 
 def know_subclass(cls: type) -> None:
-    """Has `stock_class` tell a subclass of one of Keras' attention layers from that layer."""
+    """Makes `stock_class` distinguish a subclass of a Keras attention layer from that layer."""
     _KNOWN_SUBCLASSES.append(cls)
 
 
 def stock_class(layer: Layer) -> Any:
-    """Which of Keras' classes, or of the known subclasses of these, an attention layer is of."""
+    """The Keras class, or the known subclass of one, to which an attention layer belongs."""
     known = (*STOCK_CLASSES, *_KNOWN_SUBCLASSES)
     return next(cls for cls in type(layer).__mro__ if cls in known)
 
 
 def head_sizes(layer: Layer) -> tuple[int, int, int]:
-    """Query heads, key/value heads and the size of a head, also of a layer that is not built."""
+    """Query heads, key/value heads and head size of a layer, which need not be built."""
     if isinstance(layer, keras.layers.MultiHeadAttention):
         return layer.num_heads, layer.num_heads, layer.key_dim
     return layer.num_query_heads, layer.num_key_value_heads, layer.head_dim
 
 
 def window_of(layer: Layer) -> int | None:
-    """How near a key must be to a query, this one included; `None` for no such limit."""
+    """The sliding window of a layer, the query's own position included; `None` for none."""
     is_multi_head = isinstance(layer, keras.layers.MultiHeadAttention)
     return layer._sliding_window if is_multi_head else layer.sliding_window
 
@@ -50,7 +50,7 @@ def refusal(layer: Layer, stock_cls: Any) -> str | None:
 
 
 def refusal_of_axes(layer: Layer) -> str | None:
-    """Why a built attention layer can't be converted for the axes it attends along."""
+    """Why the axes that a built attention layer attends along can't be converted, or `None`."""
     axes = getattr(layer, "_attention_axes", (1,))
     rank = len(layer._query_dense.partial_output_shape)
     if rank == 3 and tuple(axes) == (1,):
@@ -70,10 +70,10 @@ def _overridden(cls: type, stock_cls: type) -> list[str]:
 
 
 def equivalent(layer: Layer) -> Config:
-    """The arguments of a `DarkAttention` that takes the weights of an attention layer.
+    """The arguments of a `DarkAttention` that can take the weights of an attention layer.
 
     Raises:
-        ValueError: if there is none, with the reason.
+        ValueError: if there is no such layer; the message gives the reason.
     """
     if not isinstance(layer, STOCK_CLASSES) or not layer.built:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The way from a stock model to a dark one that has kept what it could do, in one call."""
+"""From a stock model to a dark one that keeps its abilities, in one call."""
 
 from keras_darkformer.linearizing.report import LinearizationReport
 from keras_darkformer.linearizing.run import Linearized, linearize

@@ -8,11 +8,11 @@ DEFAULT_TOKENS = 150_000
 
 
 class Budget:
-    """Tokens, or minutes that become tokens.
+    """A budget of tokens, or of minutes that are turned into tokens.
 
     Args:
         tokens: int, or `None`.
-        minutes: float, or `None`. Not both.
+        minutes: float, or `None`. At most one of the two may be given.
 
     Raises:
         ValueError: if they are out of range, or both are given.
@@ -21,7 +21,7 @@ class Budget:
     def __init__(self, tokens: int | None, minutes: float | None) -> None:
         if tokens is not None and minutes is not None:
             raise ValueError(
-                f"`tokens` or `minutes` can be given, not both. Received: {tokens}, {minutes}"
+                f"`tokens` or `minutes` can be given, not both. Received: {tokens} and {minutes}"
             )
         if minutes is not None and not _is_positive(minutes):
             raise ValueError(f"`minutes` must be a positive number. Received: {minutes!r}")
@@ -30,11 +30,11 @@ class Budget:
         self.spent = 0.0
 
     def spend(self, seconds: float) -> None:
-        """Takes note of time that has gone."""
+        """Counts time that was spent."""
         self.spent += seconds
 
     def steps(self, share: float, seconds_per_token: float, tokens_per_step: int) -> int:
-        """Steps of a fit that may have a share of it all, and no more than is left."""
+        """Steps of a fit that may use a share of the whole budget, but no more than is left."""
         tokens = share * self.tokens
         if self.seconds is not None:
             seconds = min(share * self.seconds, self.seconds - self.spent)

@@ -1,4 +1,4 @@
-"""What a pipeline has done so far, in a folder or in memory."""
+"""Records what a pipeline has done so far, in a folder or in memory."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ RUN = "run.json"
 
 
 class Notebook:
-    """Facts and weights of the stages that are done.
+    """Facts and weights of the finished stages.
 
     Args:
         folder: where they are written, or `None` to keep facts in memory only.
-        plan: what has to be the same for a run to be the same one.
+        plan: facts that identify the run.
 
     Attributes:
-        facts: a dict, of what was found; `write` it after each change.
+        facts: a dict of what was found so far. Call `write` after each change.
 
     Raises:
         ValueError: if the folder holds another run, or a damaged one.
@@ -47,22 +47,22 @@ class Notebook:
             raise ValueError(f"`work_dir` {str(self.folder)!r} holds another run. {told}")
 
     def write(self) -> None:
-        """Notes the facts down."""
+        """Writes the facts."""
         if self.folder is not None:
             with written_whole(self.folder / RUN) as file:
                 file.write(json.dumps(self.facts, indent=1).encode())
 
     def path(self, name: str) -> Path | None:
-        """A file in the folder, if there is one."""
+        """The path of a file in the folder; `None` without a folder."""
         return None if self.folder is None else self.folder / name
 
     def save(self, name: str, variables: list[Any]) -> None:
-        """Notes variables' values down."""
+        """Writes the values of variables."""
         if (path := self.path(f"{name}.npz")) is not None:
             save_arrays(path, {str(i): x for i, x in enumerate(values_of(variables))}, {})
 
     def load(self, name: str, variables: list[Any]) -> None:
-        """Puts them back.
+        """Restores the values of variables.
 
         Raises:
             ValueError: if the file is damaged.
@@ -74,7 +74,7 @@ class Notebook:
             variable.assign(arrays[str(index)])
 
     def targets(self, name: str, note: Callable[[], list[TeacherTargets]]) -> list[TeacherTargets]:
-        """A teacher's targets, from the file if there is one, else noted, and noted down.
+        """A teacher's targets, from the file if there is one; otherwise `note` gives them to write.
 
         Raises:
             ValueError: if the file is damaged.
@@ -93,18 +93,18 @@ class Notebook:
         return found
 
     def drop(self, pattern: str) -> None:
-        """Deletes files that have done their work, by a pattern of their names."""
+        """Deletes files that are no longer needed, by a pattern of their names."""
         for path in self.folder.glob(pattern) if self.folder is not None else ():
             path.unlink()
 
 
 def values_of(variables: list[Any]) -> list[np.ndarray]:
-    """Copies, in dtypes that NumPy knows by itself."""
+    """Copies of values, in dtypes that are NumPy's own."""
     return [value_of(v) for v in variables]
 
 
 def fingerprint(arrays: dict[str, np.ndarray]) -> str:
-    """Short for what is in arrays."""
+    """A short hash of what is in arrays."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

@@ -29,23 +29,23 @@ from keras_darkformer.types import Config, Model
 
 CALIBRATION_TOKENS = 4096
 VALIDATE_EVERY = 20  # steps
-VALIDATED_ROWS = 4  # each time: they cost as much as as many steps
+VALIDATED_ROWS = 4  # each time: they cost as much as equally many steps
 TARGETS_IN_A_FILE = 32  # batches
 
 
 class Pipeline:
-    """One run of `linearize`: the model, the texts, and what is noted down.
+    """One run of `linearize`: the model, the texts, and the notebook.
 
     Args:
-        model: converted in place.
-        kind: what it is judged by.
-        training: rows.
-        held_out: rows.
+        model: the model, converted in place.
+        kind: how the model is fed and judged.
+        training: rows to fit to.
+        held_out: rows to judge by.
         budget: what may be spent.
-        notebook: of this run.
-        batch_size: int. Rows of a step.
+        notebook: the notebook of this run.
+        batch_size: int. Rows per step.
         on_stage_end: function of a stage's name and the model, or `None`.
-        verbose: bool.
+        verbose: bool. Whether to show progress.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Pipeline:
         self.source = type(model).__name__
 
     def look(self) -> None:
-        """Judges the source, and takes the time of a forward pass."""
+        """Judges the source, and times a forward pass."""
         self.kind.look(self.model, self.held_out)
         facts = self.notebook.facts
         if "exact" not in facts:
@@ -79,7 +79,7 @@ class Pipeline:
         self.on_stage_end("exact", self.model)
 
     def choose(self, keep_exact: int, options: Config) -> list[int]:
-        """The layers to convert."""
+        """Chooses the layers to convert."""
         facts = self.notebook.facts
         if "choice" not in facts:
             some = first(self.training, CALIBRATION_TOKENS // self.kind.length)
@@ -105,12 +105,12 @@ class Pipeline:
         self.stage("converted", [], lambda: 0)
 
     def stage(self, name: str, variables: list[Any], work: Callable[[], int]) -> None:
-        """Goes through one stage, or takes up what it came to.
+        """Runs one stage, or restores its result if it was run before.
 
         Args:
-            name: of what the model then is.
-            variables: what it may change beside the feature maps.
-            work: does it, and returns how many tokens it took.
+            name: what the model is afterwards.
+            variables: what the stage may change besides the feature maps.
+            work: runs the stage, and returns how many tokens it took.
         """
         variables = list({id(v): v for v in (*self.maps, *variables)}.values())
         stages = self.notebook.facts["stages"]
@@ -148,7 +148,7 @@ class Pipeline:
         return some["token_ids"].size
 
     def transfer(self) -> int:
-        """Has each layer learn its softmax."""
+        """Trains each layer on its own softmax."""
         share = 0.25 if self.kind.distils else 1.0
         steps = self._steps("transfer", share, cost=3.0)
         history = transfer_attention(
@@ -165,7 +165,7 @@ class Pipeline:
         return self._tokens(history, steps)
 
     def distil(self, train: str) -> int:
-        """Has the whole learn its own exact logits."""
+        """Trains the whole model on its own exact logits."""
         steps = self._steps("distil", 0.75 if self.has_features else 1.0, cost=6.0)
         assert isinstance(self.kind, Decoder)
         rows = self._drawn(steps, seed=2)
@@ -187,7 +187,7 @@ class Pipeline:
         return self._tokens(history, steps)
 
     def _targets(self, rows: Rows) -> list[TeacherTargets]:
-        """What the exact model, which has the weights of this one still, makes of rows."""
+        """The predictions of the exact model, whose weights the model still has."""
         count, found = len(rows["token_ids"]), []
         size = TARGETS_IN_A_FILE * self.batch_size
         shown = self.verbose and count > size
@@ -207,7 +207,7 @@ class Pipeline:
         return found
 
     def report(self, length: int, description: str | None) -> LinearizationReport:
-        """Of all that was done."""
+        """The report of the run."""
         facts = self.notebook.facts
         backbone: Model = getattr(self.model, "backbone", self.model)
         number = len(backbone.transformer_layers)
@@ -232,11 +232,11 @@ class Pipeline:
         return "auto" if self.verbose else 0
 
     def _reached(self) -> Figures:
-        """What the model is by the last stage that was kept."""
+        """The figures of the model: those after the last stage that was kept."""
         return [x for x in self.notebook.facts["stages"] if x["kept"]][-1]
 
     def _steps(self, name: str, share: float, cost: float) -> int:
-        """The steps of a fit, settled when it first begins; a step costs so many forward passes."""
+        """The steps of a fit, set when it first begins; a step costs `cost` forward passes."""
         facts = self.notebook.facts
         if f"{name}_steps" not in facts:
             facts[f"{name}_steps"] = self.budget.steps(
@@ -246,12 +246,12 @@ class Pipeline:
         return facts[f"{name}_steps"]
 
     def _tokens(self, history: keras.callbacks.History, steps: int) -> int:
-        """What a fit has read, which may have stopped early."""
+        """The number of tokens a fit has read, which may have stopped early."""
         made = min(steps, VALIDATE_EVERY * len(history.history["loss"]))
         return made * self.batch_size * self.kind.length
 
     def _drawn(self, steps: int, seed: int) -> Rows:
-        """Rows for so many steps: all in a new order, again and again."""
+        """Rows for a number of steps: all of them in a new order, as often as needed."""
         count, needed = len(self.training["token_ids"]), steps * self.batch_size
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(count) for _ in range(-(-needed // count))]
@@ -260,7 +260,7 @@ class Pipeline:
         return self.kind.to_learn(rows, rng)
 
     def _forward_seconds(self) -> float:
-        """The seconds of a forward pass, a token; the first pass may be compiled."""
+        """Seconds per token of a forward pass: the second one, as the first may compile."""
         rows = first(self.held_out, 1)
         seconds = 0.0
         for _ in range(2):
@@ -275,7 +275,7 @@ class Pipeline:
 
 
 def first(rows: Rows, count: int) -> Rows:
-    """The first rows, at least one."""
+    """The first `count` rows, at least one."""
     return {name: x[: max(1, count)] for name, x in rows.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline won, stage by stage."""
+"""What a pipeline achieved, stage by stage."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ class LinearizationReport(PrintedDict):
     """How a model was linearized: a dict for code, a table when printed.
 
     Keys:
-        model: the class of the source.
+        model: class name of the source.
         layers: int, its number of layers.
-        exact_layers: list of int, those left exact.
-        options: dict, of the conversion.
+        exact_layers: list of int, the layers left exact.
+        options: dict, the options of the conversion.
         data: dict of `training_tokens`, `held_out_tokens`, `length` and `description`.
         exact: dict, the figures of the source on held-out text: `text` and `lookups`, losses in
-            nats a token, and `divergence`, from what the source predicts; for encoders `cosine`, of
-            embeddings with the source's.
-        stages: list of dicts, one a stage: `name`, `seconds`, `tokens`, the figures after it, and
-            `kept`, whether it is part of the model: what makes the figures worse is undone.
-        versions: dict, of packages.
+            nats per token, and `divergence` from the source's predictions; for encoders `cosine`,
+            the similarity of embeddings to the source's.
+        stages: list of dicts, one per stage: `name`, `seconds`, `tokens`, the figures after it, and
+            `kept`: a stage that makes the figures worse is undone.
+        versions: dict, the versions of packages.
     """
 
     def figures(self) -> list[str]:
@@ -34,7 +34,7 @@ class LinearizationReport(PrintedDict):
             title=f"{self['model']}, {self['layers'] - len(self['exact_layers'])} of "
             f"{self['layers']} layers linear",
             caption=f"on {data['held_out_tokens']:,} held-out tokens, rows of {data['length']}; "
-            "losses in nats a token",
+            "losses in nats per token",
         )
         table.add_column("after")
         undone = any(not stage["kept"] for stage in self["stages"])
@@ -50,7 +50,7 @@ class LinearizationReport(PrintedDict):
         return table
 
     def plot(self, path: Any = None) -> Any:
-        """The figures by stage, as a matplotlib figure, saved to `path` where one is given."""
+        """The figures by stage, as a matplotlib figure, also saved to `path` if one is given."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4 * len(self.figures()), 3), layout="constrained")

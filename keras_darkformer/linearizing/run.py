@@ -1,4 +1,4 @@
-"""`linearize`: from a stock model and texts to a dark model one can use."""
+"""`linearize`: from a stock model and texts to a usable dark model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +22,11 @@ HELD_OUT_ROWS = 32  # at most
 
 
 class Linearized(NamedTuple):
-    """A model and how it came to be.
+    """A dark model and the report of how it was made.
 
     Attributes:
         model: the dark model.
-        report: a `LinearizationReport`, also the model's `linearization`.
+        report: a `LinearizationReport`, which is also the model's `linearization`.
     """
 
     model: Model
@@ -51,49 +51,50 @@ def linearize(
     verbose: bool = True,
     **kwargs: Any,
 ) -> Linearized:
-    """Converts a model and brings back what it could do, in one call.
+    """Converts a model and restores its abilities, in one call.
 
-    Stages: `choose_layers` where some are to stay exact, `convert_to_dark`, `calibrate`,
-    `transfer_attention` and, for causal LMs, `distil`, from the model's own logits before it
-    learns: there is no second copy of its weights. A segment of every row that a causal LM learns
-    from comes in it twice, so that there is something to look up. Before and after each stage the
-    model is judged on text held out from all of them; a stage that made it worse is undone, and
-    each fit stops when nothing is gained any more. Every stage can be called by itself instead.
+    The stages are `choose_layers` if some layers are to stay exact, `convert_to_dark`, `calibrate`,
+    `transfer_attention` and, for causal LMs, `distil` from the model's own exact logits, taken
+    before it learns: there is no second copy of its weights. Each row that a causal LM learns from
+    repeats one of its segments, so that there is something to look up. Before and after each stage
+    the model is judged on text held out from all of them. A stage that made it worse is undone, and
+    each fit stops when nothing more is gained. Every stage can also be called by itself.
 
     Args:
         model: a stock model that `convert_to_dark` takes. It is converted in place.
-        data: texts, long ones: those of a causal LM are put together and cut into rows of `length`
-            tokens. Or arrays or batches, as for `calibrate`, with rows of at least `length`
-            tokens. Encoders take each text as their preprocessor makes it.
-        keep_exact: int. Layers of a causal LM to leave exact, chosen by a probe, for which there is
-            a second copy of the model. What is to be looked up in long texts needs some.
-        tokens: int. How many the fits may read in all, a quarter of them in `transfer_attention`;
-            `None` for 150,000 unless `minutes` are given.
-        minutes: float. About how long it may take. Turned into tokens from the time of a forward
-            pass when a fit begins.
-        length: int. Tokens of a row, more than the exact memory holds.
-        batch_size: int. Rows of a step.
-        train: what `distil` trains beside the feature maps.
-        validation_data: texts to judge by; `None` holds the last tenth of the rows back.
-        work_dir: a folder where all that is reached is noted down. The same call, killed at any
-            point, goes on from there.
-        description: of the data, for the model card.
-        on_stage_end: function of a stage's name and the model, to look at it meanwhile: called for
-            `"exact"`, before anything is converted, and after every stage of this run.
-        verbose: bool. Shows progress and a line on what each stage won.
-        **kwargs: the options of `ConversionOptions`. `None` of them given, a causal LM gets
+        data: long texts, or arrays or batches as for `calibrate`, with rows of at least `length`
+            tokens. For a causal LM texts are joined and cut into rows of `length` tokens; for an
+            encoder the preprocessor turns each text into a row.
+        keep_exact: int. Number of layers of a causal LM to leave exact. A probe chooses them, on a
+            second copy of the model. Looking things up in long texts needs some.
+        tokens: int. How many tokens the fits may read in all, a quarter of them in
+            `transfer_attention`; `None` for 150,000 unless `minutes` is given.
+        minutes: float. About how long the call may take. When a fit begins, the time of a forward
+            pass turns this into tokens.
+        length: int. Tokens per row, more than the exact memory holds.
+        batch_size: int. Rows per training step.
+        train: what `distil` trains besides the feature maps.
+        validation_data: texts to judge by; `None` holds back the last tenth of the rows, at most
+            32.
+        work_dir: path of a folder where progress is saved. If the call is killed at any point, the
+            same call continues from there.
+        description: str, a description of the data for the model card.
+        on_stage_end: function of a stage's name and the model, to inspect the model. It is called
+            with `"exact"` before the conversion, and after every stage of this run.
+        verbose: bool. Whether to show progress, and a line on what each stage achieved.
+        **kwargs: the options of `ConversionOptions`. If none are given, a causal LM gets
             `feature_map="none", sliding_window=64, num_sinks=4, cache_size=188`: a memory of 256
             tokens, and nothing to calibrate. Features are worth their bytes in smaller memories.
 
     Returns:
         `Linearized`: the model, and a report to print, read as a dict and `plot`. The report is
-        also the model's `linearization`, and stands in the card of its presets.
+        also the model's `linearization`, and appears in the card of its presets.
 
     Raises:
-        TypeError: for an option that is unknown.
+        TypeError: for an unknown option.
         ValueError: if an argument is out of range, there is too little text, the model can't be
-            converted, or `work_dir` holds another run or a damaged one. What was wrong from the
-            start is found before the model is converted.
+            converted, or `work_dir` holds another run or a damaged one. Wrong arguments are found
+            before the model is converted.
 
     Example:
 

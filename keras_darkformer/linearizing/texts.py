@@ -1,4 +1,4 @@
-"""Texts as a pipeline works with them, and what a model of each kind is judged by."""
+"""How a pipeline turns texts into rows, and judges models of each kind."""
 
 import abc
 from collections.abc import Iterable
@@ -25,16 +25,16 @@ from keras_darkformer.types import Data, Model
 Rows = dict[str, np.ndarray]
 Figures = dict[str, float]
 
-PIECE = 20_000  # characters that are tokenized at a time
+PIECE = 20_000  # characters tokenized at a time
 JUDGED = 8  # rows
 TOP_K = 64
 
 
 def kind_of(model: Model, length: int) -> "Kind":
-    """How a model, stock or dark, is dealt with.
+    """The kind of a model, stock or dark.
 
     Raises:
-        ValueError: if it is neither, with the reason.
+        ValueError: if the model is neither dark nor convertible, with the reason.
     """
     dark = type(model) if isinstance(model, DarkBackbone | DarkTask) else dark_class(type(model))
     family = getattr(dark, "backbone_cls", dark).family
@@ -42,10 +42,10 @@ def kind_of(model: Model, length: int) -> "Kind":
 
 
 class Kind(abc.ABC):
-    """One kind of model: its rows, its figures, and what of the pipeline it goes through.
+    """A kind of model: its rows, its figures, and the stages it goes through.
 
     Args:
-        length: tokens a row.
+        length: int. Tokens per row.
     """
 
     distils = False
@@ -55,33 +55,35 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, model: Model, data: Data) -> Rows:
-        """All of the data as arrays of one row each."""
+        """All of the data, as arrays of rows."""
 
     def to_learn(self, rows: Rows, rng: np.random.Generator) -> Rows:
-        """Rows as a fit reads them."""
+        """Turns rows into those that a fit reads."""
         return rows
 
     @abc.abstractmethod
     def look(self, model: Model, held_out: Rows) -> None:
-        """Keeps the rows, and what the model makes of them before it is converted."""
+        """Keeps the rows, and the model's outputs for them before the conversion."""
 
     @abc.abstractmethod
     def judge(self, model: Model) -> Figures:
-        """What a model makes of the rows that are kept."""
+        """The figures of a model on the rows that are kept."""
 
     @abc.abstractmethod
     def cost(self, figures: Figures) -> float:
-        """What is to fall."""
+        """The number that should fall."""
 
 
 class Decoder(Kind):
-    """A causal LM: its losses per token, in nats, of text and of a segment that comes again, and
-    how far its predictions are from the source's."""
+    """A causal LM, judged by its losses and its divergence from the source, in nats per token.
+
+    Losses are of text and of segments repeated in it.
+    """
 
     distils = True
 
     def rows(self, model: Model, data: Data) -> Rows:
-        """Texts are put together and cut into rows of `length` tokens; other data likewise."""
+        """Joins texts and cuts them into rows of `length` tokens; cuts rows of other data."""
         if (texts := texts_of(data)) is None:
             return inputs_of(full_rows(model, data, 8, self.length))
         preprocessor = getattr(model, "preprocessor", None)
@@ -106,14 +108,14 @@ class Decoder(Kind):
         return inputs_of(np.concatenate([starts, rows], axis=1))
 
     def to_learn(self, rows: Rows, rng: np.random.Generator) -> Rows:
-        """With something to look up in each: text alone asks for it too seldom."""
+        """Repeats a segment in each row: text alone needs lookups too seldom."""
         return inputs_of(with_segments_again(rows["token_ids"], rng))
 
     def look(self, model: Model, held_out: Rows) -> None:
         """Keeps texts, lookups made from them, and what the model predicts of both."""
         text = held_out["token_ids"][:JUDGED]
         repeat = max(2, self.length // 8)
-        # Rows, and the first token of them whose loss counts.
+        # Rows, and the first of their tokens whose loss counts.
         lookups = with_repeats(text, repeat, np.random.default_rng(0))
         self.judged = {"text": (text, 1), "lookups": (lookups, self.length - repeat + 1)}
         self.exact = {
@@ -134,7 +136,7 @@ class Decoder(Kind):
         return found | {"divergence": float(np.sum(divergences))}
 
     def known(self, count: int) -> tuple[list[Rows], list[TeacherTargets]]:
-        """Rows of texts and of lookups in turn, one a batch, and what the source predicts."""
+        """Rows of text and of lookups in turn, one per batch, and the source's predictions."""
         found = [
             (inputs_of(rows[i][None]), self.exact[name][i])
             for i in range(count)
@@ -145,15 +147,15 @@ class Decoder(Kind):
         return [*rows], [*targets]
 
     def cost(self, figures: Figures) -> float:
-        """The divergence: a model may lose less than its source and have forgotten more."""
+        """The divergence: a model may have lower losses than its source and have forgotten more."""
         return figures["divergence"]
 
 
 class Encoder(Kind):
-    """A model without a causal mask: how like its outputs are to what they were."""
+    """A model without a causal mask, judged by how similar its outputs are to the source's."""
 
     def rows(self, model: Model, data: Data) -> Rows:
-        """What the preprocessor makes of each text, or the rows of arrays."""
+        """The preprocessor's row for each text, or the rows of arrays."""
         found = list(batches(model, data, 8))
         names = set.intersection(*({*inputs} for inputs in found))
         return {name: np.concatenate([inputs[name] for inputs in found]) for name in names}
@@ -164,12 +166,12 @@ class Encoder(Kind):
         self.exact = _pooled(model, held_out)
 
     def judge(self, model: Model) -> Figures:
-        """The mean cosine of embeddings, means over the tokens of a row, to the exact model's."""
+        """The mean cosine to the source's embeddings, which are means over the tokens of a row."""
         found = _pooled(model, self.judged)
         return {"cosine": float(np.mean(np.sum(found * self.exact, axis=-1)))}
 
     def cost(self, figures: Figures) -> float:
-        """The distance."""
+        """The distance between embeddings."""
         return 1.0 - figures["cosine"]
 
 

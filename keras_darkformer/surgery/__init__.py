@@ -1,1 +1,1 @@
-"""How stock layers and models become dark, in place; for KerasHub's and for Keras' own."""
+"""How stock layers and models of KerasHub and of Keras become dark, in place."""

@@ -1,8 +1,8 @@
 """The one verb of surgery: a stock object becomes dark, in place.
 
-The object changes class, to a subclass of its own. Copying weights into a new object would double
-the memory. Sharing layers with one would leave a stock object behind whose layers are dark, and
-which saves itself as a softmax model.
+The object changes its class to a subclass of it. Copying weights into a new object would double the
+memory. Sharing layers with a new object would leave a stock object behind that has dark layers but
+saves itself as a softmax model.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ from typing import Any
 
 import keras
 
-# Base of the classes that turn a stock class dark: type checkers can't know which stock class
-# stands behind them.
+# Base of the mixins that make a stock class dark: type checkers can't know which stock class they
+# are combined with.
 Mixin: Any = object
 
 
 def become(stock: Any, dark_cls: type, **attributes: Any) -> Any:
-    """Makes a stock layer or model one of a subclass of its class, and returns it.
+    """Makes a stock layer or model an instance of a subclass of its class, and returns it.
 
     Args:
         stock: a built layer or model.
         dark_cls: a subclass of its class.
-        attributes: what to set on it besides, sublayers too.
+        attributes: attributes to set on it, which may be sublayers.
     """
     _note(stock, ["__class__"])
     stock.__class__ = dark_cls
@@ -33,7 +33,7 @@ def become(stock: Any, dark_cls: type, **attributes: Any) -> Any:
 
 
 def give(layer: Any, **attributes: Any) -> Any:
-    """Sets attributes, sublayers too, on a layer that Keras has locked, and returns it."""
+    """Sets attributes, which may be sublayers, on a layer that Keras has locked, and returns it."""
     _note(layer, attributes)
     with _unlocked(layer):
         for name, value in attributes.items():
@@ -42,14 +42,14 @@ def give(layer: Any, **attributes: Any) -> Any:
 
 
 def put(model: Any, **attributes: Any) -> None:
-    """Sets attributes that are no sublayers."""
+    """Sets attributes that are not sublayers."""
     _note(model, attributes)
     for name, value in attributes.items():
         setattr(model, name, value)
 
 
 def after_build(layer: Any, action: Callable[[], None]) -> None:
-    """Has `action()` follow once a layer, which is not built yet, has built itself."""
+    """Calls `action()` once a layer, which is not built yet, has built itself."""
     build = layer.build
 
     @functools.wraps(build)  # Keras reads the names of its arguments
@@ -62,7 +62,7 @@ def after_build(layer: Any, action: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def as_stock(layer: Any) -> Iterator[None]:
-    """Has a dark object be of its stock class, as which Keras then takes it."""
+    """Gives a dark object its stock class within the context, so that Keras treats it as stock."""
     dark_cls = type(layer)
     layer.__class__ = dark_cls.stock_cls
     try:
@@ -73,7 +73,7 @@ def as_stock(layer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undone_on_error() -> Iterator[None]:
-    """Puts back on any error, an interrupt too, whatever was set in here by this module."""
+    """Undoes on any error, or an interrupt, whatever this module has set within the context."""
     undo: list[Callable[[], None]] = []
     token = _UNDO.set(undo)
     try:
@@ -99,7 +99,7 @@ def _note(layer: Any, names: Iterable[str]) -> None:
 
 
 def _value(layer: Any, name: str) -> Any:
-    """An attribute; a method of the class is none of the object's own."""
+    """An attribute of the object; a method of its class counts as missing."""
     value = getattr(layer, name, _MISSING)
     return _MISSING if inspect.ismethod(value) and name not in vars(layer) else value
 
@@ -131,10 +131,10 @@ _MADE: dict[tuple[Callable[[Any], Any], Any], Any] = {}
 
 
 def dark_subclass(make: Callable[[Any], Any], stock_cls: Any) -> Any:
-    """The subclass of a stock class that `make` gives, made once.
+    """The subclass of a stock class that `make` gives, made only once.
 
-    It has the stock class's name, as a file of weights is read by the names of classes, and the
-    package of `make`, which a user has to import before such a layer is loaded.
+    It has the name of the stock class, since files of weights are read by class name. Its module is
+    the package of `make`, which users have to import before they load such a layer.
     """
     if (make, stock_cls) not in _MADE:
         _MADE[make, stock_cls] = make(stock_cls)

@@ -1,4 +1,4 @@
-"""Layers that are dark, also when they are made from a config."""
+"""Layers that are dark, even when they are made from a config."""
 
 import functools
 from typing import Any
@@ -9,14 +9,14 @@ from keras_darkformer.types import Config, Layer
 
 
 class DarkLayer(Mixin):
-    """Turns a stock layer, its base class in Python, dark.
+    """Mixin that makes a stock layer dark.
 
-    A stock layer becomes dark once it is built, in place; one made from the config of a dark layer
-    when it is built. A model of the user's own that holds it, be it by its tensors, is therefore
+    A built stock layer becomes dark in place. A layer made from the config of a dark one becomes
+    dark when it is built. A user's own model that holds it, even only by its tensors, is therefore
     dark again when it is loaded or cloned.
 
     Attributes:
-        stock_cls: the class of KerasHub or Keras that this one is made of.
+        stock_cls: the class of KerasHub or Keras that this one extends.
     """
 
     stock_cls: Any
@@ -31,9 +31,9 @@ class DarkLayer(Mixin):
     def take_over(cls, stock: Layer, options: AttentionOptions) -> None:
         """Makes a stock layer dark, in place: no weight is copied or moved.
 
-        One that is not built yet becomes dark as far as it goes, and the rest when it is built.
+        A layer that is not built yet only changes class now; the rest follows when it is built.
         """
-        # Or a recurrent state would arrive in half precision.
+        # With autocast, a recurrent state would arrive in half precision.
         become(stock, cls, autocast=False, _made_with=options)
         if stock.built:
             stock.darken(options)
@@ -41,19 +41,19 @@ class DarkLayer(Mixin):
             after_build(stock, lambda: stock.darken(options))
 
     def darken(self, options: AttentionOptions) -> None:
-        """Puts in, once the stock layer is built, what a dark one has more."""
+        """Adds what a dark layer has besides, once the stock layer is built."""
         raise NotImplementedError
 
     def get_attention(self) -> Any:
         """The attention layer: this layer or one in it.
 
-        No property: Keras would save it under that name.
+        It is not a property, because Keras would save it under that name.
         """
         raise NotImplementedError
 
     @property
     def made_with(self) -> AttentionOptions:
-        """The options of the attention as they are now, also before the layer is built."""
+        """The current options of the attention, even before the layer is built."""
         return self.get_attention().options if self.built else self._made_with
 
     def stock_config(self) -> Config:
@@ -61,12 +61,12 @@ class DarkLayer(Mixin):
         return self.stock_cls.get_config(self)
 
     def get_config(self) -> Config:
-        """The stock layer's config, and as `dark` the options of the attention as they are now."""
+        """The stock layer's config, with the current options of the attention as `dark`."""
         return {**self.stock_config(), "dark": self.made_with.get_config()}
 
 
 def dark_layer_cls(base: Any, stock_cls: Any, **attributes: Any) -> Any:
-    """The subclass of a stock class that `base`, a `DarkLayer`, makes dark."""
+    """The dark subclass of a stock class, with the mixin `base`, a `DarkLayer`."""
 
     @functools.wraps(stock_cls.build)  # Keras reads the names of its arguments
     def build(layer: Layer, *args: Any, **kwargs: Any) -> None:

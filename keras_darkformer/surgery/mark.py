@@ -1,4 +1,4 @@
-"""The mark that tells weights of dark attention from those of softmax attention in a file."""
+"""The mark that distinguishes weights of dark attention from those of softmax in a file."""
 
 from typing import Any
 
@@ -14,11 +14,12 @@ MARK = "dark_attention"
 def mark_weights(dense: Layer) -> None:
     """Marks the weights of a projection as those of dark attention.
 
-    A stock layer refuses marked weights. Without a mark it would load them, as it finds all of its
-    own among those of a dark layer. The mark is on a projection because Keras looks for a layer's
-    weights in all places that a model holds it at: a stock attention layer, which has none of its
-    own, is content with nothing at the second place, and a projection is not. It is set on the
-    object, as Keras does not quantize layers of a subclass.
+    A stock layer refuses marked weights. Without the mark it would load them, since a dark layer
+    has all the weights that it looks for. The mark is on a projection because Keras looks for a
+    layer's weights in every place where a model holds the layer. A stock attention layer has no
+    weights of its own, so it accepts finding nothing in the second place; a projection does not.
+    The mark is set on the object, not by a subclass, as Keras does not quantize layers of a
+    subclass.
     """
     save, load = dense.save_own_variables, dense.load_own_variables
 

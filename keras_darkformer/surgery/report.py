@@ -18,16 +18,16 @@ class ConversionReport(PrintedDict):
 
     Keys:
         model: class name of the model.
-        num_features, attention_mode, projection, geometry_scale: as converted; a list with an entry
-            for each converted layer where these differ.
-        sliding_window, num_sinks, cache_size: of the exact memory, likewise.
-        layers: list of dicts, one a layer: index, name, kind ("global" or "local", that had a
-            sliding window), converted, feature_map and num_features (`None` if left; 0 for
+        num_features, attention_mode, projection, geometry_scale: as converted; if layers differ, a
+            list with one entry per converted layer.
+        sliding_window, num_sinks, cache_size: sizes of the exact memory, likewise.
+        layers: list of dicts, one per layer: index, name, kind ("local" if it had a sliding window,
+            else "global"), converted, feature_map and num_features (`None` if left; 0 features for
             `"none"`) and new_parameters.
         converted, left: lists of layer indices.
         dropped: list of dicts of what the converted layers no longer do: what, why, layers.
-        new_parameters: dict of trainable and non_trainable counts.
-        parameters: count of all parameters.
+        new_parameters: dict of the counts `trainable` and `non_trainable`.
+        parameters: int, count of all parameters.
     """
 
     def __rich__(self) -> Table:
@@ -66,13 +66,13 @@ class ConversionReport(PrintedDict):
         return table
 
     def _distinct(self, *names: str) -> list[tuple[Any, ...]]:
-        """What the converted layers have under these names, each once, in order."""
+        """The values of the converted layers under these names, each once, in order."""
         count = len(self["converted"])
         columns = [x if isinstance(x := self[name], list) else [x] * count for name in names]
         return list(dict.fromkeys(zip(*columns, strict=True)))
 
 
-# What linear attention drops of a layer that drops attention weights in training, and why.
+# What is dropped from a layer with dropout of attention weights, and why.
 WEIGHT_DROPOUT = (
     "dropout of single attention weights",
     "Linear attention forms none; whole tokens are dropped at the same rate.",
@@ -85,10 +85,10 @@ def warn_of_dropped(
     """Warns of what the converted layers of a model no longer do.
 
     Args:
-        name: of the model.
+        name: name of the model.
         dropped: as for `report_of`.
-        layers: what their indices are of.
-        stacklevel: int. Calls from the one of this function out to the line that is to be shown.
+        layers: what the indices count, for the message.
+        stacklevel: int. As for `warnings.warn`, if that were called instead of this function.
     """
     for drop in dropped:
         warnings.warn(
@@ -102,8 +102,8 @@ class Row(NamedTuple):
     """A layer that attends.
 
     Attributes:
-        name: what a reader knows it by.
-        window: int, of the stock layer's sliding window, or `None`.
+        name: the name to show.
+        window: int, size of the stock layer's sliding window, or `None`.
         attention: the dark attention layer, or `None` if it was left.
     """
 
@@ -157,7 +157,7 @@ def _as_dict(index: int, row: Row) -> dict[str, Any]:
 
 
 def _common(values: list[Any]) -> Any:
-    """What all have, or the list of what each has."""
+    """The value that all share, or the list of their values."""
     return values[0] if len(set(values)) == 1 else values
 
 

@@ -1,4 +1,4 @@
-"""A second model like another one, for a conversion that leaves that one as it is."""
+"""Copies of models, for conversions that leave the original as it is."""
 
 import re
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from keras_darkformer.types import Layer, Model, Shape, Tensor
 def make_alike(
     model: Model, twin: Model, layers: Sequence[Layer], of_twin: Sequence[Layer]
 ) -> None:
-    """Gives a model made from the config of another one what is in no config.
+    """Copies from one model to another, made from its config, what no config has.
 
-    That is the weights, names, and which layers and weights are frozen.
+    That is weights, names, LoRA, quantization, and which layers and weights are frozen.
 
     Args:
-        model: the other one.
-        twin: the model.
-        layers: those in the other one, from the outside in.
-        of_twin: those in the model, in the same order.
+        model: the original.
+        twin: the copy.
+        layers: the layers of the original, from the outside in.
+        of_twin: those of the copy, in the same order.
 
     Raises:
-        ValueError: if the other one has weights that its config does not describe.
+        ValueError: if the original has weights that its config does not describe.
     """
     for layer, other in zip(layers, of_twin, strict=False):
         _make_alike_without_weights(layer, other)
@@ -35,7 +35,7 @@ def make_alike(
         )
     twin.set_weights(model.get_weights())
     for layer, other in zip(layers, of_twin, strict=False):
-        # From the outside in: a layer hands it on to those in it.
+        # From the outside in, since a layer passes it on to the layers in it.
         if other.trainable != layer.trainable:
             other.trainable = layer.trainable
         other.name = layer.name
@@ -45,7 +45,7 @@ def make_alike(
 
 
 def _described(weight: Tensor) -> tuple[str, Shape, str]:
-    """Name, shape and dtype. Weights that were given no name are numbered by Keras, on and on."""
+    """Name, shape and dtype, without the running number that Keras gives to unnamed weights."""
     name = re.sub(r"^(\w*variable)_\d+$", r"\1", weight.name)
     return name, tuple(weight.shape), weight.dtype
 
@@ -58,7 +58,7 @@ def _difference(here: list[Any], there: list[Any]) -> str:
 
 
 def _make_alike_without_weights(layer: Layer, other: Layer) -> None:
-    """Quantizes one layer as another one is, and enables LoRA; a layer around need not tell."""
+    """Gives `other` the quantization and LoRA of `layer`, which its outer layers may not know."""
     mode = getattr(layer, "quantization_mode", None)
     if mode is not None and getattr(other, "quantization_mode", None) is None:
         other.quantize(mode)
@@ -68,7 +68,7 @@ def _make_alike_without_weights(layer: Layer, other: Layer) -> None:
 
 
 def _dtype_policy(layer: Layer) -> Any:
-    """A layer's own policy. With a map of those of all layers Keras can't save one of few bits."""
+    """A layer's own policy. With a map for all layers, Keras can't save a quantized layer."""
     policy = layer.dtype_policy
     is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
     return policy[layer.path or ""] if is_map else policy

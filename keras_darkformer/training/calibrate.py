@@ -30,7 +30,7 @@ from keras_darkformer.types import Data, Model, Tensor
 
 Kept = list[tuple[Data, int | None]]
 
-# One number a head is found in these; a query meets every key there, which takes long.
+# Tokens that one number per head is found in. Each query meets every key there, which is slow.
 FAR_TOKENS = 2048
 
 
@@ -50,24 +50,24 @@ def calibrate(
 ) -> Model:
     """Fits the feature maps of a model to its queries and keys, in one pass over data.
 
-    Every layer computes exact softmax attention during the pass, so each sees what it sees in the
-    model before conversion. Moments are summed up as batches go by; where a method needs queries
-    and keys themselves, a sample of whole sequences is kept. Memory does not grow with the data.
+    Every layer computes exact softmax attention during the pass, so each gets the inputs it had
+    before the conversion. Moments are summed up batch by batch. If a method needs the queries and
+    keys themselves, a sample of whole sequences is kept. Memory does not grow with the data.
 
-    Geometry, proposal, shifts and projections of every dark layer that has features are set; they
-    are weights, saved and loaded with the model. A far part beside an exact memory gets its offset.
-    Where clusters are fitted, the layer's feature map becomes one of another class, with other
-    weights.
+    Calibration sets the geometry, proposal, shifts and projections of every dark layer with
+    features. These are weights, saved and loaded with the model. Beside an exact memory it also
+    sets the far offset. Clusters replace the layer's feature map with one of another class, which
+    has other weights.
 
     Args:
-        model: made by `convert_to_dark`, or any Keras model that holds such a model, layers of it
-            or `DarkAttention`, however deep. If it is
-            compiled and a feature map becomes one of another class, it is compiled again with the
-            same arguments and a fresh optimizer, and a message says so. A model around it has to be
-            compiled again, too.
+        model: a model made by `convert_to_dark`, or any Keras model that holds such a model, layers
+            of it or `DarkAttention` at any depth. If it is compiled and a feature map is replaced
+            with one of another class, it is compiled again with the same arguments and a fresh
+            optimizer, and a message says so. Other models that hold its layers are compiled again,
+            too.
         data: strings or bytes in a list or an array (for a task with a preprocessor), arrays or a
             dict of arrays, or an iterable of batches or of single strings, as `fit` takes them. A
-            few thousand tokens of the text the model will see do.
+            few thousand tokens like those the model will see are enough.
         method: how each map is fitted:
 
             | `method` | what it sets |
@@ -77,33 +77,34 @@ def calibrate(
             | `"whitening"` | M = h^(-1/4) L^(-1/2), L the pooled covariance: proposition C.1 |
             | `"spectral"` | M = diag(a) U': features go where the logits come from |
             | `"clusters"` | an `ExponentialFeatureMap`, fitted to a k-means of the queries |
-            | `"auto"` | of these, per layer, the one of least error at held-out positions |
+            | `"auto"` | for each layer, whichever has the lowest error at held-out positions |
 
-        proposal: where the rows of W come from, each with its density ratio, so the kernel stays
-            what it is: `"none"` from N(0, I), `"variance_optimal"` from the paper's theorem 3.2,
-            `"spectral"` from the minimiser of a bound that always exists. `None` for the method's
-            own: `"spectral"` for scale and spectral, else `"none"`.
-        center: bool. Whether means of queries and keys are taken off, and put back exactly. `None`
-            for the method's own: true for scale and spectral. Clusters always centre.
-        refine: bool. Spectral: keeps the best of several draws and fits M and a weight per feature
-            to the sample by a short descent on KL. Clusters: likewise. False leaves the
-            closed forms.
-        max_tokens: int. Tokens per layer in the sample, whole sequences.
-        position_offset: positions the model will serve: the first token of each batch gets a random
-            position up to this, or between a pair of them. Rotated keys differ by position, and
-            what was not seen here is not fitted. `None` starts every batch at 0.
-        batch_size: int. For data that does not come in batches.
-        seed: int. Of draws, of the sample and of the offsets.
-        verbose: bool. Shows progress: a line that is written over, in a file one now and then.
+        proposal: the distribution of the rows of W. Its density ratio keeps the kernel the same.
+            `"none"` is N(0, I), `"variance_optimal"` that of the paper's theorem 3.2, and
+            `"spectral"` the minimiser of a bound, which always exists. `None` uses the method's
+            own: `"spectral"` for scale and spectral, otherwise `"none"`.
+        center: bool. Whether the means of queries and keys are taken off, and put back exactly.
+            `None` uses the method's own: true for scale and spectral. Clusters always centre.
+        refine: bool. Spectral then keeps the best of several draws, and fits M and a weight per
+            feature to the sample by a short descent on the KL divergence. Clusters are refined by
+            such a descent, too. False keeps the closed forms.
+        max_tokens: int. Tokens per layer in the sample of whole sequences.
+        position_offset: int, or a pair of ints. The positions the model will serve: the first token
+            of each batch gets a random position up to this, or between the two. Rotated keys depend
+            on their positions, and unseen positions are not fitted. `None` starts every batch at 0.
+        batch_size: int. Rows per batch of data that does not come in batches.
+        seed: int. Seed of the draws, the sample and the offsets.
+        verbose: bool. Whether to show progress: a line that is overwritten, or in a file a line now
+            and then.
 
     Returns:
         The model, which is calibrated in place.
 
     Raises:
         ValueError: if an argument is out of range, the model has no dark layers or none with
-            features, `data` has no batches, queries or keys are not finite, or the model would have
-            to be compiled again and its optimizer can't be made anew. After any error all feature
-            maps are as they were.
+            features, `data` has no batches, queries or keys are not finite, or the model must be
+            compiled again and its optimizer can't be rebuilt. After any error all feature maps are
+            as they were.
 
     Example:
 
@@ -125,7 +126,7 @@ def calibrate(
     for layer in layers.values():
         layer.feature_map.check_calibration(options)
     if method == "clusters":
-        # Better now than after the pass.
+        # Fails now rather than after the pass.
         _recompilation(model, [x for x in layers.values() if x.feature_map.kind != "exponential"])
     statistics = {
         id(layer): layer.feature_map.statistics(options, max_tokens) for layer in layers.values()
@@ -165,13 +166,13 @@ def calibrate(
 
 
 def _recompilation(model: Model, swapped: list[FeatureAttention]) -> Callable[[], None] | None:
-    """How to compile again what holds layers that get maps of another class, if any do."""
+    """Compiles again the models that hold layers whose maps are replaced; `None` if none are."""
     return recompilations([model], swapped) if swapped else None
 
 
 @contextlib.contextmanager
 def _put_back_on_error(layers: dict[str, FeatureAttention]) -> Iterator[None]:
-    """Has all layers' feature maps be as they were if anything goes wrong."""
+    """Restores the feature maps of all layers if anything goes wrong."""
     maps = [
         (layer, layer.feature_map, layer.feature_map.get_weights()) for layer in layers.values()
     ]
@@ -254,7 +255,7 @@ def _fit(
     options: CalibrationOptions,
     verbose: bool,
 ) -> list[Fit]:
-    """Layers by themselves, as many at a time as there are processors."""
+    """Fits the layers one by one, as many at a time as there are processors."""
     progress = Progress("calibrate, fitting", "layers", len(layers), verbose=verbose)
 
     def fit(number: int, name: str, layer: FeatureAttention) -> Fit:
@@ -264,7 +265,7 @@ def _fit(
             raise ValueError(f"{name} can't be calibrated. {error}") from error
 
     fits: list[Fit] = []
-    # A BLAS with threads of its own would have every small product wait for all processors.
+    # With threads of its own, BLAS would have every small product wait for all processors.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(fit, range(len(layers)), layers, layers.values()):
             fits.append(found)
@@ -274,7 +275,7 @@ def _fit(
 
 
 def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Kept) -> None:
-    """Another look at some batches, with the fitted features, for the far parts' scale."""
+    """Runs some batches again, with the fitted features, for the scale of the far parts."""
     masses = {
         id(layer): FarMass(layer.feature_map)
         for layer in layers_with_features(layers).values()
@@ -300,7 +301,7 @@ def _fit_far_offsets(model: Model, layers: dict[str, FeatureAttention], kept: Ke
 
 
 def _longest_rows(inputs: Data, tokens: int) -> Data:
-    """The rows of a batch with the least padding, of so many tokens, at least one row."""
+    """The rows of a batch with the least padding: as many as make `tokens`, at least one."""
     count, length = keras.tree.flatten(inputs)[0].shape[:2]
     order = np.arange(count)
     if isinstance(inputs, Mapping) and "padding_mask" in inputs:

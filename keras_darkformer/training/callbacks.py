@@ -15,10 +15,10 @@ from keras_darkformer.types import Config, Data, Model
 
 
 class _CountsSteps(keras.callbacks.Callback):
-    """Knows how many steps there were, of which Keras may take several in one execution.
+    """Counts training steps, of which Keras may take several in one execution.
 
     They are counted as Keras numbers them: an execution that the end of the data cuts short counts
-    whole.
+    in full.
 
     Attributes:
         steps: steps taken.
@@ -30,12 +30,12 @@ class _CountsSteps(keras.callbacks.Callback):
         self._in_epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
-        """Batches are numbered from here."""
+        """Starts numbering the batches again."""
         self._in_epoch = 0
 
     def count(self, batch: int) -> int:
-        """Counts the steps up to and with number `batch` of the epoch; returns how many came."""
-        if batch < self._in_epoch:  # a loop of the caller's own that does not say where one begins
+        """Counts the steps up to and including `batch` of the epoch; returns how many are new."""
+        if batch < self._in_epoch:  # a custom loop that does not mark epochs
             self.on_epoch_begin(0)
         new = batch + 1 - self._in_epoch
         self._in_epoch += new
@@ -44,17 +44,21 @@ class _CountsSteps(keras.callbacks.Callback):
 
 
 class RedrawProjections(_CountsSteps):
-    """Draws the projections of all dark layers anew as training goes on.
+    """Redraws the projections of all dark layers during training.
 
-    Fixed draws let the model learn around their errors: its features become learned features. New
-    draws keep it honest to the kernel.
+    With fixed draws the model learns around their errors, and its features become learned features.
+    New draws keep it true to the kernel.
 
     Args:
-        every: int. Training steps between draws. With `steps_per_execution` of `compile` they are
-            drawn after the execution that completes them.
-        seed: int. Of the draws.
-        model: the model with dark layers, where `fit` is called on another that holds it; `None`
-            for the one that is fitted.
+        every: int. Training steps between draws. With `steps_per_execution`, the draw follows the
+            execution that completes these steps.
+        seed: int. Seed of the draws.
+        model: the model with dark layers, if `fit` is called on another model that holds it; `None`
+            for the fitted model.
+
+    Raises:
+        ValueError: if `every` is not a positive integer; at a draw, if a feature map was fitted to
+            data and has nothing to draw.
 
     Example:
 
@@ -83,21 +87,25 @@ class RedrawProjections(_CountsSteps):
 
 
 class LossSpikeCounter(_CountsSteps):
-    """Counts steps whose loss jumps: above the median of the last ten by a margin, or not finite.
+    """Counts steps whose loss is not finite, or above the median of the last ones by a margin.
 
-    `logs` of later callbacks and the history of `fit` gain `"loss_spikes"`, the count so far.
+    The count so far is `"loss_spikes"` in the history of `fit` and in the `logs` of later
+    callbacks.
 
-    Keras shows the mean loss of an epoch so far, weighted by rows; the loss of a step is what it
-    adds to that. With `steps_per_execution` of `compile` only the mean over an execution can be
-    seen: it stands for each of its steps, and where it jumps, the first of them is counted.
-    After `train_on_batch`, which begins its mean anew, the loss is what it returned.
+    Keras reports the mean loss of an epoch so far, weighted by rows; the loss of a step is computed
+    from its change. With `steps_per_execution` only the mean over an execution is visible: it
+    stands for each of its steps, and a jump counts for the first of them. `train_on_batch` restarts
+    the mean, so the loss of its step is what it returned.
 
     Args:
-        margin: float. In nats.
-        window: int. Steps the median is taken over.
+        margin: float. How far above the median a spike is, in nats.
+        window: int. Number of steps that the median is taken over.
 
     Attributes:
-        spikes: numbers of the steps, from 0.
+        spikes: list of int, indices of the steps with a spike.
+
+    Raises:
+        ValueError: if `window` is not a positive integer.
     """
 
     def __init__(self, margin: float = 0.3, window: int = 10) -> None:
@@ -109,16 +117,16 @@ class LossSpikeCounter(_CountsSteps):
         self._begins_anew = False
 
     def on_train_begin(self, logs: Config | None = None) -> None:
-        """`fit` reports means over an epoch."""
+        """Expects means over an epoch, as `fit` reports them."""
         self._begins_anew = False
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
-        """Keras reports the mean since here."""
+        """Restarts the mean, as Keras does."""
         super().on_epoch_begin(epoch)
         self._seen = (0.0, 0.0)
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
-        """Takes the step's own loss from the running mean."""
+        """Computes the step's own loss from the running mean."""
         new = self.count(batch)
         total, weight = self._total(logs or {})
         self._begins_anew |= weight <= self._seen[1]
@@ -136,10 +144,10 @@ class LossSpikeCounter(_CountsSteps):
             self.recent.extend([loss] * new)
 
     def _total(self, logs: Config) -> tuple[float, float]:
-        """The sum of the epoch's losses so far, each times its weight, and that of the weights."""
+        """The weighted sum of the epoch's losses so far, and the sum of the weights."""
         metrics = getattr(self.model, "metrics", ())
         tracker = next((metric for metric in metrics if metric.name == "loss"), None)
-        if not isinstance(tracker, keras.metrics.Mean):  # of a `train_step` of its own
+        if not isinstance(tracker, keras.metrics.Mean):  # a custom `train_step`
             return float(logs["loss"]) * self._in_epoch, float(self._in_epoch)
         if hasattr(self.model, "jax_state_sync"):  # else JAX keeps the metrics to itself
             self.model.jax_state_sync()
@@ -152,17 +160,21 @@ class LossSpikeCounter(_CountsSteps):
 
 
 class ApproximationLogger(keras.callbacks.Callback):
-    """Writes how far dark layers are from exact softmax to TensorBoard, epoch by epoch.
+    """Logs to TensorBoard how far dark layers are from exact softmax, epoch by epoch.
 
-    Scalars `approximation/relative_error/<layer>` and `approximation/kl/<layer>`, means over the
-    heads; also into the history of `fit`, as `"approximation_error"` and `"approximation_kl"`,
-    means over the layers. Needs TensorFlow and TensorBoard, whatever the backend.
+    The scalars are `approximation/relative_error/<layer>` and `approximation/kl/<layer>`, means
+    over the heads. The history of `fit` gains means over the layers, `"approximation_error"` and
+    `"approximation_kl"`. Logging to TensorBoard needs TensorFlow and TensorBoard with any backend.
 
     Args:
         data: held-out data, as for `approximation_report`.
-        log_dir: directory TensorBoard reads; `None` writes the history only.
-        every: int. Epochs between looks.
-        **options: for `approximation_report`.
+        log_dir: path of the directory that TensorBoard reads; `None` for the history only.
+        every: int. Epochs between measurements.
+        **options: further arguments of `approximation_report`.
+
+    Raises:
+        ValueError: if `every` is not a positive integer.
+        ImportError: if there is a `log_dir`, but TensorFlow or TensorBoard is not installed.
 
     Example:
 
@@ -188,7 +200,7 @@ class ApproximationLogger(keras.callbacks.Callback):
             self._writer = tf.summary.create_file_writer(str(log_dir))
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
-        """Looks, and writes."""
+        """Measures and logs."""
         if (epoch + 1) % self.every:
             return
         if hasattr(self.model, "jax_state_sync"):
@@ -209,5 +221,5 @@ class ApproximationLogger(keras.callbacks.Callback):
 
 
 def _trained(model: Any) -> Any:
-    """The model that is trained where `fit` is called on a `Distillation`."""
+    """The model that is trained, also if `fit` is called on a `Distillation`."""
     return getattr(model, "student", model)

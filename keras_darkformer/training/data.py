@@ -13,16 +13,17 @@ from keras_darkformer.types import Data, Model, Tensor
 
 
 def without_head(model: Model) -> Model:
-    """The backbone of a KerasHub task; any other model whole, which may call its parts as it likes.
+    """The backbone of a KerasHub task; any other model as a whole.
 
-    A task's head may have inputs of its own, as a masked LM's positions.
+    A task's head may have inputs of its own, such as a masked LM's positions. Other models may call
+    their parts in any way.
     """
     is_task = hasattr(model, "backbone") and hasattr(model, "preprocessor")
     return model.backbone if is_task else model
 
 
 def dark_layers(model: Model) -> dict[str, FeatureAttention]:
-    """The dark attention layers anywhere in a model in the order they run, by their names.
+    """All dark attention layers in a model by name, in the order in which they run.
 
     Raises:
         ValueError: if there are none.
@@ -38,14 +39,14 @@ def dark_layers(model: Model) -> dict[str, FeatureAttention]:
     named: dict[str, FeatureAttention] = {}
     for layer in found:
         name = names.get(id(layer), layer.path or layer.name)
-        # Converted models of one kind have layers of the same paths.
+        # Converted models of one kind have layers with the same paths.
         same = sum(x == name or x.startswith(f"{name}#") for x in named)
         named[f"{name}#{same + 1}" if same else name] = layer
     return named
 
 
 def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, FeatureAttention]:
-    """Those of a model's dark layers whose feature maps can be fitted.
+    """The dark layers whose feature maps can be fitted.
 
     Raises:
         ValueError: if there are none.
@@ -60,7 +61,7 @@ def layers_with_features(layers: dict[str, FeatureAttention]) -> dict[str, Featu
 
 
 def run(model: Model, inputs: Data) -> Any:
-    """Runs the layers of a model, of a KerasHub task without its head."""
+    """Runs a model; a KerasHub task without its head."""
     body = without_head(model)
     if body is not model and isinstance(body.input, dict):
         inputs = {name: inputs[name] for name in body.input}
@@ -68,21 +69,21 @@ def run(model: Model, inputs: Data) -> Any:
 
 
 def look(model: Model, inputs: Data) -> Any:
-    """As `run`, where nothing is to be learned."""
+    """Like `run`, but without gradients."""
     with no_gradients():
         return run(model, inputs)
 
 
 def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:
-    """Inputs for `model`, batch by batch, from what `fit` takes.
+    """Yields inputs for `model`, batch by batch, from data as `fit` takes it.
 
-    Batches without rows, as the last of a filtered data set may be, are left out.
+    Batches without rows, such as the last one of a filtered data set, are skipped.
 
     Args:
         model: a Keras model, or a KerasHub task with a preprocessor for text.
         data: a list or array of strings or bytes, arrays or dicts of arrays (cut into batches), or
             an iterable of batches or of single strings, such as a `tf.data.Dataset`, a
-            `keras.utils.PyDataset` or a `DataLoader`; of tuples the first element counts.
+            `keras.utils.PyDataset` or a `DataLoader`; of tuples, only the first element is used.
         batch_size: rows per batch of data that has none.
     """
     count = 0
@@ -98,7 +99,7 @@ def batches(model: Model, data: Data, batch_size: int = 8) -> Iterator[Any]:
 
 
 class Kept:
-    """An iterator that can be gone through again: what came out of it is kept."""
+    """Makes an iterator repeatable, by keeping what came out of it."""
 
     def __init__(self, source: Iterator[Any]) -> None:
         self.source = source
@@ -112,7 +113,7 @@ class Kept:
 
 
 class KnownBatches(keras.utils.PyDataset):
-    """Batches kept in memory, gone through as often as asked."""
+    """Batches kept in memory, for any number of passes."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class KnownBatches(keras.utils.PyDataset):
 
 
 def _raw_batches(data: Data, batch_size: int) -> Iterator[Any]:
-    """Batches of data of any kind; of text as lists of strings."""
+    """Batches from data of any kind; those of text are lists of strings."""
     if _one_text(data) is not None:
         raise ValueError("`data` must be a list of strings or batches. Received: one string")
     if isinstance(data, tuple) and texts_of(data) is None:
@@ -136,14 +137,16 @@ def _raw_batches(data: Data, batch_size: int) -> Iterator[Any]:
     elif isinstance(data, Mapping) or hasattr(data, "shape"):
         rows = {len(leaf) for leaf in keras.tree.flatten(data)}
         if len(rows) != 1:
-            raise ValueError(f"Arrays in `data` must have the same number of rows: {sorted(rows)}")
+            raise ValueError(
+                f"Arrays in `data` must have the same number of rows. Received: {sorted(rows)}"
+            )
         yield from _cut(data, rows.pop(), batch_size)
     else:
         yield from _with_texts_joined(_items(data), batch_size)
 
 
 def _items(data: Data) -> Iterator[Any]:
-    """What an iterable holds; of tuples the first element."""
+    """The items of an iterable; of tuples, the first element."""
     if isinstance(data, keras.utils.PyDataset):
         data = map(data.__getitem__, range(len(data)))
     if not isinstance(data, Iterable):
@@ -181,19 +184,19 @@ def _cut(data: Data, rows: int, batch_size: int) -> Iterator[Any]:
 
 
 def texts_of(data: Data) -> list[str] | None:
-    """A batch of strings, in a sequence, an array or a tensor, as a list; `None` of other data."""
+    """A list of the strings in a sequence, an array or a tensor; `None` for other data."""
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
         texts = [text for text in map(_one_text, data) if text is not None]
         return texts if texts and len(texts) == len(data) else None
     if not _holds_objects(data) or not len(data.shape):
         return None
-    # Of a tensor of TensorFlow NumPy makes an array of bytes.
+    # NumPy turns a TensorFlow tensor into an array of bytes.
     texts = np.asarray(data).reshape(-1).tolist()
     return texts_of(texts) if texts else []
 
 
 def _one_text(x: Any) -> str | None:
-    """A string, be it bytes or in a scalar array or tensor; `None` of anything else."""
+    """A string, also from bytes or a scalar array or tensor; `None` for anything else."""
     if _holds_objects(x) and not len(x.shape):
         x = np.asarray(x).item()
     if isinstance(x, bytes):
@@ -202,7 +205,7 @@ def _one_text(x: Any) -> str | None:
 
 
 def _holds_objects(x: Any) -> bool:
-    """Whether this is an array, or a tensor of TensorFlow, whose elements may be strings."""
+    """Whether `x` is an array or a TensorFlow tensor whose elements may be strings."""
     kind = getattr(x, "dtype", None)
     if kind is None or not hasattr(x, "shape"):
         return False
@@ -227,10 +230,9 @@ def _array(x: Tensor) -> np.ndarray:
 def position_offsets(
     position_offset: int | tuple[int, int] | None, seed: int
 ) -> Iterator[int | None]:
-    """An offset for every batch: `None`, or random ones up to and with the bound.
+    """Yields an offset per batch: `None`, or a random one up to and including the bound.
 
-    Raises:
-        ValueError: if the bounds are no integers of 0 or more, in order.
+    `check_position_offset` checks the bounds.
     """
     if position_offset is None:
         while True:
@@ -242,9 +244,9 @@ def position_offsets(
 
 
 def check_position_offset(position_offset: Any, layers: Iterable[FeatureAttention]) -> None:
-    """Raises a ValueError unless it is `None`, an int or a pair of ints, from 0 up.
+    """Raises a ValueError unless it is `None`, an int, or an ordered pair of ints, from 0 up.
 
-    And unless some of the dark attention layers have rotary positions, which it shifts.
+    Unless it is `None`, some of the layers must have rotary positions, which it shifts.
     """
     bounds = (0, position_offset) if isinstance(position_offset, int) else position_offset
     if bounds is None:

@@ -21,11 +21,11 @@ TRAINABLE = ("qkv", "lora", "all", "feature_maps")
 
 
 class TeacherTargets(NamedTuple):
-    """What a teacher predicts for one batch.
+    """A teacher's predictions for one batch.
 
     Attributes:
-        token_ids: int32, `(b, t, k)`, the k likeliest next tokens; `None` where `log_probs` has
-            all.
+        token_ids: int32, `(b, t, k)`, the k likeliest next tokens; `None` if `log_probs` has all
+            tokens.
         log_probs: float32, `(b, t, k)`, their log-probabilities.
     """
 
@@ -36,9 +36,9 @@ class TeacherTargets(NamedTuple):
 def teacher_targets(
     teacher: Model, data: Data, *, top_k: int | None = 64, batch_size: int = 8
 ) -> Iterator[TeacherTargets]:
-    """The likeliest next tokens of a model, to distil from without having it in memory.
+    """Yields a model's likeliest next tokens, to distil from it without having it in memory.
 
-    Write them down before converting the model in place, for the same data in the same order:
+    Compute them before converting the model in place, for the same data in the same order:
 
         targets = list(teacher_targets(model, texts))
         convert_to_dark(model)
@@ -49,12 +49,16 @@ def teacher_targets(
     Args:
         teacher: a causal LM.
         data: as for `calibrate`.
-        top_k: int. Tokens kept per position; `None` for the whole vocabulary, which takes four
-            bytes a token of the vocabulary at every position.
-        batch_size: int. For data without batches.
+        top_k: int. Tokens kept per position; `None` keeps the whole vocabulary, which takes four
+            bytes per token of the vocabulary at every position.
+        batch_size: int. Rows per batch of data that does not come in batches.
 
     Yields:
-        `TeacherTargets`, one a batch, as NumPy arrays.
+        `TeacherTargets` of NumPy arrays, one per batch.
+
+    Raises:
+        ValueError: if `top_k` is not a positive integer, `teacher` gives no logits of tokens, or
+            `data` has no batches.
     """
     targets = Teacher(teacher, DistillationLoss(top_k))
     for inputs in batches(teacher, data, batch_size):
@@ -83,54 +87,54 @@ def distil(
 ) -> keras.callbacks.History:
     """Finetunes a converted causal LM end to end on the exact model's logits.
 
-    More telling than the next token alone: at every position the whole distribution says what exact
-    attention would have said.
+    This tells the student more than the next token alone: at every position it gets the whole
+    distribution that exact attention predicts.
 
-    It is the `fit` of a model, `Distillation`, that holds the student and its teacher: both run in
-    one step on the device, to which only the inputs go. Logits are there for a few positions at a
-    time.
+    It calls `fit` on a `Distillation`, a model that holds the student and its teacher. Both run on
+    the device in one step, and only the inputs are copied to it. Logits are computed for a few
+    positions at a time.
 
     Args:
         model: a dark causal LM; `calibrate` it and `transfer_attention` first.
-        teacher: the exact causal LM, such as the model before conversion
-            (`convert_to_dark(model, copy=True)` keeps it); or what `teacher_targets` gave for the
-            same data, a sequence.
-        data: as for `calibrate`; gone through again where it ends early.
-        steps: int. Batches.
-        train: what is trained beside the feature maps: `"qkv"`, the projections to queries, keys
+        teacher: the exact causal LM, such as the model before conversion (`convert_to_dark(model,
+            copy=True)` keeps it); or an iterable of the `teacher_targets` for the same data.
+        data: as for `calibrate`; repeated if it ends before `steps` do.
+        steps: int. Training steps, of one batch each.
+        train: what is trained besides the feature maps: `"qkv"`, the projections to queries, keys
             and values of the converted layers; `"lora"`, LoRA weights (call `enable_lora` first);
             `"all"`, every dense layer of the blocks; `"feature_maps"`, nothing else.
-        learning_rate: float. Peak of a schedule that warms up in the first tenth of the steps and
-            then falls by a cosine.
-        feature_map_learning_rate: float. The feature maps' own, by the same schedule; `None` for
-            three times `learning_rate`.
-        optimizer: a `keras.optimizers.Optimizer` instead of AdamW with that schedule and gradients
-            clipped to norm 1. Its rate is the dense layers'; feature maps learn faster by the ratio
-            of the two rates. It is not changed: an optimizer with its settings is made anew.
-        top_k: int. Distil from the teacher's likeliest tokens instead of the whole vocabulary.
-        batch_size: int. For data without batches.
-        validation_data: held-out data, as `data`; where the teacher's targets are given, a pair of
-            data and the targets for it. The weights with the lowest loss on it are kept, and
-            training stops after `patience` validations without a lower one.
+        learning_rate: float. Peak of a schedule that warms up over the first tenth of the steps and
+            then decays by a cosine.
+        feature_map_learning_rate: float. Peak rate of the feature maps, on the same schedule;
+            `None` for three times `learning_rate`.
+        optimizer: a `keras.optimizers.Optimizer`, used instead of AdamW with that schedule and
+            gradients clipped to norm 1. Its rate is that of the dense layers; the rate of the
+            feature maps is higher by the ratio of the two rates. It is not changed: a new optimizer
+            gets its settings.
+        top_k: int. How many of the teacher's likeliest tokens to distil from; `None` for the whole
+            vocabulary.
+        batch_size: int. Rows per batch of data that does not come in batches.
+        validation_data: held-out data, as `data`; if `teacher` holds targets, a pair of data and
+            its targets. The weights with the lowest loss on it are kept, and training stops after
+            `patience` validations without a lower one.
         validate_every: int. Steps between validations.
-        patience: int. Validations.
-        backup: a file in which what is trained and its optimizer are noted down every
-            `validate_every` steps. Called again after it was interrupted, with the same file, data
-            and settings, from the same model as before, the fit goes on from there, to the same
-            result.
-        callbacks: Keras callbacks. Their `model` is the `Distillation`, and the model that is
-            trained its `student`. `RedrawProjections` and `ApproximationLogger` look at the
-            student, and `ModelCheckpoint` writes the student.
-        verbose: 0, `False`: nothing. 2: Keras' line an epoch. Else progress: a line that is written
-            over, in a file one now and then.
+        patience: int. Validations without a lower loss, after which training stops.
+        backup: path of a file that keeps the trained weights and the optimizer, written every
+            `validate_every` steps. If the fit is interrupted, the same call with the same file,
+            data, settings and initial model continues it, to the same result.
+        callbacks: Keras callbacks. Their `model` is the `Distillation`, whose `student` is the
+            trained model. `RedrawProjections`, `ApproximationLogger` and `ModelCheckpoint` act on
+            the student.
+        verbose: 0 or `False` shows nothing, 2 Keras' line per epoch. Anything else shows progress:
+            a line that is overwritten, or in a file a line now and then.
 
     Returns:
-        The `History` of the fit, per epoch of `validate_every` steps. The model stays compiled, or
-        not, as it was.
+        The `History` of the fit, with epochs of `validate_every` steps. The model stays compiled,
+        or not, as it was.
 
     Raises:
-        ValueError: if an argument is out of range, nothing is trainable, data and the teacher's
-            targets do not fit, or `backup` is damaged or of another fit.
+        ValueError: if an argument is out of range, nothing is trainable, the teacher's targets do
+            not fit the data, or `backup` is damaged or from another fit.
 
     Example:
 
@@ -147,7 +151,7 @@ def distil(
     if teacher is model:
         raise ValueError(
             "`teacher` is the converted model itself. Convert a copy "
-            "(`convert_to_dark(model, copy=True)`), or note `teacher_targets` down before."
+            "(`convert_to_dark(model, copy=True)`), or compute `teacher_targets` before it."
         )
     loss = DistillationLoss(top_k)
     noted = None if isinstance(teacher, keras.Model) else list(teacher)
@@ -189,7 +193,7 @@ def distil(
             callbacks=callbacks,
             verbose=verbose,
         )
-    history.set_model(model)  # so that whoever keeps it does not keep the teacher
+    history.set_model(model)  # so that keeping it does not keep the teacher
     return history
 
 
@@ -201,8 +205,8 @@ def trained_variables(model: Model, train: str) -> list[Any]:
 def _data_and_targets(pair: Any) -> tuple[Data, list[TeacherTargets]]:
     if not isinstance(pair, tuple) or len(pair) != 2 or isinstance(pair[1], np.ndarray):
         raise ValueError(
-            "`validation_data` must be a pair of data and what `teacher_targets` gave for it, "
-            f"since `teacher` is such targets. Received: {type(pair).__name__}"
+            "`validation_data` must be a pair of data and its `teacher_targets`, since `teacher` "
+            f"holds targets. Received: {type(pair).__name__}"
         )
     targets = list(pair[1])
     _noted_top_k(targets)
@@ -211,9 +215,7 @@ def _data_and_targets(pair: Any) -> tuple[Data, list[TeacherTargets]]:
 
 def _noted_top_k(targets: list[TeacherTargets]) -> int | None:
     if not targets or not all(isinstance(x, TeacherTargets) for x in targets):
-        raise ValueError(
-            "`teacher` must be a model or what `teacher_targets` gave, one for each batch."
-        )
+        raise ValueError("`teacher` must be a model or what `teacher_targets` gave for each batch.")
     ids = targets[0].token_ids
     return None if ids is None else ids.shape[-1]
 
@@ -225,7 +227,7 @@ def _examples(
     batch_size: int,
     repeat: bool = False,
 ) -> Iterator[Any]:
-    """Batches as `Distillation` takes them, for ever with `repeat`; padding weighs nothing."""
+    """Batches as `Distillation` takes them, without end if `repeat`. Padding has weight 0."""
     if repeat and isinstance(data, Iterator):
         data = Kept(data)
     while True:
@@ -239,7 +241,7 @@ def _examples(
                 if targets is None or targets.log_probs.shape[:2] != shape:
                     raise ValueError(
                         "`teacher` must hold the targets of every batch of `data`, in its order: "
-                        f"one of shape {shape} has none that fits."
+                        f"a batch of shape {shape} has none that fit."
                     )
                 known = {k: v for k, v in targets._asdict().items() if v is not None}
                 example["targets"] = known
@@ -249,7 +251,7 @@ def _examples(
 
 
 def _predictions(inputs: Any) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """The shape of what is predicted, and which of it counts, or `None` for all."""
+    """The shape of the predictions, and a mask of those that count, or `None` for all."""
     if isinstance(inputs, dict) and "mask_positions" in inputs:  # of a masked LM
         return inputs["mask_positions"].shape[:2], None
     mask = inputs.get("padding_mask") if isinstance(inputs, dict) else None
@@ -279,7 +281,7 @@ def _chosen(model: Model, layers: dict[str, Layer], train: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _only_trainable(model: Model, variables: Iterable[Any]) -> Iterator[None]:
-    """Freezes all other variables of a model; afterwards all is as it was."""
+    """Freezes all other variables of a model within the context."""
     chosen = {id(v) for v in variables}
     before = [(v, v.trainable) for v in model.variables]
     for v, _ in before:

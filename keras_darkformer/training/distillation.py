@@ -12,7 +12,7 @@ from keras_darkformer.types import Model, Tensor
 
 
 class Teacher(keras.Model):
-    """A model whose output is what another one predicts, as `DistillationLoss.targets` gives it.
+    """A model that outputs another model's predictions, as `DistillationLoss.targets` gives them.
 
     Args:
         model: a model that gives logits of tokens, `(b, t, vocabulary)`.
@@ -27,7 +27,7 @@ class Teacher(keras.Model):
         self.built = True  # the model has its variables
 
     def hidden(self, inputs: Any) -> Tensor:
-        """What `targets` are made from, `(b, t, d)`."""
+        """The hidden states that targets are made from, `(b, t, d)`."""
         hidden = self.parts.hidden(inputs, training=False)
         if len(hidden.shape) != 3:
             raise ValueError(
@@ -46,26 +46,26 @@ class Teacher(keras.Model):
 
 
 class Distillation(keras.Model):
-    """A model whose output is how far its student is from its teacher.
+    """A model that outputs how far its student is from its teacher.
 
-    `fit` trains what is trainable of either of them: freeze the teacher before.
+    `fit` trains whatever is trainable in both: freeze the teacher first.
 
-    `keras.distillation.Distiller` is not made for this. It freezes the teacher for good, wants
-    labels too, does not know of padding, takes no targets that were noted down, and has the logits
-    of both models for all positions at once.
+    `keras.distillation.Distiller` does not fit here. It freezes the teacher for good, needs labels,
+    ignores padding, takes no precomputed targets, and holds the logits of both models for all
+    positions at once.
 
     Args:
         student: a model that gives logits of tokens.
-        teacher: another one, or `None` where the targets come with the inputs.
+        teacher: another such model, or `None` if the targets come with the inputs.
         loss: a `DistillationLoss`.
 
     Call arguments:
-        inputs: a dict: `"inputs"` of both models; `"weights"`, float32, `(b, t)`, of what is
-            predicted; and without a teacher `"targets"`, as `DistillationLoss.targets` gives them.
+        inputs: a dict of `"inputs"`, for both models; `"weights"`, float32 `(b, t)`, one per
+            prediction; and without a teacher `"targets"`, as `DistillationLoss.targets` gives them.
     """
 
     def __init__(self, student: Model, teacher: Model | None, loss: DistillationLoss) -> None:
-        # Mixed precision scales the loss of a model of that dtype; targets stay float32.
+        # With a mixed precision policy Keras scales the loss; targets stay float32.
         super().__init__(name="distil", dtype=student.dtype_policy, autocast=False)
         self.student = student
         self.parts = Parts(student)
@@ -82,7 +82,7 @@ class Distillation(keras.Model):
         if teacher is None:
             known = inputs["targets"]
         elif loss.top_k is None:
-            # Those of the whole vocabulary are made in each slice anew.
+            # Targets for the whole vocabulary are computed slice by slice.
             known, targets = teacher.hidden(inputs["inputs"]), teacher.targets
         else:
             known = teacher(inputs["inputs"])
@@ -94,11 +94,11 @@ class Distillation(keras.Model):
         return self.mean(hidden, terms, inputs["weights"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of the last step; called on PyTorch.
+        """Clears the gradients of the last step; called on PyTorch.
 
-        Keras tells PyTorch of variables by their paths, which the teacher's share with the
-        student's: of two with one path PyTorch would reset one, and the gradients of the other
-        would add up from step to step.
+        Keras registers variables with PyTorch by their paths, which teacher and student share.
+        PyTorch would reset only one of two variables with the same path, and the gradients of the
+        other would add up from step to step.
         """
         for variable in self.trainable_variables:
             variable.value.grad = None
@@ -111,11 +111,11 @@ class Distillation(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Tensor:
-        """The divergence, and what layers of the student add to the loss."""
+        """The divergence, plus the losses that layers of the student add."""
         return y_pred + sum(ops.sum(loss) for loss in self.losses)
 
     def save(self, *args: Any, **kwargs: Any) -> Any:
-        """Saves the student: what `keras.callbacks.ModelCheckpoint` is to write."""
+        """Saves the student, which is what `keras.callbacks.ModelCheckpoint` should write."""
         return self.student.save(*args, **kwargs)
 
     def save_weights(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class Distillation(keras.Model):
 
 
 class _Mean(keras.layers.Layer):
-    """A weighted mean, in which what Keras has masked weighs nothing: layers are told the masks."""
+    """A weighted mean without the positions that Keras masks: Keras passes masks to layers."""
 
     def call(self, hidden: Tensor, terms: Tensor, weights: Tensor, hidden_mask: Any = None) -> Any:
         if hidden_mask is not None:

@@ -1,4 +1,4 @@
-"""What a teacher predicts, and how far a model's predictions are from it."""
+"""The loss of distillation: how far a model's predictions are from its teacher's."""
 
 from typing import Any
 
@@ -11,28 +11,34 @@ from keras_darkformer.types import Config, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
 class DistillationLoss(keras.distillation.DistillationLoss):
-    """Divergence from a teacher's next-token probabilities to a model's, in nats per token.
+    """KL divergence from a teacher's next-token probabilities to a model's, in nats per token.
 
-    `distil` trains on it. `keras.distillation.Distiller` takes it too, where labels or features are
-    to be learned beside it.
+    `distil` trains on it. It also works with `keras.distillation.Distiller`, to learn labels or
+    features at the same time.
 
     With `top_k`, the teacher's likeliest tokens are compared one by one, and all other tokens count
     as one.
 
     Args:
-        top_k: int, the number of likeliest tokens; `None` for the whole vocabulary.
+        top_k: int. Number of likeliest tokens; `None` for the whole vocabulary.
+
+    Raises:
+        ValueError: if `top_k` is not a positive integer.
 
     Example:
 
         loss = DistillationLoss(top_k=64)
         keras.distillation.Distiller(teacher, student, [loss], student_loss_weight=0.5)
+
+    References:
+        - [Distilling the Knowledge in a Neural Network](https://arxiv.org/abs/1503.02531)
     """
 
     def __init__(self, top_k: int | None = None) -> None:
         self.top_k = optional_integer("top_k", top_k)
 
     def targets(self, logits: Tensor) -> dict[str, Tensor]:
-        """What of a teacher's logits `(..., vocabulary)` is needed to learn from it.
+        """The part of a teacher's logits `(..., vocabulary)` that a student learns from.
 
         Returns:
             `log_probs`, float32, `(..., k)`; and with `top_k` the tokens they belong to,
@@ -58,7 +64,7 @@ class DistillationLoss(keras.distillation.DistillationLoss):
         return near + rest * (ops.log(rest) - ops.log(our_rest))
 
     def compute_loss(self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any) -> Any:
-        """The mean divergence over all positions, of logits."""
+        """The mean divergence over all positions, from logits `(..., vocabulary)`."""
         targets = self.targets(ops.stop_gradient(teacher_outputs))
         return ops.mean(self.divergence(targets, student_outputs))
 

@@ -1,4 +1,4 @@
-"""What a model that predicts tokens loses on text, and on lookups made from it."""
+"""Losses of a model that predicts tokens, on text and on lookups made from it."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def full_rows(
 
 
 def with_repeats(text: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows at whose end a segment from their first third comes again."""
+    """Rows that end in a copy of a segment from their first third."""
     rows = text.copy()
     for row in rows:
         start = rng.integers(0, max(1, len(row) // 3 - size // 2))
@@ -53,7 +53,7 @@ def with_repeats(text: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def with_segments_again(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows in which a segment, of 4 tokens to a quarter of the row, comes again further on."""
+    """Rows in which a segment, of 4 tokens to a quarter of the row, is repeated further on."""
     rows = text.copy()
     length = rows.shape[1]
     for row in rows:
@@ -74,7 +74,7 @@ def token_loss(parts: Parts, token_ids: np.ndarray, first: int) -> float:
 def token_losses(
     parts: Parts, token_ids: np.ndarray, first: int, source: TeacherTargets | None = None
 ) -> tuple[float, float]:
-    """As `token_loss`, and the mean divergence from what a source predicts of the same tokens."""
+    """Like `token_loss`, with the mean divergence from a source's predictions of these tokens."""
     distance = DistillationLoss()
     known = {"tokens": ops.convert_to_tensor(token_ids[:, first:])}
     if source is not None:

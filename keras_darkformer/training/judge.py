@@ -24,21 +24,21 @@ from keras_darkformer.types import Config, Tensor
 
 ARMS = ("dark", "performer", "uniform")
 PARTS = ("sinks", "window", "kept", "far")
-# Figures of batches, a list of one array a head each, by arm or by part.
+# Figures by arm or by part: for each batch, a list of one array per head.
 ByArm = dict[str, list[Any]]
-# A divergence this large comes of the finite number that stands for log(0).
+# A divergence this large comes from the finite number that stands for log(0).
 INFINITE = 1e20
 
 
 class Judge:
-    """Figures of one layer, batch by batch.
+    """Collects the figures of one layer, batch by batch.
 
     Args:
-        layer: dark attention.
-        seed: int. Of Performer's draw.
+        layer: the dark attention layer.
+        seed: int. Seed of Performer's draw.
 
     Attributes:
-        tokens: queries looked at, by head.
+        tokens: number of queries seen, per head.
     """
 
     def __init__(self, layer: FeatureAttention, seed: int) -> None:
@@ -54,7 +54,7 @@ class Judge:
         self.tokens = 0
 
     def add(self, heads: Heads) -> None:
-        """Looks at a call of the layer."""
+        """Adds the figures of a call of the layer."""
         query, key = (ops.cast(x, "float32") for x in (heads.query, heads.key))
         visible = heads.visible
         logits = exact_logits(query, key)
@@ -104,7 +104,7 @@ class Judge:
         log_weights: Tensor,
         counts: np.ndarray,
     ) -> None:
-        """Shares of the weights by part, softmax's and ours being given as logarithms."""
+        """Adds the shares of the weights by part, from the logarithms of softmax's and ours."""
         far = ops.logical_and(visible, ops.logical_not(pairs.exact))
         weights = ops.where(visible, ops.exp(exact), 0.0)
         own = ops.where(visible, ops.exp(log_weights), 0.0)
@@ -148,33 +148,33 @@ class Judge:
         }
 
     def _far_kl(self, head: int) -> float | None:
-        """`None` where there is no far part, or it has no weight at all, be it by its offset."""
+        """The figure; `None` if the far part is missing, or has no weight because of its offset."""
         if not self.far_kl or not _joined(self.mass["far"], head).any():
             return None
         return float(np.mean(_joined(self.far_kl, head)))
 
 
 def _performer(feature_map: FeatureMap, seed: int) -> FoldedFeatures:
-    """A fresh draw of as many of Performer's features."""
+    """A fresh draw of Performer's features, as many as the map has."""
     projection = draw_projection(feature_map.num_features, feature_map.head_dim, seed=seed)
     parameters = DarkParameters(None, ops.convert_to_tensor(projection))
     return fold(parameters, feature_map.num_heads, feature_map.head_dim)
 
 
 def _by_head(x: Any, counts: np.ndarray) -> Any:
-    """`(b, n, t)` as a list of n arrays of what counts."""
+    """Splits `(b, n, t)` into n arrays of the values that count."""
     x = ops.convert_to_numpy(x)
     return [x[:, head][counts[:, head]] for head in range(x.shape[1])]
 
 
 def _divergence(values: np.ndarray) -> float:
-    """Their mean; infinite where weights that softmax gives are missing altogether."""
+    """The mean; infinite if keys that softmax gives weight have none at all."""
     mean = float(np.mean(values))
     return mean if mean < INFINITE else float("inf")
 
 
 def _by_arm(parts: ByArm, head: int, middle: Callable[[np.ndarray], Any]) -> Config | None:
-    """A figure of a head by arm, `None` where there are no values; `None` if there are none."""
+    """A head's figure by arm, `None` for an arm without values; `None` if no arm has any."""
     found = {
         arm: float(middle(_joined(values, head))) if values else None
         for arm, values in parts.items()

@@ -1,4 +1,4 @@
-"""A fit of so many steps: judged on the way, stopped early, noted down and taken up again."""
+"""Fits of a given number of steps, with validation, early stopping and resumption."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -36,20 +36,20 @@ def fit_steps(
     Args:
         fitted: a Keras model whose output is its loss.
         layers: the dark attention layers in it.
-        examples: batches, without end.
+        examples: endless iterator of batches.
         held_out: batches; the weights with the lowest loss on them are kept, and training stops
             after `patience` epochs without a lower one. `None` keeps the last weights.
         steps: int.
         validate_every: int.
         patience: int.
-        backup: a file. What is trained and its optimizer are noted down in it after every epoch; a
-            fit that finds it goes on from there.
-        callbacks: of the caller.
-        verbose: 0 for nothing, 2 for Keras' line an epoch, else a line of progress.
+        backup: path of a file that keeps the trained weights and the optimizer, written after every
+            epoch. A fit that finds it continues from there.
+        callbacks: the caller's callbacks.
+        verbose: 0 for nothing, 2 for Keras' line per epoch, else a line of progress.
 
     Raises:
-        ValueError: if an argument is out of range, or the file at `backup` is damaged or of another
-            fit.
+        ValueError: if an argument is out of range, or the file at `backup` is damaged or from
+            another fit.
     """
     steps = positive_integer("steps", steps)
     every = min(positive_integer("validate_every", validate_every), steps)
@@ -101,7 +101,7 @@ class _StopAfter(keras.callbacks.Callback):
 
 
 class KeepBest(keras.callbacks.Callback):
-    """Stops when the held-out loss falls no more, and leaves the best weights behind.
+    """Stops when the held-out loss no longer falls, and restores the best weights.
 
     Unlike `keras.callbacks.EarlyStopping` it copies the trained weights only.
     """
@@ -118,7 +118,7 @@ class KeepBest(keras.callbacks.Callback):
         return self.since_best >= self.patience
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
-        """Compares."""
+        """Compares the held-out loss with the best one so far."""
         assert logs is not None
         loss = float(logs["val_loss"])
         self.since_best += 1
@@ -133,23 +133,23 @@ class KeepBest(keras.callbacks.Callback):
         self.put_back(self.model)
 
     def put_back(self, fitted: Any) -> None:
-        """The best weights, if there was any validation."""
+        """Restores the best weights, if there was any validation."""
         for variable, value in zip(fitted.trainable_variables, self.kept, strict=bool(self.kept)):
             variable.assign(value)
 
 
 class Backup(keras.callbacks.Callback):
-    """Notes down after every epoch where a fit is.
+    """Writes the progress of a fit to a file after every epoch.
 
     `keras.callbacks.BackupAndRestore` would write every weight of the model, frozen ones too, and
-    knows neither of the best weights so far nor of the steps' places in the data.
+    knows neither the best weights so far nor how far the data were read.
 
     Args:
         path: the file.
         fitted: the compiled model.
         layers: the dark attention layers in it.
-        best: what is kept of its validations.
-        plan: facts that have to be the same for the fit to be the same one.
+        best: the callback that keeps the best weights.
+        plan: facts that identify the fit.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Backup(keras.callbacks.Callback):
         super().__init__()
         self.path, self.best, self.plan = path, best, plan
         fitted.optimizer.build(fitted.trainable_variables)
-        # Draws may have been made anew; the states of seeds say which comes next.
+        # Projections may have been redrawn; the states of seeds determine the next draws.
         seeds = [v for v in fitted.variables if "seed_generator" in v.path]
         maps = [v for layer in layers for v in layer.feature_map.variables]
         chosen = [*fitted.trainable_variables, *maps, *seeds, *fitted.optimizer.variables]
@@ -172,14 +172,14 @@ class Backup(keras.callbacks.Callback):
         self.logs: dict[str, list[float]] = {}
 
     def restore(self) -> int:
-        """Takes up what is in the file, if there is one; returns the epochs that are done."""
+        """Restores the progress in the file, if there is one; returns the epochs that are done."""
         if not self.path.exists():
             return 0
         arrays, facts = load_arrays(self.path)
         if facts["plan"] != self.plan:
             raise ValueError(
-                f"`backup` is of another fit: {str(self.path)!r} has {_short(facts['plan'])}, this "
-                f"one {_short(self.plan)}. Delete it, or name another file."
+                f"`backup` is of another fit: {str(self.path)!r} has {_short(facts['plan'])}, but "
+                f"this one has {_short(self.plan)}. Delete it, or name another file."
             )
         for index, variable in enumerate(self.variables):
             variable.assign(arrays[f"variable_{index}"])
@@ -189,13 +189,13 @@ class Backup(keras.callbacks.Callback):
         return facts["epochs"]
 
     def history_so_far(self) -> keras.callbacks.History:
-        """That of a fit with nothing left to do."""
+        """The history of a fit with nothing left to do."""
         history = keras.callbacks.History()
         history.history = self.logs
         return history
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
-        """Writes."""
+        """Writes the file."""
         for name, value in (logs or {}).items():
             self.logs.setdefault(name, []).append(float(value))
         arrays = {f"variable_{i}": value_of(v) for i, v in enumerate(self.variables)}
@@ -212,7 +212,7 @@ class Backup(keras.callbacks.Callback):
 
 
 def value_of(variable: Any) -> np.ndarray:
-    """A variable's value, in a dtype that NumPy knows by itself."""
+    """A variable's value, in a dtype that is NumPy's own."""
     value = variable.value
     if "bfloat16" in str(variable.dtype):
         value = ops.cast(value, "float32")

@@ -1,4 +1,4 @@
-"""Learning rates: a schedule for fits of few steps, and a second rate for some of the variables."""
+"""Learning rates: a schedule for short fits, and a second rate for some of the variables."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +14,10 @@ Optimizer = Any
 
 
 def warm_cosine(learning_rate: float, steps: int) -> CosineDecay:
-    """Rises to `learning_rate` in the first tenth of the steps and falls to zero by a cosine.
+    """Rises to `learning_rate` over the first tenth of the steps, then falls by a cosine to zero.
 
-    Adam's first steps are as long as its last ones however small the gradients are: on a pretrained
-    model they undo more than they teach unless they are kept short.
+    Adam's first steps are as long as its last ones, however small the gradients are. On a
+    pretrained model they do more harm than good unless they are kept short.
     """
     warmup = steps // 10
     return CosineDecay(
@@ -29,14 +29,13 @@ def warm_cosine(learning_rate: float, steps: int) -> CosineDecay:
 
 
 def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> Optimizer:
-    """A new optimizer like another one, with `ratio` times its learning rate for some variables.
+    """Copies an optimizer, with `ratio` times its learning rate for some variables.
 
-    It has the settings of the other one and nothing of what that one has accumulated. The other one
-    is not changed.
+    The copy has the same settings, but nothing that the original has accumulated. The original is
+    not changed.
 
-    `keras.optimizers.MultiOptimizer` would do it with two optimizers. But it has no learning rate
-    that a callback could change, and it clips the gradients of each of the two by a norm of their
-    own.
+    `keras.optimizers.MultiOptimizer` could do this with two optimizers. But it has no learning rate
+    that a callback could change, and it clips the gradients of each optimizer by their own norm.
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`.
@@ -44,8 +43,8 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
         ratio: float.
 
     Raises:
-        ValueError: for a `MultiOptimizer`, whose variables have rates of their own already, or if
-            the optimizer's config does not tell how to make it anew.
+        ValueError: for a `MultiOptimizer`, whose variables already have different rates, or if the
+            optimizer can't be rebuilt from its config.
     """
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
@@ -63,7 +62,7 @@ def two_rates(optimizer: Optimizer, variables: Iterable[Any], ratio: float) -> O
     stock: Any = type(optimizer)
 
     class TwoRates(stock):
-        """Its base class with two learning rates."""
+        """The base class, with two learning rates."""
 
         # Every optimizer of every backend updates its variables by this one method.
         def _backend_update_step(

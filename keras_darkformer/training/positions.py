@@ -1,8 +1,8 @@
-"""The logits of a model a few positions at a time.
+"""Logits of a model, computed a few positions at a time.
 
-The logits of a whole batch are by far the largest tensors of a step: 8 x 256 tokens of a vocabulary
-of 256,000 take 2.1 GB, and a loss makes several such tensors. What is computed at each position
-alone can be computed in slices.
+The logits of a whole batch are by far the largest tensors of a step: 8 x 256 tokens with a
+vocabulary of 256,000 take 2.1 GB, and a loss makes several such tensors. Whatever is independent at
+each position can be computed in slices.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ from keras import ops
 from keras_darkformer.ops.backend import scan
 from keras_darkformer.types import Model, Tensor
 
-# Tokens whose logits are there at a time. A product with the whole vocabulary reads all of its
-# weights: it is not worth that for fewer, and memory grows with more.
+# Tokens whose logits are computed at a time. A product with the whole vocabulary reads all of its
+# weights, which does not pay for fewer tokens; more tokens take more memory.
 TOKENS = 128
-TYPICAL_ROWS = 8  # where their number is not known yet
+TYPICAL_ROWS = 8  # while the number of rows is unknown
 
 
 class Parts:
-    """A model that predicts tokens, as all but its last layer, and that layer.
+    """A model that predicts tokens, split into its last layer and all that comes before.
 
-    Where the last layer of a model is not known to work at each position alone, the first part is
-    the whole model.
+    If the last layer is not known to work on each position independently, the first part is the
+    whole model.
 
     Attributes:
-        hidden: function of the model's inputs, and of `training`, to what the last layer gets,
+        hidden: function from the model's inputs and `training` to the inputs of the last layer,
             `(b, t, d)`.
-        logits: function of that, of some of the positions, to their logits.
+        logits: function from these, at all or some positions, to logits.
     """
 
     def __init__(self, model: Model) -> None:
@@ -57,11 +57,11 @@ def over_positions(function: Callable[..., Any], *arguments: Any, remat: bool = 
     """`function(*arguments)`, computed over slices of the second axis.
 
     Args:
-        function: function that works at each position alone, of nested structures of tensors
-            `(b, t, ...)` to one such.
+        function: function from nested structures of tensors `(b, t, ...)` to another such
+            structure. It must work on each position independently.
         arguments: its arguments.
-        remat: whether the backward pass computes each slice anew. Then no more than one slice of
-            what the function makes on its way is there at a time.
+        remat: whether the backward pass computes each slice again, so that the function's
+            intermediate results exist for one slice at a time.
     """
     rows, length = keras.tree.flatten(arguments)[0].shape[:2]
     positions = max(1, TOKENS // (rows or TYPICAL_ROWS))

@@ -25,32 +25,32 @@ class ApproximationReport(PrintedDict):
     """How far each layer's attention is from softmax: a dict for code, a table when printed.
 
     Keys:
-        layers: list of dicts, one a layer: name, num_features, feature_map, sliding_window,
+        layers: list of dicts, one per layer: name, num_features, feature_map, sliding_window,
             num_sinks, cache_size and heads.
-        tokens: queries looked at per head and layer.
+        tokens: number of queries compared, per head and layer.
 
     A head is a dict:
         relative_error: dict of the median over queries of
             `|output - exact| / |exact|`, for `dark`, for `performer` (identity
             geometry, fresh draw, as many features) and for `uniform`
-            (averaging what is visible: what knows nothing of the logits).
-            `performer` is `None` where there are no features.
+            (the average of all that is visible, which ignores the logits).
+            `performer` is `None` if there are no features.
         kl: dict of the mean divergence from exact attention weights, in nats,
             for the same three; infinite for a window alone.
-        mass, exact_mass: dicts of the share of the weights on the `sinks`, in the `window`, on
-            `kept` keys and on the others, `far`, here and of softmax; `None` without a memory.
-        far_kl: how much of the divergence comes of where the far part puts its weight, not of how
-            much it has; `None` without a memory or features.
-        spectrum: eigenvalues of `Cov(q^) + Cov(k^)`, falling: the variances
-            that logits are made of.
-        effective_dims: `(sum v)^2 / sum v^2` of these: `head_dim` where queries
-            and keys are isotropic, 1 where all is in one direction.
+        mass, exact_mass: dicts of the shares of attention weight on `sinks`, `window`, `kept` keys
+            and all others, `far`: here, and for softmax. `None` without a memory.
+        far_kl: the part of the divergence that comes from where the far part puts its weight, not
+            from how much it has; `None` without a memory or features.
+        spectrum: eigenvalues of `Cov(q^) + Cov(k^)`, largest first: the variances that logits are
+            made of.
+        effective_dims: `(sum v)^2 / sum v^2` of these: `head_dim` if queries and keys are
+            isotropic, 1 if all variance is in one direction.
     """
 
     width = 150
 
     def summary(self) -> Config:
-        """Means over heads and layers of all that is a number."""
+        """The means of all figures over heads and layers."""
         heads = [head for layer in self["layers"] for head in layer["heads"]]
         means: Config = {key: _means(heads, key, ARMS) for key in ("relative_error", "kl")}
         for key in ("mass", "exact_mass"):
@@ -152,24 +152,24 @@ def approximation_report(
 ) -> ApproximationReport:
     """Compares every dark layer's attention with exact softmax of the same queries and keys.
 
-    Teacher-forced: each layer gets what it gets in the model with softmax attention, so errors of
-    earlier layers are not in the figures. Beside the model's own features stand Performer's and
-    plain averaging. Quadratic in the length.
+    The comparison is teacher-forced: each layer gets the inputs it has in the model with softmax
+    attention, so errors of earlier layers are not in the figures. Performer's features and plain
+    averaging are measured, too, for comparison. The cost is quadratic in the length.
 
     Args:
-        model: made by `convert_to_dark`, or any that holds such a model or `DarkAttention`.
-        data: as for `calibrate`; text the features were not fitted to.
-        batch_size: int. For data without batches.
-        max_batches: int. Batches looked at.
+        model: a model made by `convert_to_dark`, or one that holds such a model or `DarkAttention`.
+        data: as for `calibrate`, but not what the features were fitted to.
+        batch_size: int. Rows per batch of data that does not come in batches.
+        max_batches: int. Number of batches compared.
         position_offset: as for `calibrate`.
-        seed: int. Of Performer's draw and of position offsets.
+        seed: int. Seed of Performer's draw and of the position offsets.
 
     Returns:
         An `ApproximationReport`: print it, read it as a dict or `plot` it.
 
     Raises:
-        ValueError: if the model has no dark layers, some that it does not call, or `data` no
-            batches.
+        ValueError: if an argument is out of range, the model has no dark layers or does not call
+            all of them, or `data` has no batches.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, of arrays and of anything else."""
+"""Files, of arrays or anything else, that are written as a whole or not at all."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ FACTS = "facts"
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of what was there once all of it is on the disk.
+    """Opens a file for writing, which replaces the previous one once all of it is on the disk.
 
-    Whoever is killed meanwhile, or finds the disk full, leaves the one before as it was.
+    If the process is killed before that, or the disk is full, the previous file stays.
 
     Raises:
         OSError: if it can't be written.
@@ -38,7 +38,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Config) -> None:
-    """Writes arrays and what JSON can hold of them, whole.
+    """Writes arrays, and facts that JSON can hold, as a whole.
 
     Raises:
         OSError: if it can't be written.
@@ -49,7 +49,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Config) -> 
 
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Config]:
-    """What `save_arrays` wrote: arrays and facts.
+    """Loads what `save_arrays` wrote: arrays and facts.
 
     Raises:
         ValueError: if the file is damaged.
@@ -60,6 +60,6 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Config]:
         return arrays, json.loads(arrays.pop(FACTS).tobytes())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError) as error:
         raise ValueError(
-            f"{str(path)!r} is damaged and nothing of it is used: {error}. Delete it to go on from "
-            "what came before."
+            f"{str(path)!r} is damaged and nothing of it is used: {error}. Delete it to continue "
+            "without it."
         ) from error

@@ -50,46 +50,46 @@ def transfer_attention(
 ) -> keras.callbacks.History:
     """Trains the feature maps of a model, each against the exact softmax of its own layer.
 
-    Teacher-forced: every layer computes exact attention and hands that on, so all layers see what
-    they see in the model before conversion, and all learn in one pass, with nothing but their
-    feature maps trained. The model itself is the teacher: there is no second copy of the weights.
-    Quadratic in the length of the batches, as exact attention is.
+    Training is teacher-forced: every layer computes exact attention and passes it on, so all layers
+    get the inputs they had before the conversion, and all learn in one pass. Only feature maps are
+    trained. The model itself is the teacher, so there is no second copy of the weights. The cost is
+    quadratic in the length of the batches, like that of exact attention.
 
-    The projections stay as drawn, so part of what is learned makes up for just these draws;
-    `redraw=True` draws anew every step and so learns less, but what holds for any draw.
+    The projections stay as drawn, so part of what is learned only makes up for these draws.
+    `redraw=True` draws new ones after every step: it learns less, but what holds for any draw.
 
     Args:
-        model: made by `convert_to_dark`, or with `DarkAttention` layers; `calibrate` it first. Its
-            `compile` settings stay.
-        data: as for `calibrate`; gone through again where it ends before `steps` do.
-        steps: int. Batches.
-        learning_rate: float. Peak of a schedule that warms up in the first tenth of the steps and
-            then falls by a cosine.
-        optimizer: a `keras.optimizers.Optimizer` instead of Adam with that schedule and gradients
-            clipped to norm 1. One that has been built, or that the model is compiled with, is not
-            changed: an optimizer with its settings is made anew.
-        redraw: bool. Draw the projections anew after every step.
+        model: a model made by `convert_to_dark`, or one with `DarkAttention` layers; `calibrate` it
+            first. Its `compile` settings stay.
+        data: as for `calibrate`; repeated if it ends before `steps` do.
+        steps: int. Training steps, of one batch each.
+        learning_rate: float. Peak of a schedule that warms up over the first tenth of the steps and
+            then decays by a cosine.
+        optimizer: a `keras.optimizers.Optimizer`, used instead of Adam with that schedule and
+            gradients clipped to norm 1. One that is built, or that the model is compiled with, is
+            not changed: a new optimizer gets its settings.
+        redraw: bool. Whether to redraw the projections after every step.
         position_offset: as for `calibrate`.
         validation_data: held-out data, as `data`. The weights with the lowest loss on it are kept,
             and training stops after `patience` validations without a lower one.
         validate_every: int. Steps between validations.
-        patience: int. Validations.
-        batch_size: int. For data without batches.
-        backup: a file in which feature maps and optimizer are noted down every `validate_every`
-            steps. Called again after it was interrupted, with the same file, data and settings,
-            the fit goes on from there, to the same result.
-        callbacks: Keras callbacks of the fit.
-        seed: int. Of position offsets and redraws.
-        verbose: 0, `False`: nothing. 2: Keras' line an epoch. Else progress: a line that is written
-            over, in a file one now and then.
+        patience: int. Validations without a lower loss, after which training stops.
+        batch_size: int. Rows per batch of data that does not come in batches.
+        backup: path of a file that keeps the feature maps and the optimizer, written every
+            `validate_every` steps. If the fit is interrupted, the same call with the same file,
+            data and settings continues it, to the same result.
+        callbacks: list of Keras callbacks for the fit.
+        seed: int. Seed of the position offsets and the redraws.
+        verbose: 0 or `False` shows nothing, 2 Keras' line per epoch. Anything else shows progress:
+            a line that is overwritten, or in a file a line now and then.
 
     Returns:
-        The `History` of the fit: per epoch of `validate_every` steps, the mean loss and each
-        layer's.
+        The `History` of the fit: the mean loss and that of each layer, per epoch of
+        `validate_every` steps.
 
     Raises:
         ValueError: if an argument is out of range, the model has no dark layer with features or
-            none whose feature map is trainable, or `backup` is damaged or of another fit.
+            none whose feature map is trainable, or `backup` is damaged or from another fit.
 
     Example:
 
@@ -136,7 +136,7 @@ def _with_offsets(
     seed: int,
     repeat: bool = False,
 ) -> Iterator[Any]:
-    """Batches as `AttentionTransfer` takes them, for ever with `repeat`."""
+    """Batches as `AttentionTransfer` takes them, without end if `repeat`."""
     offsets = position_offsets(position_offset, seed)
     if repeat and isinstance(data, Iterator):
         data = Kept(data)
@@ -150,7 +150,7 @@ def _with_offsets(
 
 
 class AttentionTransfer(keras.Model):
-    """A model whose output is the loss of each of its dark attention layers.
+    """A model that outputs the loss of each of its dark attention layers.
 
     Args:
         model: the model with dark layers.
@@ -170,13 +170,13 @@ class AttentionTransfer(keras.Model):
 
     @property
     def trainable_variables(self) -> list[Tensor]:
-        """What is trained: the feature maps, and of these what is trainable."""
+        """The trainable variables of the feature maps."""
         maps = [layer.feature_map for layer in self.dark_layers.values()]
         return [v for feature_map in maps for v in feature_map.trainable_variables]
 
     @property
     def non_trainable_variables(self) -> list[Tensor]:
-        """The others."""
+        """All other variables."""
         trained = {id(v) for v in self.trainable_variables}
         return [v for v in self.variables if id(v) not in trained]
 
@@ -197,7 +197,7 @@ class AttentionTransfer(keras.Model):
         def observer(layer: FeatureAttention, heads: Heads) -> Tensor:
             if layer.feature_map.num_features:
                 losses.append(transfer_loss(layer.feature_map, heads))
-            # Cut off here: what follows has nothing to learn from this layer.
+            # Gradients end here: losses of later layers do not train this one.
             return ops.stop_gradient(heads.exact_output())
 
         offset = inputs["position_offset"][0]
@@ -213,7 +213,7 @@ class AttentionTransfer(keras.Model):
         sample_weight: Tensor = None,
         training: bool = True,
     ) -> Any:
-        """The layers' sum; each layer's is a metric."""
+        """The sum of the layers' losses. Each of them is also a metric."""
         for index, tracker in enumerate(self.layer_losses):
             tracker.update_state(y_pred[index])
         return ops.sum(y_pred)
@@ -224,7 +224,7 @@ def transfer_loss(feature_map: FeatureMap, heads: Heads) -> Tensor:
 
     Args:
         feature_map: a `FeatureMap`.
-        heads: what went into the layer. Queries and keys are constants to the gradient.
+        heads: the inputs of the layer's attention. No gradient flows to queries and keys.
 
     Returns:
         A float32 scalar.
@@ -240,7 +240,7 @@ def transfer_loss(feature_map: FeatureMap, heads: Heads) -> Tensor:
     query, key = heads.for_features(feature_map)
     pairs = feature_map.exact_pairs(query, key, heads.key_mask)
     ours = log_softmax(feature_map.log_scores(query, key, pairs), visible)
-    # Queries that see nothing, and padding, say nothing.
+    # Queries that see nothing, and padding, do not count.
     counts = ops.any(visible, axis=-1)
     if heads.key_mask is not None and query.shape[1] == key.shape[1]:
         counts = ops.logical_and(counts, ops.cast(heads.key_mask, "bool")[:, None, :])

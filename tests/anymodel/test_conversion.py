@@ -186,7 +186,7 @@ def test_what_can_not_be_is_refused_with_the_reason_and_nothing_is_changed():
     refused(dark_one, r"is dark already, in \['shared.*`convert_to_dark\(layer\)`")
     refused(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]), "has no keras.layers.Mul")
     refused(keras.Sequential([Block()]), "Call it on a batch first. Not built are")
-    refused(3, "is no Keras model: 3")
+    refused(3, "is not a Keras model: 3")
     folded = with_attention(MultiHeadAttention(2, 4), (None, 3, WIDTH))
     refused(folded, r"'multi_head_attention.*axes \(1, 2\) of inputs of rank 4.*Reshape its inputs")
     alone = MultiHeadAttention(2, 4, attention_axes=2)
@@ -354,5 +354,5 @@ def test_models_around_a_converted_one_are_compiled_again():
 def test_what_needs_keras_hub_says_so():
     for function in (choose_layers, linearize):
         options = {"keep_exact": 1} if function is choose_layers else {}
-        with pytest.raises(ValueError, match="It is no model of KerasHub"):
+        with pytest.raises(ValueError, match="It is not a KerasHub model"):
             function(functional(), X, **options)

@@ -367,7 +367,7 @@ def test_what_kerashub_exports_wrongly_is_refused(kind, changes, tmp_path):
     write(tmp_path / "hf", kind, **changes)
     model = load(dark_class(kind), tmp_path / "hf", kind, num_features=16, layers="all")
     for part in (model, model.backbone):
-        with pytest.raises(ValueError, match="right for models built like Gemma 1 2B only"):
+        with pytest.raises(ValueError, match="right only for models built like Gemma 1 2B"):
             part.export_to_transformers(str(tmp_path / "export"), as_softmax=True)
     assert not (tmp_path / "export").exists()
 

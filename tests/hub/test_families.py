@@ -193,12 +193,12 @@ def test_a_window_of_ours_beside_one_of_the_family(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("Bert", {"sliding_window": 4}, "need causal attention; that of Bert"),
+        ("Bert", {"sliding_window": 4}, "need causal attention, but Bert"),
         ("GPT2", {"rope_geometry": "before"}, "positions in every layer, which GPT2 does not"),
         ("GPTNeoX", {"rope_geometry": "before"}, "in every layer, which GPTNeoX does not have"),
         ("SmolLM3", {"rope_geometry": "before"}, "in every layer, which SmolLM3 does not have"),
         ("Llama", {"layers": []}, "`layers` is empty"),
-        ("Electra", {"sliding_window": 4}, "need causal attention; that of Electra"),
+        ("Electra", {"sliding_window": 4}, "need causal attention, but Electra"),
     ],
 )
 def test_what_a_family_can_not_do_is_refused(name, options, message):
@@ -215,7 +215,7 @@ def test_attention_scores_and_masks_of_pairs_are_refused():
     x = np.ones((2, 5, 32), "float32")
     with pytest.raises(ValueError, match="forms no scores"):
         attention(x, x, return_attention_scores=True)
-    with pytest.raises(ValueError, match="padding mask, not one of pairs"):
+    with pytest.raises(ValueError, match="padding mask in linear mode, not a mask"):
         attention(x, x, attention_mask=np.ones((2, 5, 5), "bool"))
     with pytest.raises(ValueError, match="would change what this layer computes"):
         attention(x, x, use_causal_mask=True)

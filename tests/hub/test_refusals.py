@@ -184,5 +184,5 @@ def test_a_task_around_a_backbone_of_another_family_is_refused():
         keras_hub.models.BertBackbone(32, 1, 2, 16, 32, max_sequence_length=9), num_classes=2
     )
     task.backbone = backbone
-    with pytest.raises(ValueError, match=r"known around a BertBackbone\. Received: one around"):
+    with pytest.raises(ValueError, match=r"must hold a BertBackbone\. Received: one that holds"):
         convert_to_dark(task)

@@ -103,7 +103,7 @@ def test_towers_are_converted_by_themselves_where_they_are(tmp_path):
 
 @on_one_backend
 def test_a_window_needs_causal_attention():
-    with pytest.raises(ValueError, match="need causal attention; that of ViT goes in both"):
+    with pytest.raises(ValueError, match="need causal attention, but ViT attends in both"):
         convert_to_dark(tower("ViT"), sliding_window=4)
     model = convert_to_dark(tower("CLIPText"), num_features=8, sliding_window=4)
     assert np.isfinite(outputs(model, tower_inputs(model))).all()

@@ -252,7 +252,7 @@ def test_lora_files_of_other_models_are_refused(tmp_path):
     other = dark(build())
     calibrate(other, BATCH, method="clusters", refine=False, verbose=False)
     with_lora(other).backbone.save_lora_weights(with_lora_file)
-    with pytest.raises(ValueError, match="converted or calibrated otherwise"):
+    with pytest.raises(ValueError, match="converted or calibrated differently"):
         model.backbone.load_lora_weights(with_lora_file)
     assert values(model).keys() == before.keys()
 

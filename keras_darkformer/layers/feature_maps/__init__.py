@@ -7,7 +7,7 @@ from keras_darkformer.layers.feature_maps.none import NoFeatureMap
 
 __all__ = ["BY_KIND", "DarkFeatureMap", "ExponentialFeatureMap", "FeatureMap", "NoFeatureMap"]
 
-# By the value of the option `feature_map`.
+# Classes by the value of the option `feature_map`.
 BY_KIND: dict[str, type[FeatureMap]] = {
     cls.kind: cls for cls in (DarkFeatureMap, ExponentialFeatureMap, NoFeatureMap)
 }

@@ -33,15 +33,20 @@ from keras_darkformer.types import Config, Shape, Tensor
 class FeatureMap(CheckedWeights, keras.layers.Layer):
     """Maps queries and keys to positive features whose products are weights of attention.
 
-    A subclass owns weights and says, with `fold`, how they turn queries and keys into log-features.
-    Attention, states, scores and calibration follow.
+    A subclass owns the weights, and its `fold` says how they turn queries and keys into
+    log-features. Attention, states, scores and calibration follow from that.
 
     Args:
         num_heads: int. Heads k of keys and values, each with its own map.
         head_dim: int. Size h of a head.
-        num_query_heads: int, a multiple of `num_heads`; `None` for as many. Only a sliding window
-            asks for it.
-        **kwargs: the options of `FeatureOptions`, and as for `keras.layers.Layer`.
+        num_query_heads: int, a multiple of `num_heads`; `None` for the same number. Only a sliding
+            window or sinks need it.
+        **kwargs: the options of `FeatureOptions`, and those of `keras.layers.Layer`.
+
+    Raises:
+        TypeError: if an argument is unknown.
+        ValueError: if a size is not a positive integer, `num_query_heads` is not a multiple of
+            `num_heads`, or an option is out of range.
     """
 
     kind: ClassVar[str]
@@ -84,7 +89,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
 
     @property
     def memory(self) -> Memory:
-        """What is kept exactly."""
+        """The sizes of the exact memory."""
         return self.options.memory
 
     @property
@@ -93,12 +98,12 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         return placement_of(self.options)
 
     def ensure_built(self) -> None:
-        """Creates the weights, if that was not done yet; they do not depend on an input."""
+        """Creates the weights if they do not exist yet; they do not depend on an input."""
         if not self.built:
             self.build()
 
     def add_weights(self, trainable: bool, **values: np.ndarray) -> None:
-        """Creates weights of these values by their names, in float32 under every policy."""
+        """Creates weights with these names and values, in float32 under every policy."""
 
         def initializer(value: np.ndarray) -> Any:
             return lambda shape, dtype=None: ops.convert_to_tensor(value, dtype=dtype)
@@ -116,15 +121,16 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
             setattr(self, name, weight)
 
     def fold(self, *, factored: bool = False) -> FoldedFeatures | None:
-        """The map as `ops` takes it; `None` for no features.
+        """The map in the form that `ops` takes; `None` without features.
 
         Args:
-            factored: bool. For so few tokens that folding would cost more than all the rest.
+            factored: bool. Whether to leave the factors apart, for so few tokens that folding would
+                cost more than everything else.
         """
         raise NotImplementedError
 
     def before_rotation(self, inputs: Tensor) -> Tensor:
-        """What of queries or keys, `(b, t, n, h)`, is rotated by positions: all as it is."""
+        """What is rotated by positions, for queries or keys `(b, t, n, h)`: these themselves."""
         return inputs
 
     def exact_query(self, query: Tensor) -> Tensor:
@@ -133,11 +139,11 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
 
     @property
     def estimates_kernel(self) -> bool:
-        """Whether features estimate the kernel of `exact_query`, and not whatever they learned."""
+        """Whether features estimate the kernel of `exact_query`, and not one that they learned."""
         return False
 
     def redraw(self, seed: int | None = None) -> None:
-        """Refused: features that were fitted to data, not drawn, can't be drawn anew."""
+        """Raises a ValueError: features that were fitted to data can't be drawn anew."""
         raise ValueError(
             f"The features of `{self.name}` were fitted to data, not drawn: there is nothing to "
             "draw anew. Calibrate it with another method."
@@ -152,10 +158,10 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         initial_state: AttentionState | None = None,
         **call: Any,
     ) -> Tensor:
-        """Attention with this map's features, as `ops.dark_attention`.
+        """Attention with this map's features, as in `ops.dark_attention`.
 
         Args:
-            query: `(b, t, n, h)`, n a multiple of `num_heads`.
+            query: float tensor of shape `(b, t, n, h)`, n a multiple of `num_heads`.
             key: `(b, s, num_heads, h)`.
             value: `(b, s, num_heads, v)`.
             initial_state: state of the keys before, or `None`.
@@ -163,7 +169,8 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
                 `ops.dark_attention`.
 
         Returns:
-            The output `(b, t, n, v)`, with `return_state` also the state.
+            The output, of shape `(b, t, n, v)` and the inputs' dtype. With `return_state`,
+            `(output, state)`.
         """
         self.ensure_built()
         query, key, value = numbers(query, key, value)
@@ -173,7 +180,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         return attend(query, key, value, features, **call)
 
     def accumulate(self, key: Tensor, value: Tensor, key_mask: Tensor = None) -> State:
-        """The state that `attend` would return after these keys, of a map without exact memory.
+        """The state that `attend` would return after these keys, for a map without exact memory.
 
         Args:
             key: `(b, s, num_heads, h)`.
@@ -188,7 +195,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
     def log_scores(self, query: Tensor, key: Tensor, exact: Tensor = None) -> Tensor:
         """Logarithms of the weights `attend` gives keys before it normalises and masks them.
 
-        Quadratic: to train and judge the map with.
+        This is quadratic in the length, and serves to train and judge the map.
 
         Args:
             query: `(b, t, n, h)`, n a multiple of `num_heads`.
@@ -196,7 +203,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
             exact: from `exact_pairs`.
 
         Returns:
-            `(b, n, t, s)` in float32, up to a constant of each query.
+            A float32 tensor of shape `(b, n, t, s)`, known up to a constant per query.
         """
         self.ensure_built()
         features = self.fold()
@@ -204,7 +211,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         return log_scores(query, key, features, exact)
 
     def exact_pairs(self, query: Tensor, key: Tensor, key_mask: Tensor = None) -> Tensor:
-        """Which pairs of a causal call meet in the exact memory, bool `(b, n, t, s)`, or `None`."""
+        """Which pairs of a causal call are in the exact memory, bool `(b, n, t, s)`, or `None`."""
         return exact_pairs(query, key, self.memory, key_mask) if self.memory else None
 
     def state_shapes(
@@ -241,19 +248,19 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         """Fits the map to queries and keys.
 
         Args:
-            query: `(b, t, n, h)`, n a multiple of `num_heads`, as `attend` gets them, rotated where
-                there is a rotation.
+            query: `(b, t, n, h)`, n a multiple of `num_heads`, as for `attend`: rotated if there is
+                a rotation.
             key: `(b, s, num_heads, h)`.
             causal: bool. Whether query t attends to keys up to t.
             query_mask, key_mask: bool, `(b, t)` and `(b, s)`, true = counts.
-            max_tokens: int. Tokens of the sample that is refined on.
-            **calibration: method, proposal, center, refine and seed, see
+            max_tokens: int. Tokens of the sample that is used for refinement.
+            **calibration: method, proposal, center, refine and seed, as for
                 `keras_darkformer.calibrate`. A method must make a map of this class: `"clusters"`
                 makes an `ExponentialFeatureMap`, the others a `DarkFeatureMap`.
 
         Raises:
             ValueError: if shapes do not fit, queries or keys are not finite or all masked, the
-                method makes another kind of map, or the proposal does not exist for them.
+                method makes another kind of map, or there is no such proposal for them.
         """
         options = CalibrationOptions(**calibration)
         self.check_calibration(options)
@@ -261,15 +268,15 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         if self.placement.fitter.needs_unrotated:
             raise ValueError(
                 f'A map with `rope_geometry="{self.placement.name}"` is calibrated with its '
-                "model, by `keras_darkformer.calibrate`: it takes queries before and after the "
+                "model, by `keras_darkformer.calibrate`: this needs queries before and after the "
                 "rotation."
             )
         if self.memory:
             lengths = query.shape[1], key.shape[1]
             if not causal or lengths[0] != lengths[1] or lengths[1] <= self.memory.size:
                 raise ValueError(
-                    "A map with an exact memory is calibrated with `causal=True` and on queries "
-                    f"and keys of one length, longer than its {self.memory.size} tokens. "
+                    "A map with an exact memory needs `causal=True`, and queries and keys of one "
+                    f"length, longer than its {self.memory.size} tokens. "
                     f"Received: causal={causal}, lengths {lengths[0]} and {lengths[1]}"
                 )
             if query.shape[2] != self.num_query_heads:
@@ -294,7 +301,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         check_calibration(options, self.options)
 
     def statistics(self, options: CalibrationOptions, max_tokens: int) -> LayerStatistics:
-        """What a calibration has to know of a layer's queries and keys, nothing seen yet."""
+        """Empty statistics: what a calibration needs to know of a layer's queries and keys."""
         fitter = self.placement.fitter
         return LayerStatistics(
             self.num_heads,
@@ -307,7 +314,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         )
 
     def fit(self, statistics: LayerStatistics, options: CalibrationOptions) -> Fit:
-        """Weights fitted to what was seen of a layer, for a map of their own kind."""
+        """Weights fitted to a layer's statistics; their `kind` is that of the map they are for."""
         return fit_features(statistics, self.options, options, self.placement.fitter)
 
     def _check_kind(self, kind: str) -> None:
@@ -319,10 +326,10 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
             )
 
     def load(self, fit: Fit) -> None:
-        """Takes over fitted weights; the far part behind a window starts at its own scale.
+        """Takes over fitted weights, and sets `far_offset` to zero.
 
         Raises:
-            ValueError: if they are for a map of another kind.
+            ValueError: if the weights are for a map of another kind.
         """
         self._check_kind(fit.kind)
         self.ensure_built()
@@ -338,7 +345,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
             store[weight.name] = weight
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads them from one; says what differs if they are those of another map."""
+        """Reads the weights from a file; the error says what differs if they are of another map."""
         stored = {name: store[name] for name in store.keys()}  # noqa: SIM118  no mapping
         check_stored(self, {name: tuple(value.shape) for name, value in stored.items()})
         for weight in self.weights:
@@ -353,7 +360,7 @@ class FeatureMap(CheckedWeights, keras.layers.Layer):
         return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype="float32")
 
     def get_config(self) -> Config:
-        """All constructor arguments; the seed also where it was drawn."""
+        """All constructor arguments, including a seed that was drawn."""
         return {
             **super().get_config(),
             "num_heads": self.num_heads,

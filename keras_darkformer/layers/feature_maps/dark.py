@@ -23,13 +23,13 @@ from keras_darkformer.types import Shape, Tensor
 class DarkFeatureMap(FeatureMap):
     """Positive random features whose covariance is learned.
 
-    Owns, per head, a geometry M and a projection W, and with them the feature map of the dark
-    kernel `exp(q^' Sigma k^)`, `Sigma = M'M`:
+    For each head, the layer owns a geometry M and a projection W. They define the feature map of
+    the dark kernel `exp(q^' Sigma k^)`, with `Sigma = M'M`:
 
         phi_j(x) = m^(-1/2) exp(w_j . M x^ - |M x^|^2 / 2),    x^ = h^(-1/4) x
 
-    Rows of W are drawn from `N(0, I)`; seen from x, the directions `M'w` are drawn from
-    `N(0, Sigma)`, where the data has its weight once M is trained.
+    The rows of W are drawn from `N(0, I)`. Seen from x, the directions `M'w` are then drawn from
+    `N(0, Sigma)`, which follows the data once M is trained.
 
     | `train_geometry` | `train_projection` | this is |
     | --- | --- | --- |
@@ -37,31 +37,32 @@ class DarkFeatureMap(FeatureMap):
     | false | false | Performer (with `geometry_scale=1.0`) |
     | false | true | the learned-feature kernel |
 
-    `calibrate` fits a map to queries and keys. It may centre them, with the shifts `query_shift`
-    and `key_shift`, and draw W from another distribution, with standard deviations `proposal` and
-    `log_weight` the density ratio's logarithm. Both leave the kernel as it is. Without a
-    calibration they are zeros and ones.
+    `calibrate` fits a map to queries and keys. It may centre them with the shifts `query_shift` and
+    `key_shift`. It may also draw W from another distribution with standard deviations `proposal`,
+    and `log_weight` is then half the logarithm of the density ratio. Both leave the kernel as it
+    is. Without calibration, `proposal` is ones and the others are zeros.
 
     All weights are float32 under every dtype policy.
 
     Args:
         num_heads: int. Heads k of keys and values, each with its own map.
         head_dim: int. Size h of a head.
-        num_query_heads: int, a multiple of `num_heads`; `None` for as many. Only a sliding window
-            asks for it: it adds a weight, `far_offset`, one number a query head.
-        **kwargs: the options of `FeatureOptions`, and as for `keras.layers.Layer`.
+        num_query_heads: int, a multiple of `num_heads`; `None` for the same number. Only a sliding
+            window or sinks need it: they add a weight, `far_offset`, of one number per query head.
+        **kwargs: the options of `FeatureOptions`, and those of `keras.layers.Layer`.
 
     Call arguments:
         inputs: queries or keys of shape `(b, s, num_heads, head_dim)`.
-        keys: bool. Whether they are keys: of an uncalibrated map with tied geometry the features
-            are the same.
+        keys: bool. Whether the inputs are keys. With tied geometry and without calibration, queries
+            and keys have the same features.
 
     Returns:
-        Their features, float32, of shape `(b, s, num_heads, num_features)`.
+        The features, float32, of shape `(b, s, num_heads, num_features)`.
 
     Raises:
-        ValueError: if a size is not a positive integer, an option out of range, or options exclude
-            each other.
+        TypeError: if an argument is unknown.
+        ValueError: if a size is not a positive integer, an option is out of range, or options
+            exclude each other.
 
     Example:
 
@@ -77,7 +78,7 @@ class DarkFeatureMap(FeatureMap):
     """
 
     kind = "dark"
-    query_geometry: Tensor = None  # where queries share the keys'
+    query_geometry: Tensor = None  # if queries share the keys' geometry
 
     @classmethod
     def check(cls, options: FeatureOptions, head_dim: int) -> None:
@@ -112,7 +113,7 @@ class DarkFeatureMap(FeatureMap):
 
     @property
     def dark_parameters(self) -> DarkParameters:
-        """What `ops.dark_attention` takes of the map. (Modules of torch have `parameters`.)"""
+        """The parameters that `ops.dark_attention` takes; `parameters` is torch's name."""
         self.ensure_built()
         return DarkParameters(
             geometry=self.placement.of_features(self.geometry),
@@ -124,7 +125,7 @@ class DarkFeatureMap(FeatureMap):
         )
 
     def fold(self, *, factored: bool = False) -> FoldedFeatures:
-        """The map as `ops` takes it; see `FeatureMap`."""
+        """The map in the form that `ops` takes; see `FeatureMap`."""
         parameters, sizes = self.dark_parameters, (self.num_heads, self.head_dim)
         features = fold(parameters, *sizes, factored=factored)
         if not self.memory:
@@ -153,14 +154,14 @@ class DarkFeatureMap(FeatureMap):
     def covariance(self) -> Tensor:
         """The covariance `Sigma = M'M` of the features' directions, `(num_heads, h, h)`.
 
-        Of queries and keys with geometries of their own it is `M_q'M_k`.
+        If queries and keys have separate geometries, it is `M_q'M_k`.
         """
         self.ensure_built()
         query_geometry = self.geometry if self.query_geometry is None else self.query_geometry
         return ops.einsum("krh,krj->khj", query_geometry, self.geometry)
 
     def before_rotation(self, inputs: Tensor) -> Tensor:
-        """What of queries or keys is rotated by positions: `M x`, or `x` where M comes after.
+        """What is rotated by positions, for queries or keys x: `M x`, or x if M comes after.
 
         Args:
             inputs: `(b, t, n, h)`, n a multiple of `num_heads`.
@@ -170,13 +171,13 @@ class DarkFeatureMap(FeatureMap):
 
     @property
     def estimates_kernel(self) -> bool:
-        """Unless the projection is learned: what is drawn has the kernel as its mean."""
+        """True unless the projection is learned: drawn features have the kernel as their mean."""
         return not self.options.train_projection
 
     def exact_query(self, query: Tensor) -> Tensor:
         """The query whose softmax attention to the raw keys is the dark kernel itself.
 
-        `Sigma'(q^ - b) + b`, times `h^(1/4)`: what the features estimate attention with.
+        It is `Sigma'(q^ - b) + b`, times `h^(1/4)`. The features estimate attention with it.
 
         Args:
             query: `(b, t, n, h)`, rotated where there is a rotation.
@@ -191,7 +192,7 @@ class DarkFeatureMap(FeatureMap):
         return ops.cast(apply_geometry(ops.cast(query, "float32"), kernel) + back, query.dtype)
 
     def redraw(self, seed: int | None = None) -> None:
-        """Replaces the projection by a new draw; the kernel estimated stays the same.
+        """Replaces the projection by a new draw; the estimated kernel stays the same.
 
         Args:
             seed: int, or `None` for a random draw.

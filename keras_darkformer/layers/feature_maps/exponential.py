@@ -12,34 +12,36 @@ from keras_darkformer.types import Shape, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_darkformer")
 class ExponentialFeatureMap(FeatureMap):
-    """Exponential features of any kernel, one of queries and one of keys.
+    """Exponential features with free weights, one matrix for queries and one for keys.
 
         phi_q[j](q) = exp(q . A_q[:, j])
         phi_k[j](k) = exp(k . A_k[:, j] + a_j)
 
     Calibration with `method="clusters"` fits them to a k-means of the queries. They start as random
-    features without their norm; with `projection="antithetic"` these are Hedgehog's,
+    features without the norm; with `projection="antithetic"`, these are Hedgehog's,
     `A_q = A_k = [W', -W']`.
 
-    They know the kernel up to a factor of the query only, which cancels in attention. They can't
-    share a normaliser with the exact kernel, so there is no `sliding_window`.
+    They give the kernel only up to a factor of the query, which cancels in attention. They
+    therefore can't share a normaliser with the exact kernel, and `sliding_window` and `num_sinks`
+    are refused.
 
     Args:
         num_heads: int. Heads k of keys and values, each with its own map.
         head_dim: int. Size h of a head.
         num_query_heads: int; `None` for `num_heads`.
-        **kwargs: the options of `FeatureOptions` (`rank`, `tie_geometry` and `rope_geometry` say
-            nothing here), and as for `keras.layers.Layer`.
+        **kwargs: the options of `FeatureOptions` (`rank`, `tie_geometry` and `rope_geometry` have
+            no effect here), and those of `keras.layers.Layer`.
 
     Call arguments:
         inputs: queries or keys of shape `(b, s, num_heads, head_dim)`.
-        keys: bool. Whether they are keys.
+        keys: bool. Whether the inputs are keys.
 
     Returns:
-        Their features, float32, of shape `(b, s, num_heads, num_features)`.
+        The features, float32, of shape `(b, s, num_heads, num_features)`.
 
     Raises:
-        ValueError: if a size is not a positive integer, or for a sliding window.
+        TypeError: if an argument is unknown.
+        ValueError: if a size is not a positive integer, or for a sliding window or sinks.
 
     Example:
 
@@ -80,7 +82,7 @@ class ExponentialFeatureMap(FeatureMap):
         self.built = True
 
     def fold(self, *, factored: bool = False) -> FoldedFeatures:
-        """The map as `ops` takes it."""
+        """The map in the form that `ops` takes."""
         self.ensure_built()
         return fold_exponential(self.query_kernel, self.key_kernel, self.key_bias)
 

@@ -13,13 +13,13 @@ from keras_darkformer.types import Tensor
 if TYPE_CHECKING:
     from keras_darkformer.layers.feature_maps.base import FeatureMap
 
-QUERIES = 1024  # per head and call, or a few more: enough for the one number a head is to get
+QUERIES = 1024  # per head and call, or a few more: enough to fit one number per head
 
 
 class FarMass:
     """Log-odds of the far part in a feature map's attention and in softmax's.
 
-    Of long calls it looks at one query in so many, of every sequence and of every stretch.
+    In long calls it looks at a regular sample of the queries of every sequence.
 
     Args:
         feature_map: a `FeatureMap` with an exact memory.
@@ -69,5 +69,5 @@ class FarMass:
         self.fit.add(log_odds, exact_log_odds, ops.convert_to_numpy(counts))
 
     def offset(self) -> np.ndarray:
-        """What to set the map's `far_offset` to, `(n,)`, where it was zero before."""
+        """What to set the map's `far_offset` to, `(n,)`, if it was zero before."""
         return self.fit.solve()

@@ -1,4 +1,4 @@
-"""No features: attention is what an exact memory sees."""
+"""No features: attention to an exact memory alone."""
 
 import keras
 from keras import ops
@@ -16,17 +16,18 @@ class NoFeatureMap(FeatureMap):
     """No features: a query sees the sinks, the window and the kept keys, and nothing else.
 
     It has no weights and nothing to fit. The bytes of the features can go into a larger memory
-    instead. With sinks and a window this is StreamingLLM's attention: compare features with it.
+    instead. With sinks and a window, this is StreamingLLM's attention, a baseline for features.
 
     Args:
         num_heads: int. Heads k of keys and values.
         head_dim: int. Size h of a head.
         num_query_heads: int; `None` for `num_heads`.
-        **kwargs: the options of `FeatureOptions`, of which `sliding_window`, `num_sinks` and
-            `cache_size` count, and as for `keras.layers.Layer`.
+        **kwargs: the options of `FeatureOptions`, of which only `sliding_window`, `num_sinks` and
+            `cache_size` have an effect, and those of `keras.layers.Layer`.
 
     Raises:
-        ValueError: if a size is not a positive integer, or without a window and sinks.
+        TypeError: if an argument is unknown.
+        ValueError: if a size is not a positive integer, or there is neither a window nor sinks.
 
     Example:
 
@@ -53,31 +54,31 @@ class NoFeatureMap(FeatureMap):
 
     @property
     def num_features(self) -> int:
-        """None."""
+        """0: there are no features."""
         return 0
 
     def build(self, input_shape: Shape | None = None) -> None:
-        """There are no weights."""
+        """Marks the map as built; there are no weights."""
         self.built = True
 
     def fold(self, *, factored: bool = False) -> None:
-        """What stands for no features in `ops`."""
+        """`None`, which stands for no features in `ops`."""
         return
 
     def call(self, inputs: Tensor, keys: bool = False) -> Tensor:
-        """Refused: there are no features to return."""
+        """Raises a ValueError: there are no features to return."""
         raise ValueError(f"`{self.name}` has no features to return; `attend` needs none.")
 
     def compute_output_spec(self, inputs: Tensor, keys: bool = False) -> Tensor:
-        """As `call`."""
+        """Raises the same error as `call`."""
         return self.call(inputs, keys)
 
     def check_calibration(self, options: CalibrationOptions) -> None:
-        """Refused: there is nothing to fit."""
+        """Raises a ValueError: there is nothing to fit."""
         raise ValueError(f"`{self.name}` has no features: there is nothing to calibrate.")
 
     def redraw(self, seed: int | None = None) -> None:
-        """There is nothing to draw."""
+        """Does nothing: there is nothing to draw."""
 
     def log_scores(self, query: Tensor, key: Tensor, exact: Tensor = None) -> Tensor:
         """Logarithms of the weights `attend` gives keys: softmax's own in the memory."""

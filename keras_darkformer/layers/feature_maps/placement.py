@@ -1,8 +1,8 @@
 """Where a geometry sits relative to the rotation of queries and keys by their positions.
 
-One small class for each value of the option `rope_geometry`; without rotary positions it is
-`AfterRotation`. What to do before the rotation, what features do after it, and how a head is fitted
-follow from the class.
+There is one small class for each value of the option `rope_geometry`; without rotary positions it
+is `AfterRotation`. What to do before the rotation, what features do after it, and how a head is
+fitted follow from the class.
 """
 
 from keras import ops
@@ -24,7 +24,7 @@ class AfterRotation:
         """Raises a ValueError if options exclude each other."""
 
     def before_rotation(self, inputs: Tensor, geometry: Tensor) -> Tensor:
-        """What of `(b, t, n, h)` is rotated: all as it is."""
+        """What is rotated in place of `(b, t, n, h)`: the inputs themselves."""
         return inputs
 
     def of_features(self, geometry: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class BeforeRotation(AfterRotation):
     needs_rotation = True
 
     def check(self, options: FeatureOptions, head_dim: int) -> None:
-        """One geometry, of full rank, and channels in pairs."""
+        """Raises a ValueError unless there is one geometry of full rank and an even head size."""
         if not options.tie_geometry or options.rank not in (None, head_dim):
             raise ValueError(
                 '`rope_geometry="before"` needs `tie_geometry=True` and a full `rank`. '
@@ -52,11 +52,11 @@ class BeforeRotation(AfterRotation):
             )
 
     def before_rotation(self, inputs: Tensor, geometry: Tensor) -> Tensor:
-        """`M x`."""
+        """What is rotated in place of `(b, t, n, h)`: `M x`."""
         return ops.cast(apply_geometry(inputs, geometry), inputs.dtype)
 
     def of_features(self, geometry: Tensor) -> Tensor:
-        """None."""
+        """`None`: features apply no geometry after the rotation."""
         return None
 
 

@@ -1,18 +1,18 @@
-"""What is said of weights that are not those of a layer with feature maps."""
+"""Errors for weights that do not fit a layer with feature maps."""
 
 from typing import Any
 
 from keras_darkformer.types import Layer, Shape
 
 HOW_TO_LOAD = (
-    "Calibration may have put a map of another class into the layer that they are of, as "
-    '`method="clusters"` does. Make this layer with the options of that one, `feature_map` among '
+    "Calibration may have put a map of another class into the layer they come from, as "
+    '`method="clusters"` does. Make this layer with that layer\'s options, `feature_map` among '
     "them, or load a file that holds them: `.keras`, or a preset."
 )
 
 
 class CheckedWeights:
-    """Says, before any weight is set, what differs. Mixed into a layer with feature maps."""
+    """Mixin for layers with feature maps: says what differs before any weight is set."""
 
     name: str
     weights: list[Any]
@@ -21,7 +21,7 @@ class CheckedWeights:
         """Sets the values of all weights.
 
         Raises:
-            ValueError: if they are not as many or not of these shapes. No weight has then changed.
+            ValueError: if their number or their shapes differ. No weight has then changed.
         """
         shapes, here = ([tuple(x.shape) for x in found] for found in (weights, self.weights))
         if shapes != here:
@@ -41,15 +41,15 @@ class CheckedWeights:
 
 
 def check_stored(feature_map: Any, shapes: dict[str, Shape]) -> None:
-    """Raises a ValueError unless a file has just a feature map's weights, of these shapes."""
+    """Raises a ValueError unless a file has exactly a feature map's weights, of these shapes."""
     here = {weight.name: tuple(weight.shape) for weight in feature_map.weights}
     if shapes == here:
         return
-    if not shapes:  # Keras looks again in other places, and this is what it tells then
+    if not shapes:  # Keras then looks in other places, and this is the last error
         raise ValueError(
             f"The file has no weights for {feature_map.name!r}, of "
             f"`feature_map={feature_map.kind!r}`, where Keras looked last. {HOW_TO_LOAD} Weights "
-            "of a softmax model are loaded into that model, which is converted then."
+            "of a softmax model are loaded into that model, which is then converted."
         )
     raise ValueError(
         f"{feature_map.name!r}, of `feature_map={feature_map.kind!r}`, has the weights {here}; the "
