@@ -4,7 +4,6 @@ All keys enter the sums, and then every query reads them. Long sequences are pro
 whose tensors fit into a cache.
 """
 
-
 from keras_darkformer.ops.backend import product, scan
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.features import FoldedFeatures
