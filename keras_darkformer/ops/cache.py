@@ -80,12 +80,14 @@ def through_block(
             memory at once.
         chunks, chunk: N and C.
     """
-    batch, heads, length = shape_of(exits.received)
-    size = kept.received.shape[2]
     scores = ops.stop_gradient(exits.received)
     if enters is not None:
         scores = ops.where(enters[:, None], scores, OUT)
     scores = ops.concatenate([ops.stop_gradient(kept.received), scores], axis=-1)
+    if exits.received.shape[2] == 1 and chunk == 1:
+        return _through_token(kept, exits, scores)
+    batch, heads, length = shape_of(exits.received)
+    size = kept.received.shape[2]
     order, ranks = ranked(scores)
     # TensorFlow forgets the size of a slice if the whole has no known size.
     first = reshape(ranks[..., :size], (batch, heads, size))
@@ -118,6 +120,32 @@ def through_block(
         tokens_at(source, left),
         ops.take_along_axis(scores, left, axis=-1) > OUT,
         tokens_at(source, ops.take_along_axis(order, last, axis=-1)),
+    )
+
+
+def _through_token(kept: Tokens, exits: Tokens, scores: Tensor) -> Competition:
+    """`through_block` of one token, in as few operations as generation can have.
+
+    Of G + 1 tokens the one with the lowest score leaves, of equal ones the oldest. `scores` is
+    `(b, k, G + 1)`.
+    """
+    size, source = kept.received.shape[2], joined(kept, exits)
+    place = ops.arange(size + 1, dtype="int32")
+    leaves = ops.cast(ops.argmin(scores, axis=-1), "int32")[..., None]
+    stays = ops.cast(place != leaves, "int32")[:, :, None]
+    is_older = place[:size] < leaves
+    conditions = is_older[..., None], is_older[..., None], is_older
+    after = (
+        ops.where(condition, x[:, :, :size], x[:, :, 1:])
+        for condition, x in zip(conditions, source, strict=True)
+    )
+    return Competition(
+        Tokens(*(x[:, :, None] for x in kept)),
+        stays[..., :size],
+        stays[..., size:],
+        tokens_at(source, leaves),
+        ops.take_along_axis(scores, leaves, axis=-1) > OUT,
+        Tokens(*after),
     )
 
 

@@ -153,6 +153,8 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
     size, length = before.key.shape[2], ops.shape(new.key)[2]
     real = new.is_real[:, 0] if written is None else ops.logical_and(new.is_real[:, 0], written)
     filled = ops.sum(ops.cast(before.is_real[:, 0], "int32"), axis=1, keepdims=True)
+    if new.key.shape[2] == 1:
+        return _find_sink(before, new, real, filled)
     number = filled + ops.cumsum(ops.cast(real, "int32"), axis=1)  # from 1
     slot = ops.arange(size, dtype="int32")
     earlier = ops.cast(number[:, :, None] <= slot, "int32")
@@ -167,6 +169,23 @@ def find_sinks(before: Tokens, new: Tokens, written: Tensor) -> tuple[Sinks, Tok
     is_sink = ops.logical_and(real, number <= size)[:, None]
     others = new._replace(received=ops.where(is_sink, NOTHING, new.received))
     return Sinks(tokens, ops.where(is_old, -1, place)), others
+
+
+def _find_sink(before: Tokens, new: Tokens, real: Tensor, filled: Tensor) -> tuple[Sinks, Tokens]:
+    """`find_sinks` with one new token: it takes the first free place, if there is one.
+
+    Args:
+        before, new: as for `find_sinks`.
+        real: bool, `(b, 1)`, whether it may.
+        filled: int32, `(b, 1)`, the places that are taken.
+    """
+    size = before.key.shape[2]
+    slot = ops.arange(size, dtype="int32")
+    tokens = _where(ops.logical_and(real, slot == filled), new, before)
+    is_sink = ops.logical_and(real, filled < size)[:, None]
+    others = new._replace(received=ops.where(is_sink, NOTHING, new.received))
+    # The only query sees all that is there.
+    return Sinks(tokens, ops.full_like(tokens.received[:, 0], -1, dtype="int32")), others
 
 
 def _where(condition: Tensor, tokens: Tokens, others: Tokens) -> Tokens:
