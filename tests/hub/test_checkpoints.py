@@ -220,7 +220,7 @@ def test_a_classifier_reads_its_words(tmp_path):
 @on_one_backend
 def test_norms_that_are_read_with_another_epsilon_are_named_and_set_right(tmp_path):
     config, tensors = write(tmp_path, "llama")
-    with pytest.warns(UserWarning, match=r"without its `rms_norm_eps=1e-05`.* add 1e-06"):
+    with pytest.warns(UserWarning, match=r"without its `rms_norm_eps=1e-05`.* use 1e-06"):
         load(hub.DarkLlama3CausalLM, tmp_path, "llama", num_features=16)
     # What the warning says.
     backbone = keras_hub.models.Llama3Backbone.from_preset(str(tmp_path), layer_norm_epsilon=1e-5)
@@ -262,7 +262,7 @@ def test_a_preset_of_another_class_is_refused(tmp_path):
     write(tmp_path, "llama")
     for name in ("CausalLM", "Backbone"):
         cls = getattr(hub, f"DarkLlama{name}")
-        with pytest.raises(ValueError, match=rf"has a Llama3Backbone, and DarkLlama{name} is made"):
+        with pytest.raises(ValueError, match=rf"has a Llama3Backbone, but DarkLlama{name} needs"):
             cls.from_preset(str(tmp_path))
 
 

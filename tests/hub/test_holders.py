@@ -232,7 +232,7 @@ def test_a_layer_that_can_not_say_what_it_was_made_with_is_not_saved():
     (block,) = blocks(model)
     del block.head_dim
     with pytest.raises(
-        ValueError, match=r"does not know the `head_dim` .* Save the KerasHub model"
+        ValueError, match=r"does not keep the `head_dim` .* Save the KerasHub model"
     ):
         holder(model).get_config()
 
