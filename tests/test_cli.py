@@ -235,7 +235,7 @@ def test_folders_of_others_are_left_alone(stock, book, tmp_path, capsys):
     work.mkdir()
     (work / "poem.txt").write_text("mine")
     argv = ["linearize", stock, "--text", book, "--output", tmp_path / "new", "--work-dir", work]
-    assert "something else" in error_of(capsys, *argv)
+    assert "holds something other" in error_of(capsys, *argv)
     assert [x.name for x in tmp_path.rglob("*")] == ["work", "poem.txt"]
 
 

@@ -138,7 +138,7 @@ def test_a_file_of_another_fit_is_refused(begun):
     with pytest.raises(ValueError, match=r"`backup` is of another fit: .*steps=7"):
         transferred(model, stock, backup=begun)
     stock, model = dark_gemma()
-    with pytest.raises(ValueError, match=r"`backup` is of another fit: .*this one steps=4"):
+    with pytest.raises(ValueError, match=r"`backup` is of another fit: .*this one has steps=4"):
         transfer_attention(model, DATA, steps=4, backup=begun, verbose=0)
 
 
