@@ -21,6 +21,11 @@ DEFAULT_JIT = BACKEND == "jax"
 on_one_backend = pytest.mark.skipif(BACKEND != "torch", reason="the same Python on all backends")
 
 
+def further(*values):
+    """More values of a parameter, where they cost little: on PyTorch nothing is compiled."""
+    return list(values) if BACKEND == "torch" else []
+
+
 def numpy_only():
     """Skips the module that calls it on all backends but one: it computes with none of them."""
     if BACKEND != "torch":

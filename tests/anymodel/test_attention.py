@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, compiled, to_numpy
+from backends import BACKEND, compiled, further, on_one_backend, to_numpy
 from keras import ops
 from layers.helpers import assert_close, differ, keras_mask, weight_gradients
 
@@ -204,7 +204,7 @@ def test_dropout_drops_whole_tokens_the_same_for_every_query():
     assert differ(dropped, outputs(layer, same, X))
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", *further("mixed_float16")])
 def test_mixed_precision_changes_little(policy):
     for kind in ("gated", "grouped"):
         whole, half = built(kind), built(kind, dtype=policy)
@@ -216,6 +216,7 @@ def test_mixed_precision_changes_little(policy):
         assert_close(to_numpy(ops.cast(found, "float32")), expected, 0.1)
 
 
+@on_one_backend
 def test_a_config_makes_the_layer_dark_again():
     for kind in KINDS:
         layer = dark(built(kind, name="mine"), rank=2)

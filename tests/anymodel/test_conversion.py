@@ -222,6 +222,7 @@ def test_after_an_error_all_is_as_it_was():
         assert len(dark_layers_of(dark(model))) == 3
 
 
+@on_one_backend
 def test_a_model_that_was_compiled_is_compiled_again(few_steps):
     model = functional()
     target = normal(2, 6, 3, seed=5)[:, :3]

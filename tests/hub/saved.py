@@ -36,6 +36,8 @@ BACKBONES = {
     "load_backbone": "keras.saving.load_model(path + '_backbone.keras')",
 }
 LOADERS = TASKS | BACKBONES
+if BACKEND != "torch":  # a loader in Python is the same on all backends
+    LOADERS = {name: LOADERS[name] for name in ("CausalLM", "load_model", "Backbone")}
 
 # Fitted models: options of the conversion, of calibration, and whether to train afterwards.
 MEMORY = {"sliding_window": 4, "num_sinks": 2, "cache_size": 3}

@@ -166,6 +166,7 @@ def written(model):
     return model.generate(["the left", "a"], max_length=12)
 
 
+@on_one_backend
 def test_a_folder_with_a_tokenizer_becomes_a_dark_model_that_writes(tmp_path):
     write_llama(tmp_path / "hf")
     model = hub.DarkLlama3CausalLM.from_preset(str(tmp_path / "hf"), num_features=16)

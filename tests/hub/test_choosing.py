@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import on_one_backend, to_numpy
 from keras import ops
 
 from keras_darkformer import choose_layers, convert_to_dark
@@ -33,6 +33,7 @@ def loss(model, token_ids, first):
     return -np.take_along_axis(logits, token_ids[:, first:, None], -1).mean()
 
 
+@on_one_backend
 def test_costs_are_those_of_a_model_with_one_layer_converted(found):
     model, choice = found
     text = DATA["token_ids"][:2]
@@ -50,6 +51,7 @@ def test_costs_are_those_of_a_model_with_one_layer_converted(found):
     assert max(abs(layer["text"]) for layer in choice["layers"]) > 1e-4
 
 
+@on_one_backend
 def test_the_layers_of_the_largest_costs_are_left_exact(found):
     _, choice = found
     costs = [layer["text"] + layer["lookups"] for layer in choice["layers"]]
@@ -66,6 +68,7 @@ def test_layers_without_features_are_chosen_too():
     np.testing.assert_allclose(choice["layers"][0]["text"], expected, atol=1e-5)
 
 
+@on_one_backend
 def test_it_prints_as_a_table_and_draws_a_figure(found, tmp_path):
     _, choice = found
     text = str(choice)

@@ -6,6 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
+from backends import on_one_backend
 from keras import ops
 from keras_hub.src.vllm.context import vllm_context_scope
 
@@ -138,6 +139,7 @@ def test_layers_and_blocks_keep_the_names_of_their_stock_classes(build):
     assert {type(x).__module__ for x in attentions(model)} == {"keras_darkformer.hub"}
 
 
+@on_one_backend
 @pytest.mark.parametrize("mode", ["linear", "exact"])
 @pytest.mark.parametrize("name", ["Gemma", "GPT2", "Llama"])
 def test_a_model_served_by_vllm_is_refused(name, mode):

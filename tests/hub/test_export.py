@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import BACKEND, further, to_numpy
 
 from .models import LENGTH, dark, inputs, outputs, row
 
@@ -16,7 +16,7 @@ BATCHES = inputs(LENGTH, 5, 9), inputs(4, LENGTH)
 SHORTER = inputs(9, 4, 6, total=9)
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=["Llama", *further("GPT2")])
 def models(request):
     """A stock model and a dark one."""
     build = BUILDERS[request.param]

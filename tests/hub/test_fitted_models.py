@@ -5,18 +5,20 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, compiled, to_numpy
+from backends import DEFAULT_JIT, compiled, further, on_one_backend, to_numpy
 from keras import tree
 from keras_hub.samplers import BeamSampler
 
 from .models import feature_maps, forward, gemma, gemma2, gemma3, inputs, outputs
-from .saved import BATCH, KINDS, fitted
+from .saved import BATCH, fitted
 from .searches import beam_search, greedy_search
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["spectral", "windowed", *further("clusters", "transferred", "before")]
+)
 def test_a_copy_from_config_and_weights_is_the_same_model(saved, kind):
     backbone = saved.fitted(kind)[0].backbone
     twin = type(backbone).from_config(json.loads(json.dumps(backbone.get_config())))
@@ -50,12 +52,12 @@ GENERATING = {
 }
 
 
-SLOW = ("before-gemma2", "windowed-gemma3")
+ASKED = ("clusters", "windowed", *further("before-gemma2", "windowed-gemma3"))
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in GENERATING],
+    params=ASKED,
 )
 def model(request):
     """Prompts of all lengths share what it compiles."""
@@ -95,6 +97,7 @@ def test_the_state_has_a_constant_size(saved, kind):
     assert shapes(cache) == sizes
 
 
+@on_one_backend
 @pytest.mark.slow
 def test_beam_search_equals_a_search_over_the_full_forward():
     model, prompt = fitted("windowed"), inputs(7, 7, 7, total=10)

@@ -2,7 +2,15 @@
 
 import numpy as np
 import pytest
-from backends import DEFAULT_JIT, MODES, compiled, largest_intermediate, to_numpy
+from backends import (
+    DEFAULT_JIT,
+    MODES,
+    compiled,
+    further,
+    largest_intermediate,
+    on_one_backend,
+    to_numpy,
+)
 from keras import ops
 from keras_hub.samplers import BeamSampler
 
@@ -28,7 +36,7 @@ def _family(name):
     return pytest.param(name, marks=() if name == "gemma2" else pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=map(_family, BUILDERS))
+@pytest.fixture(scope="module", params=map(_family, ["gemma", "gemma2", *further("gemma3")]))
 def model(request):
     return BUILDERS[request.param]()
 
@@ -116,6 +124,7 @@ def test_pieces_bound_the_memory_of_a_prefill():
     assert largest(None) >= length * 512 > 8 * largest(32)
 
 
+@on_one_backend
 def test_the_whole_prompt_in_the_prefilled_state_would_be_wrong(model, by_argmax, monkeypatch):
     def whole(self, padding_mask, start):
         return ops.where(ops.cast(padding_mask, "bool"), Code.WRITE.value, Code.PAD.value)
@@ -126,6 +135,7 @@ def test_the_whole_prompt_in_the_prefilled_state_would_be_wrong(model, by_argmax
         check_greedy(model, by_argmax)
 
 
+@on_one_backend
 def test_no_mask_at_all_would_be_wrong(model, by_argmax, monkeypatch):
     monkeypatch.setattr(DarkCausalLM, "_prefill_mask", lambda *args: None)
     model.compile(sampler="greedy")

@@ -6,7 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, to_numpy
+from backends import BACKEND, further, on_one_backend, to_numpy
 from fresh_process import run_python
 
 from keras_darkformer import (
@@ -309,7 +309,7 @@ def fitted_and_predicted(model):
     return model.predict(BATCH, verbose=0)
 
 
-@pytest.mark.parametrize("how", ["over its tensors", "around it"])
+@pytest.mark.parametrize("how", ["over its tensors", *further("around it")])
 def test_a_model_that_was_fitted_before_goes_on_with_what_it_holds_as_that_is_now(how):
     """Without features there is no new variable that a backend could see the change by."""
     options = {"num_features": 8} if how == "over its tensors" else OPTIONS[3]
@@ -408,6 +408,7 @@ SESSION = """
 """
 
 
+@on_one_backend
 @pytest.mark.slow
 def test_a_fresh_process_loads_it_dark_or_says_which_class_is_missing(tmp_path):
     tasks = {name: dark(task_of(name, 2), **ONE) for name in KINDS}

@@ -249,6 +249,7 @@ def test_layers_are_chosen_and_features_may_be_off(tmp_path):
     assert again.report["exact_layers"] == found.report["exact_layers"]
 
 
+@on_one_backend
 def test_an_encoder_is_judged_by_its_embeddings():
     rows = np.random.default_rng(1).integers(4, VOCABULARY, (12, 14)).astype("int32")
     mask = (np.arange(14) < np.arange(3, 15)[:, None]).astype("int32")

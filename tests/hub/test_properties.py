@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy, untraced
+from backends import on_one_backend, to_numpy, untraced
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import tried
@@ -269,6 +269,7 @@ def refused_as(words):
     return pytest.raises((ValueError, MemoryError), match=words)
 
 
+@on_one_backend
 @tried(share=0.12)
 @given(samples())
 def test_a_model_in_any_state_is_converted_whole_or_not_at_all(sample):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from backends import further, on_one_backend
 from keras_hub.models import GemmaCausalLM
 from keras_hub.samplers import (
     BeamSampler,
@@ -103,8 +104,8 @@ def test_a_state_draws_from_the_chances_of_the_full_forward(linear, chances, sam
 
 @pytest.mark.parametrize(
     "build",
-    [gemma2, pytest.param(lambda: row("Llama", num_layers=2), marks=pytest.mark.slow)],
-    ids=["Gemma2", "Llama"],
+    [gemma2, *further(lambda: row("Llama", num_layers=2))],
+    ids=["Gemma2", *further("Llama")],
 )
 def test_contrastive_search_equals_a_search_over_the_full_forward(build):
     model = dark(build())
@@ -130,6 +131,7 @@ def test_a_model_compiled_for_speculative_sampling_is_refused_untouched(stock):
     assert not isinstance(model.backbone, hub.DarkGemmaBackbone)
 
 
+@on_one_backend
 def test_stock_models_have_no_speculative_sampling_either(stock, exact):
     """But for Gemma 4, which is not converted."""
     for model in (stock, exact):
@@ -158,6 +160,7 @@ def test_an_empty_string_is_its_start_token(preprocessor, prompts):
     assert texts[1].startswith(prompts[1])
 
 
+@on_one_backend
 def test_an_over_long_string_is_cut_as_by_the_stock_model(stock, exact, linear, preprocessor):
     long = "the left hand side of the right hand side of it all " * 3
     for model in (stock, exact, linear):

@@ -94,7 +94,7 @@ def test_exact_mode_trains_its_geometries(jit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jit", JIT)
+@pytest.mark.parametrize("jit", JIT[-1:])
 def test_fit_in_mixed_bfloat16_keeps_feature_maps_in_float32(jit):
     model = dark(gemma2(dtype="mixed_bfloat16"))
     losses, moved = fitted(model, ids_and_labels(), jit)

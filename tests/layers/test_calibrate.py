@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from backends import on_one_backend
 from fitting.data import anisotropic
 from keras import ops
 
@@ -112,6 +113,7 @@ def test_what_is_masked_has_no_say(method):
     assert_close(calibrated(*holes, method=method, **masks).get_weights(), clean.get_weights())
 
 
+@on_one_backend
 @methods
 def test_one_seed_gives_one_fit_and_heads_differ(method):
     query, key = data()
@@ -123,6 +125,7 @@ def test_one_seed_gives_one_fit_and_heads_differ(method):
     assert differ(*first[1])
 
 
+@on_one_backend
 def test_errors_of_other_data_fall_from_identity_to_spectral_to_refined_to_clusters():
     query, key = data(length=48)
     unseen = data(length=48, seed=1)[0], data(length=48, seed=1)[1]
@@ -221,6 +224,7 @@ DEGENERATE = {
 }
 
 
+@on_one_backend
 @pytest.mark.parametrize("method", [*DARK_METHODS, "clusters"])  # auto: in tests/fitting
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_data_leave_finite_weights_and_outputs(name, method):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import further, to_numpy
 
 from keras_darkformer import DarkAttention, DarkTransformerBlock
 
@@ -56,9 +56,7 @@ def test_queries_that_have_no_keys_give_what_attending_to_nothing_gives(options)
     np.testing.assert_allclose(*to_numpy((layer(query, nothing), expected)), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, pytest.param(MEMORY, marks=pytest.mark.slow)], ids=["", "memory"]
-)
+@pytest.mark.parametrize("options", [MEMORY, *further({})], ids=["memory", *further("")])
 def test_a_model_is_fitted_and_predicts_past_an_empty_batch(options):
     tokens = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(8, WIDTH, mask_zero=True)(tokens)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import BACKEND, MODES, differentiated, run, to_numpy
+from backends import BACKEND, MODES, differentiated, further, run, to_numpy
 from keras import ops
 
 from keras_darkformer.memory import Memory
@@ -29,6 +29,12 @@ from .states import assert_equal_states, assert_same_state, mask_for_pieces, row
 SINKS, SINKS_ALONE, KEPT = Memory(16, 4), Memory(None, 4), Memory(12, 3, 8)
 MEMORIES = {"sinks": SINKS, "sinks alone": SINKS_ALONE, "kept": KEPT, "no sinks": Memory(5, 0, 20)}
 memories = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+# Where each of them is compiled at several lengths.
+some_memories = pytest.mark.parametrize(
+    "memory",
+    [SINKS_ALONE, KEPT, *further(SINKS, MEMORIES["no sinks"])],
+    ids=["sinks alone", "kept", *further("sinks", "no sinks")],
+)
 
 
 @pytest.mark.parametrize("jit", MODES)
@@ -56,7 +62,7 @@ def test_output_agrees_with_the_reference_at_more_sizes(case, memory):
     assert_close(attend(case, memory)[0], expected(case, memory), 1e-5)
 
 
-@memories
+@some_memories
 @pytest.mark.parametrize("chunk_size", [1, 7, 5000])
 def test_chunk_size_does_not_change_the_output(chunk_size, memory):
     case = Case(length=50, batch=2, masked=True, **ODD)
@@ -87,7 +93,7 @@ def test_gradients_agree_with_differences_of_the_reference(rng):
 PIECES = {"pieces": [1, 30, 1, 5, 5, 30], "tokens": [1] * 40}
 
 
-@memories
+@some_memories
 @pytest.mark.parametrize("sizes", PIECES.values(), ids=PIECES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(memory, sizes, masked):
@@ -99,7 +105,7 @@ def test_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(memory,
         assert_same_state(state, attend(case, memory, key_mask=key_mask)[1])
 
 
-@memories
+@some_memories
 @pytest.mark.parametrize("name", ["key_mask", "write_mask"])
 def test_rows_of_different_lengths_go_on_like_each_by_itself(memory, name, monkeypatch):
     """A ragged prefill: padding behind a row, or tokens that are seen but come again."""

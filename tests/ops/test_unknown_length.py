@@ -82,7 +82,7 @@ def of_unknown_length(function, arrays, jit):
     return tf.function(function, input_signature=signature, jit_compile=jit or None)
 
 
-@pytest.mark.parametrize("jit", MODES)
+@pytest.mark.parametrize("jit", MODES[-1:])
 @pytest.mark.parametrize(
     ("memory", "causal", "goes_on", "remat"),
     [
@@ -155,7 +155,7 @@ def test_features_are_made_in_a_loop_only(causal):
     assert any(x.op == "Exp" for f in graph.as_graph_def().library.function for x in f.node_def)
 
 
-@pytest.mark.parametrize("jit", MODES)
+@pytest.mark.parametrize("jit", MODES[:1])
 def test_a_layer_trains_and_predicts_at_lengths_known_only_to_the_run(jit, rng):
     heads = {"head_dim": 4, "num_query_heads": 2, "num_key_value_heads": 1}
     layer = DarkAttention(**heads, num_features=8, chunk_size=4)

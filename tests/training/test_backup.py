@@ -6,7 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, on_one_backend
+from backends import BACKEND, further, on_one_backend
 from hub.models import LENGTH, inputs, values
 
 from keras_darkformer import distil, transfer_attention
@@ -72,7 +72,7 @@ def distilled(model, stock, **options):
 FITS = {"transfer": transferred, "distil": distilled}
 
 
-@pytest.fixture(scope="module", params=FITS)
+@pytest.fixture(scope="module", params=["transfer", *further("distil")])
 def undisturbed(request):
     """What fits, and the weights and the history it comes to."""
     keras.utils.set_random_seed(0)

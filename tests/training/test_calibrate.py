@@ -6,7 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import further, on_one_backend, to_numpy
 from hub.models import (
     FAMILIES,
     LENGTH,
@@ -197,7 +197,7 @@ def test_a_model_without_dark_layers_is_refused():
         quietly(gemma(), BATCHES)
 
 
-@pytest.mark.parametrize("method", ["scale", "spectral", "clusters", "auto"])
+@pytest.mark.parametrize("method", ["auto", *further("scale", "spectral", "clusters")])
 def test_what_is_fitted_attends_more_like_softmax_on_held_out_data(method):
     model = dark_gemma(num_features=32, geometry_scale=1.0)[1]
     data = {"token_ids": tokens(9), "padding_mask": np.ones((9, LENGTH), "int32")}
@@ -413,7 +413,7 @@ def far_masses(stock, model, batches, window, every=1):
         ]
 
 
-@pytest.mark.parametrize(("queries", "every"), [(1024, 1), (LENGTH, 3)])
+@pytest.mark.parametrize(("queries", "every"), [(LENGTH, 3), *further((1024, 1))])
 def test_the_mass_behind_a_window_is_softmax_s(queries, every, monkeypatch):
     monkeypatch.setattr("keras_darkformer.layers.feature_maps.far_offset.QUERIES", queries)
     stock, model = dark_gemma(sliding_window=4)
@@ -449,6 +449,7 @@ def test_short_sequences_beside_long_ones_do_no_harm():
         np.testing.assert_allclose(ours, exact, rtol=2e-3)
 
 
+@on_one_backend
 def test_the_mass_is_that_of_the_longest_row_where_one_is_enough(monkeypatch):
     module = sys.modules["keras_darkformer.training.calibrate"]
     monkeypatch.setattr(module, "FAR_TOKENS", LENGTH)

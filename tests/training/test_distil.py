@@ -7,6 +7,7 @@ from backends import (
     BACKEND,
     differentiated,
     largest_intermediate,
+    on_one_backend,
     run,
     to_numpy,
     value_and_gradients,
@@ -432,6 +433,7 @@ def test_an_optimizer_of_several_is_refused(pair):
         distil(pair[1], pair[0], DATA, optimizer=several)
 
 
+@on_one_backend
 def test_callbacks_find_the_student(tmp_path):
     stock, model = dark_gemma(lambda: gemma(num_layers=1))
     feature_map = attentions(model)[0].feature_map
