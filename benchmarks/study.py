@@ -204,18 +204,7 @@ def run_one(run, args):
 
 def collect(args):
     """What is there, into one file, beside what that holds of other runs."""
-    runs = {path.stem: json.loads(path.read_text()) for path in args.work.glob("*.json")}
-    if args.output.exists():
-        before = json.loads(args.output.read_text())
-        for run in before["runs"]:
-            run["environment"] = before["environments"][run["environment"]]
-            runs.setdefault(Run(*(run[name] for name in Run._fields)).name, run)
-    runs = [run for _, run in sorted(runs.items())]
-    environments, small = [], args.tokens["small"]
-    for run in runs:
-        if run["environment"] not in environments:
-            environments.append(run["environment"])
-        run["environment"] = environments.index(run["environment"])
+    small = args.tokens["small"]
     settings = {
         "seeds": list(args.seeds),
         "test_windows": args.test_windows,
@@ -223,6 +212,22 @@ def collect(args):
         "text": pathlib.Path(args.text).name,
         "other": pathlib.Path(args.other).name,
     }
+    runs = {path.stem: json.loads(path.read_text()) for path in args.work.glob("*.json")}
+    if args.output.exists():
+        before = json.loads(args.output.read_text())
+        if before["settings"] != settings:
+            raise SystemExit(
+                f"{args.output} has other settings, {before['settings']}: move it away"
+            )
+        for run in before["runs"]:
+            run["environment"] = before["environments"][run["environment"]]
+            runs.setdefault(Run(*(run[name] for name in Run._fields)).name, run)
+    runs = [run for _, run in sorted(runs.items())]
+    environments = []
+    for run in runs:
+        if run["environment"] not in environments:
+            environments.append(run["environment"])
+        run["environment"] = environments.index(run["environment"])
     payload = {"environments": environments, "settings": settings, "runs": runs}
     common.write_json(args.output, payload)
 

@@ -52,11 +52,14 @@ def cases(threads, heads, quick):
 
 def row_of(case, gradients, clock, args):
     """The times of one case, of the ways that take no longer than --patience."""
+    from keras_darkformer.ops.crossover import crossover
+
     heads, batch, length, causal, dtype = case
     shape = {"heads": heads, "kv_heads": heads, "head_dim": HEAD_DIM}
     shape |= {"num_features": NUM_FEATURES, "batch": batch}
     ways = ways_of(shape, length, causal, WAYS, dtype)
-    if gradients:  # "auto" trains with features
+    is_linear = length >= crossover(HEAD_DIM, NUM_FEATURES, 1, causal=causal)
+    if gradients or is_linear:  # "auto" trains with features
         ways["dark_auto"] = ways.pop("dark")
     runs, total, skipped = {}, 0.0, {}
     for name, way in ways.items():

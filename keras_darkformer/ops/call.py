@@ -16,8 +16,8 @@ class Call(NamedTuple):
         chunk_size: tokens per chunk, or `None`.
         remat: see `backend.scan`.
         with_state: whether the state that is returned will be used.
-        products: the dtype in which features and values are multiplied; see
-            `backend.products_dtype`.
+        products: the dtype in which features and values are multiplied, unless there is one token
+            alone; see `backend.products_dtype`.
     """
 
     key_mask: Tensor = None

@@ -29,8 +29,9 @@ class Crossover(NamedTuple):
 
 
 # Measured for forward passes on one CPU thread, by backend and whether they are causal. For causal
-# calls on PyTorch four heads give 2,130 tokens; with 8 to 32 heads, or batches, features win by 1.3
-# to 1.6 times at 2,048 (`benchmarks/results/use_torch.json`), so it is 0.7 times that.
+# calls on PyTorch four heads give 2,130 tokens; with 8 to 32 heads, or batches, features in float32
+# win by 1.3 to 1.6 times at 2,048 on one thread (`benchmarks/results/use_torch.json`), so it is 0.7
+# times that. In bfloat16, which some CPUs multiply faster, they lose there by 1.8 times.
 MEASURED = {
     "torch": {
         True: Crossover(1490, 0.77, -0.48, -0.62),
@@ -46,8 +47,9 @@ MEASURED = {
     },
 }
 # On an accelerator, for every call: on an H200 in bfloat16, one causal sequence of 16 heads of 64
-# takes as long either way at about 17,000 tokens on JAX and 50,000 on PyTorch, which starts every
-# operation by itself; a batch does so sooner. TensorFlow is taken to be like JAX.
+# takes as long either way at about 17,000 tokens on JAX. On PyTorch, which starts every operation
+# by itself, it is an estimated 50,000 (`benchmarks/README.md`), and less for a batch, which fills
+# the device sooner. TensorFlow is taken to be like JAX.
 ON_ACCELERATOR = {"torch": 32768, "jax": 16384, "tensorflow": 16384}
 
 

@@ -74,10 +74,10 @@ def dark_attention(
     Masked keys have no effect, whatever they hold. A query with no key to attend to gives zeros and
     passes no gradient. The batch and the sequences may be empty.
 
-    All is computed in float32, but on an accelerator bfloat16 inputs have their features and values
-    multiplied in bfloat16. If all of a query's products with the keys' features are smaller
-    than the largest possible one by more than about 69 in the logarithm, they count as zero. For
-    queries and keys that large, scale the geometry down.
+    All is computed in float32, but on an accelerator bfloat16 inputs of more than one token have
+    their features and values multiplied in bfloat16. If all of a query's products with the keys'
+    features are smaller than the largest possible one by more than about 69 in the logarithm, they
+    count as zero. For queries and keys that large, scale the geometry down.
 
     Args:
         query: float tensor of shape `(b, t, n, h)`; integers are cast to float, here and below.

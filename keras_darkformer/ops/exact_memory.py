@@ -185,7 +185,7 @@ def _find_sink(before: Tokens, new: Tokens, real: Tensor, filled: Tensor) -> tup
     is_sink = ops.logical_and(real, filled < size)[:, None]
     others = new._replace(received=ops.where(is_sink, NOTHING, new.received))
     # The only query sees all that is there.
-    return Sinks(tokens, ops.full_like(tokens.received[:, 0], -1, dtype="int32")), others
+    return Sinks(tokens, ops.zeros_like(tokens.received[:, 0], dtype="int32")), others
 
 
 def _where(condition: Tensor, tokens: Tokens, others: Tokens) -> Tokens:

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_darkformer.ops.backend import accelerated, block_length, reshape
+from keras_darkformer.ops.backend import ACCELERATOR_CHUNK, accelerated, block_length, reshape
 from keras_darkformer.types import Tensor
 
 
@@ -53,14 +53,13 @@ def at_least_one(length: Tensor) -> Tensor:
 def pick_chunk_size(head_dim: int, groups: int) -> int:
     """Tokens per chunk of the causal form.
 
-    On CPU, all backends are alike. On an accelerator it was measured with PyTorch alone, on an
-    H200: chunks of 64 take up to 8 % longer than those of 128, and chunks of 512 up to 40 %.
+    On CPU, where it was measured, all backends are alike. See `backend.ACCELERATOR_CHUNK`, too.
 
     A chunk costs scores of its length by its length, and a state. Large heads have large states.
     Each query head of a group adds scores, but no state.
     """
-    if accelerated():
-        return 128
+    if ACCELERATOR_CHUNK is not None and accelerated():
+        return ACCELERATOR_CHUNK
     if groups >= 8:
         return 32
     return 128 if head_dim > 128 and groups == 1 else 64

@@ -15,7 +15,13 @@ from keras import ops, tree
 
 from keras_darkformer.memory import Memory
 from keras_darkformer.ops.attention import attend, output_dtype
-from keras_darkformer.ops.backend import SequenceAxis, numbers, reshape, tensors
+from keras_darkformer.ops.backend import (
+    SequenceAxis,
+    numbers,
+    products_dtype,
+    reshape,
+    tensors,
+)
 from keras_darkformer.ops.call import Call
 from keras_darkformer.ops.checks import (
     check_attention,
@@ -137,7 +143,11 @@ def sequence_parallel_dark_attention(
     )
     check_parameters(parameters, key, memory)
     features = folded(parameters, query, key, memory, far_offset)
-    call = Call(None if key_mask is None else ops.cast(key_mask, "bool"), remat=remat)
+    call = Call(
+        None if key_mask is None else ops.cast(key_mask, "bool"),
+        remat=remat,
+        products=products_dtype(output_dtype(query, key, value)),
+    )
     before: AttentionState | None = None
     if features is not None:
         shapes = StateShapes(features.num_heads, features.num_features, value.shape[3])

@@ -71,4 +71,5 @@ def test_blocks_of_an_accelerator_hold_the_tokens_of_all_rows(monkeypatch):
     assert backend.block_length(most, 10_000) == backend.LEAST_BLOCK
     if BACKEND == "torch":
         assert backend.block_length(None, None) == most  # as many rows as the run has
-    assert partition.chunk_partition(4 * most, 1, 64, 8, None) == (4, most // 128, 128)
+    chunk = backend.ACCELERATOR_CHUNK or 32
+    assert partition.chunk_partition(4 * most, 1, 64, 8, None) == (4, most // chunk, chunk)
