@@ -37,7 +37,7 @@ BACKBONES = {
 }
 LOADERS = TASKS | BACKBONES
 if BACKEND != "torch":  # a loader in Python is the same on all backends
-    LOADERS = {name: LOADERS[name] for name in ("CausalLM", "load_model", "Backbone")}
+    LOADERS = {name: LOADERS[name] for name in ("DarkCausalLM", "load_model", "Backbone")}
 
 # Fitted models: options of the conversion, of calibration, and whether to train afterwards.
 MEMORY = {"sliding_window": 4, "num_sinks": 2, "cache_size": 3}
