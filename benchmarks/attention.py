@@ -16,6 +16,7 @@ import statistics
 
 from attention_ways import MATMUL, layer_ways, matmul_way, runner, ways_of
 from common import (
+    PASSES,
     accelerator,
     answer,
     backend,
@@ -45,7 +46,6 @@ ONE_HEAD_LENGTHS = {True: (32768,), False: (32768,)}  # more would take hours
 LAYER_LENGTHS = (512, 2048, 8192)
 MEMORY_LENGTHS = (2048, 8192, 32768)
 EXACT = ("sdpa", "cudnn", "keras", "layer_keras")  # quadratic in the length
-PASSES = ("forward", "forward + backward")
 
 
 # === Time ===
@@ -95,7 +95,7 @@ def multiplications(shape, length, causal):
 
 def time_row(label, length, causal, gradients, args):
     ways = ways_of(SHAPES[label], length, causal, dtype=args.dtype, compile=args.compile)
-    for name in ("dark_auto", "fla"):  # of `use.py`
+    for name in ("dark_auto", "fla", "fla_kernel"):  # of `use.py` and `flash.py`
         ways.pop(name, None)
     if gradients:
         return row_of(ways, "dark", label, length, causal, gradients, args)

@@ -10,7 +10,7 @@
 - performer_pytorch: performer-pytorch's `FastAttention`, whose projection is
   not trained;
 - fla: the chunked form in plain PyTorch of flash-linear-attention's tests, whose
-  features are `elu(x) + 1`; its kernels need a GPU;
+  features are `elu(x) + 1`; fla_kernel: its fused kernel, which needs a GPU;
 - sdpa: torch's `scaled_dot_product_attention`; cudnn: `jax.nn`'s on a GPU;
 - keras: `keras.ops.dot_product_attention`;
 - matmul: the product of two matrices of 1,024 x 1,024, the machine's rate;
@@ -145,18 +145,27 @@ def torch_ways(shape, causal, plain, wide, compile):
         ).to(query.device)
         return Way(module, head_first(query, wide(key), wide(value)))
 
-    def fla():
-        module = fla_module()
-
+    def fla(attention):
         def function(query, key, value):
             query, key = functional.elu(query) + 1, functional.elu(key) + 1
-            return module.naive_chunk_linear_attn(query, key, value, normalize=True)
+            return attention(query, key, value, normalize=True)
 
         return Way(function, [query, wide(key), wide(value)])
 
+    def fla_kernel():
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        return fla(lambda *tensors, **options: chunk_linear_attn(*tensors, **options)[0])
+
+    flas = {}
+    if causal and (module := fla_module()):
+        flas["fla"] = lambda: fla(module.naive_chunk_linear_attn)
+        if accelerator():
+            flas["fla_kernel"] = fla_kernel
+
     chunks = CHUNKS if causal else (256,)
     return {
-        **({"fla": fla} if causal and fla_module() else {}),
+        **flas,
         "sdpa": lambda: Way(sdpa, head_first(query, key, value)),
         "performer_pytorch": performer,
         **{f"darkformer_pytorch_{c}": lambda c=c: darkformer(c) for c in chunks},

@@ -26,6 +26,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"
+PASSES = ("forward", "forward + backward")  # without gradients, and with
 XLA_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 

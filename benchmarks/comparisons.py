@@ -3,10 +3,10 @@
 import functools
 
 import formats
+from common import PASSES
 from formats import PACKAGES
 
-BOTH = "forward + backward"
-PASSES = ("forward", BOTH)
+BOTH = PASSES[1]
 CHUNK = "darkformer_pytorch_"
 DEFAULT_CHUNK = 256
 

@@ -13,13 +13,22 @@ import itertools
 import math
 
 from attention_ways import Way, runner
-from common import backend, environment, finish, interleaved, one_thread, parser, summary, write
+from common import (
+    PASSES,
+    backend,
+    environment,
+    finish,
+    interleaved,
+    one_thread,
+    parser,
+    summary,
+    write,
+)
 
 SIZES = ((64, 64), (64, 128), (64, 256), (128, 128), (256, 256))  # head_dim, features
 HEADS = ((4, 4), (8, 2), (8, 1))  # of queries, of keys and values
 LEAST, MOST = 64, 4096
 STEPS_PER_OCTAVE = 4
-PASSES = ("forward", "forward + backward")
 
 
 def ways_of(head_dim, num_features, heads, kv_heads, length, causal, masked):

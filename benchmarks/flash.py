@@ -13,6 +13,7 @@ import itertools
 
 from attention_ways import Way, runner, ways_of
 from common import (
+    PASSES,
     backend,
     default_clock,
     environment,
@@ -32,8 +33,7 @@ LENGTHS = {
     "torch": [1024 * 2**x for x in range(8)],
     "jax": [2048 * 4**x for x in range(4)],  # each of them is compiled
 }
-PASSES = ("forward", "forward + backward")
-NAMES = ("dark", "dark_remat", "sdpa", "cudnn", "darkformer_pytorch_256")
+NAMES = ("dark", "dark_remat", "sdpa", "cudnn", "darkformer_pytorch_256", "fla_kernel")
 SWEEP = {"torch": (2048, 4096, 16384, 32768), "jax": (1024, 4096, 16384)}  # tokens of a block
 CHUNKS = {"torch": (64, 128, 256, 512), "jax": (64, 128, 256)}
 SWEPT = 32768
@@ -62,31 +62,19 @@ def in_float32(way):
     return Way(function, way.inputs, way.trained)
 
 
-def fla_kernel(shape, length):
-    """flash-linear-attention's fused kernel, its features being `elu(x) + 1`."""
-    from fla.ops.linear_attn import chunk_linear_attn
-    from torch.nn import functional
-
-    def function(query, key, value):
-        query, key = functional.elu(query) + 1, functional.elu(key) + 1
-        return chunk_linear_attn(query, key, value, normalize=True)[0]
-
-    return Way(function, ways_of(shape, length, True, ["keras"], "bfloat16")["keras"].inputs)
-
-
-def all_ways(label, length, args):
-    shape = SHAPES[label]
-    ways = ways_of(shape, length, True, NAMES, "bfloat16")
-    ways["dark_float32"] = in_float32(ways["dark"])
-    if backend() == "torch" and args.fla:
-        ways["fla_kernel"] = fla_kernel(shape, length)
-    return ways
+def timed(what, label, length, gradients, runs, args):
+    """The row of functions that take turns."""
+    times = {name: summary(x) for name, x in interleaved(runs, args.repeats, warmups=1).items()}
+    print(what, label, length, PASSES[gradients], {x: y["median"] for x, y in times.items()})
+    return {"shape": label, "length": length, "pass": PASSES[gradients], "times": times}
 
 
 def time_row(label, length, gradients, exhausted, args):
     """The row of a shape, a length and a pass."""
     clock, runs, single, failed = default_clock(), {}, {}, {}
-    for name, way in all_ways(label, length, args).items():
+    ways = ways_of(SHAPES[label], length, True, NAMES, "bfloat16")
+    ways["dark_float32"] = in_float32(ways["dark"])
+    for name, way in ways.items():
         if name in exhausted or (name == "dark_remat" and not gradients):
             continue
         run = runner(way, gradients)
@@ -100,15 +88,12 @@ def time_row(label, length, gradients, exhausted, args):
         finish(run())
         seconds = clock() - started
         if seconds > args.patience:
-            single[name] = [seconds]
+            single[name] = summary([seconds])
             exhausted.add(name)
         else:
             runs[name] = run
-    samples = interleaved(runs, args.repeats, warmups=1) | single
-    times = {name: summary(values) for name, values in samples.items()}
-    row = {"shape": label, "length": length, "pass": PASSES[gradients], "times": times}
-    print(row["shape"], length, row["pass"], {x: y["median"] for x, y in times.items()}, flush=True)
-    return row | {"failed": failed}
+    row = timed("attention", label, length, gradients, runs, args)
+    return row | {"times": row["times"] | single, "failed": failed}
 
 
 def time_blocks(label, gradients, args):
@@ -124,14 +109,9 @@ def time_blocks(label, gradients, args):
             with changed(package_backend, "ACCELERATOR_TOKENS", block):
                 return dark.function(*arguments, chunk_size=chunk)
 
-        run = runner(Way(function, dark.inputs, dark.trained), gradients)
-        finish(run())
-        runs[f"{block} x {chunk}"] = run
-    samples = interleaved(runs, args.repeats, warmups=1)
-    times = {name: summary(values) for name, values in samples.items()}
-    best = min(times, key=lambda name: times[name]["median"])
-    print("blocks x chunks", label, PASSES[gradients], best, times, flush=True)
-    return {"shape": label, "length": length, "pass": PASSES[gradients], "times": times}
+        way = Way(function, dark.inputs, dark.trained)
+        runs[f"{block} x {chunk}"] = runner(way, gradients)
+    return timed("blocks x chunks", label, length, gradients, runs, args)
 
 
 def time_compiled(label, gradients, args):
@@ -140,17 +120,13 @@ def time_compiled(label, gradients, args):
     ways = ways_of(SHAPES[label], length, True, ["dark", "sdpa"], "bfloat16")
     runs = {name: runner(way, gradients) for name, way in ways.items()}
     runs["dark_compiled"] = runner(ways["dark"], gradients, compile=True)
-    samples = interleaved(runs, args.repeats, warmups=2)
-    times = {name: summary(values) for name, values in samples.items()}
-    print("torch.compile", label, PASSES[gradients], times, flush=True)
-    return {"shape": label, "length": length, "pass": PASSES[gradients], "times": times}
+    return timed("torch.compile", label, length, gradients, runs, args)
 
 
 def main():
     made = parser(__doc__)
     made.add_argument("--repeats", type=int, default=9)
     made.add_argument("--patience", type=float, default=0.25, help="seconds a call may take")
-    made.add_argument("--fla", action="store_true", help="flash-linear-attention's kernel too")
     args = made.parse_args()
     lengths = LENGTHS[backend()]
     if args.quick:

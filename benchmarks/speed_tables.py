@@ -8,7 +8,8 @@ import re
 import statistics
 
 import comparisons as compare
-from comparisons import BOTH, PASSES, load
+from common import PASSES
+from comparisons import BOTH, load
 from formats import milliseconds, number, plain_ratio, rate, ratio, span, table, unique
 
 

@@ -15,6 +15,7 @@ import time
 
 from attention_ways import runner, ways_of
 from common import (
+    PASSES,
     answer,
     backend,
     default_clock,
@@ -34,7 +35,6 @@ BATCHES = (1, 4, 16)
 LENGTHS = (128, 512, 2048, 8192)
 MOST_TOKENS = {8: 16384, 32: 8192}  # of a batch, by heads
 THREADS = (1, 2)
-PASSES = ("forward", "forward + backward")
 QUADRATIC = ("sdpa", "keras")
 WAYS = ("dark_auto", "dark", "darkformer_pytorch_256", "performer_pytorch", "fla", *QUADRATIC)
 
@@ -52,14 +52,12 @@ def cases(threads, heads, quick):
 
 def row_of(case, gradients, clock, args):
     """The times of one case, of the ways that take no longer than --patience."""
-    from keras_darkformer.ops.crossover import crossover
-
     heads, batch, length, causal, dtype = case
     shape = {"heads": heads, "kv_heads": heads, "head_dim": HEAD_DIM}
     shape |= {"num_features": NUM_FEATURES, "batch": batch}
     ways = ways_of(shape, length, causal, WAYS, dtype)
-    is_linear = length >= crossover(HEAD_DIM, NUM_FEATURES, 1, causal=causal)
-    if gradients or is_linear:  # "auto" trains with features
+    # "auto" trains with features, and is linear above its crossover.
+    if gradients or ways["dark_auto"].function is ways["dark"].function:
         ways["dark_auto"] = ways.pop("dark")
     runs, total, skipped = {}, 0.0, {}
     for name, way in ways.items():

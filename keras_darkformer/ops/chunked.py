@@ -123,8 +123,9 @@ def chunked(
             keys = features_by_head(left.key, left.value, left.is_real, features, dtype=dtype)
         else:
             assert features is not None
-            key, value = block["key"], block["value"]
-            keys = features_of_keys(key, value, block.get("mask"), features, dtype=dtype)
+            keys = features_of_keys(
+                block["key"], block["value"], block.get("mask"), features, dtype=dtype
+            )
         assert isinstance(carry.seen, Sums)
         of_queries, scale = features_of_queries(query, features, scaled=bool(memory), dtype=dtype)
         sums, key_scale, seen_after = chunked_sums(
@@ -136,7 +137,7 @@ def chunked(
             write = block["write"][:, None] if competed is None else competed
             behind = behind._replace(written=add_keys(carry.written, keys, write))
         if met is None:
-            sums = reshape(sums, (*shape_of(query)[:3], keys.value.shape[3] + 1))
+            sums = reshape(sums, (*shape_of(query)[:3], value.shape[3] + 1))
             output = normalize(*split_last(sums))
             return behind, (tokens_first(output, tokens, groups), ())
         behind = behind._replace(held=met.held)
