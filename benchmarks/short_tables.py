@@ -6,7 +6,7 @@ Each function takes the words behind its name in a page's mark and returns Markd
 import statistics
 
 from comparisons import load as load_labelled
-from formats import load, milliseconds, ratio, table, unique
+from formats import PACKAGES, load, milliseconds, ratio, table, unique
 
 FORMS = ("linear", "exact")
 PEERS = {
@@ -18,11 +18,11 @@ PEERS = {
     "performer_pytorch": "performer-pytorch",
 }
 FLASH_PEERS = {
-    "sdpa": "sdpa",
-    "cudnn": "cudnn",
+    "sdpa": "flash attention",
+    "cudnn": "flash attention",
     "fla_kernel": "fla's kernel",
     "darkformer_pytorch_256": "darkformer-pytorch",
-    "dark_float32": "ours, products in float32",
+    "dark_float32": "ours in float32",
     "dark_remat": "ours, `remat` switched",
 }
 
@@ -103,24 +103,19 @@ def use_in_short(*backends):
 
 def flash(*sources):
     """Ours in milliseconds and their time over it, on a GPU, of flash.py."""
-    payloads = [load_labelled("flash", source) for source in sources]
-    peers = [
-        name
-        for name in FLASH_PEERS
-        if any(name in row["times"] for payload in payloads for row in payload["rows"])
-    ]
-    lines = []
-    for payload in payloads:
+    labels, lines = unique(FLASH_PEERS.values()), []
+    for source in sources:
+        payload = load_labelled("flash", source)
         for row in payload["rows"]:
             ours = row["times"]["dark"]
-            cells = [
-                ratio(row["times"][x]["median"] / ours["median"]) if x in row["times"] else "-"
-                for x in peers
-            ]
-            line = [payload["label"], row["shape"], row["pass"], f"{row['length']:,}"]
-            lines.append([*line, milliseconds(ours), *cells])
-    columns = ["measured on", "shape", "pass", "tokens", "ours, ms"]
-    return table([*columns, *(FLASH_PEERS[name] for name in peers)], lines, words=3)
+            ratios = {
+                label: ratio(row["times"][name]["median"] / ours["median"])
+                for name, label in FLASH_PEERS.items()
+                if name in row["times"]
+            }
+            line = [PACKAGES[payload["backend"]], row["shape"], row["pass"], f"{row['length']:,}"]
+            lines.append([*line, milliseconds(ours), *(ratios.get(x, "-") for x in labels)])
+    return table(["backend", "shape", "pass", "tokens", "ours, ms", *labels], lines, words=3)
 
 
 def flash_blocks(source):
