@@ -110,6 +110,16 @@ class DarkCausalLM(DarkTask, TransformersExport):
         logits = self.backbone.token_embedding(hidden_states, reverse=True)
         return logits, hidden_states, cache
 
+    def enter_cache(self, token_ids: Tensor, cache: Tensor, cache_update_index: Tensor) -> Tensor:
+        """The cache after tokens that follow those in it, without their logits.
+
+        Args:
+            token_ids: int tensor of shape `(b, t)`.
+            cache: tuple with one entry per layer, from `get_initial_cache` or an earlier call.
+            cache_update_index: int or int tensor, the position of the first of these tokens.
+        """
+        return self._run_layers(token_ids, cache, cache_update_index, None)[1]
+
     def _run_layers(
         self, token_ids: Tensor, cache: Tensor, cache_update_index: Tensor, padding_mask: Tensor
     ) -> Tensor:

@@ -94,9 +94,9 @@ class Stream:
         tokens = np.concatenate([self._last, token_ids.astype("int32")], axis=1)
         state, start = self._state, self.position - self._last.shape[1]
         for size in _pieces(tokens.shape[1] - 1, self.model.prefill_size):
-            _, _, state = self._run(tokens[:, :size], state, start)
+            state = self._run(self._functions.enter, tokens[:, :size], state, start)
             tokens, start = tokens[:, size:], start + size
-        logits, _, _ = self._run(tokens, state, start)
+        logits, _, _ = self._run(self._functions.step, tokens, state, start)
         self._state, self._last, self.position = state, tokens, start + 1
         return logits[:, -1]
 
@@ -136,9 +136,9 @@ class Stream:
         self.read(written)
         return written
 
-    def _run(self, token_ids: np.ndarray, state: Any, start: int) -> Any:
+    def _run(self, function: Any, token_ids: np.ndarray, state: Any, start: int) -> Any:
         # As tensors, or TensorFlow would retrace for every position.
-        return self._functions.step(
+        return function(
             ops.convert_to_tensor(token_ids), state, ops.convert_to_tensor(start, "int32")
         )
 
@@ -202,6 +202,9 @@ class _Functions:
         self.model = model
         self.variables = model.variables
         self.step = compiled(model.call_with_cache, self.variables)
+        # For tokens whose logits nobody asks for: with a large vocabulary, those of a piece would
+        # take more memory than all else.
+        self.enter = compiled(model.enter_cache, self.variables)
         self.sampler: Any = None
         self.samples: dict[Any, Any] = {}
 

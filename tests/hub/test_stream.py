@@ -99,6 +99,20 @@ def test_a_loaded_stream_goes_on_exactly(name, tmp_path):
     np.testing.assert_array_equal(loaded.write(4), expected[1])
 
 
+def test_of_a_piece_only_the_last_token_has_logits(monkeypatch):
+    model, counts = dark(gemma(num_layers=1)), []
+    call = type(model).call_with_cache
+
+    def watched(self, token_ids, *args, **kwargs):
+        counts.append(token_ids.shape[1])
+        return call(self, token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "call_with_cache", watched)
+    logits = to_numpy(Stream(model, 3).read(TOKENS))
+    np.testing.assert_allclose(logits, last_logits(model, TOKENS), rtol=1e-3, atol=1e-4)
+    assert set(counts) == {1}
+
+
 def test_streams_share_what_is_compiled_until_a_feature_map_is_another(monkeypatch):
     model, traced = dark(gemma(num_layers=1)), []
     call = type(model).call_with_cache
