@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_darkformer.ops.backend import numbers, reshape
+from keras_darkformer.ops.backend import numbers, of_heads
 from keras_darkformer.types import Tensor
 
 
@@ -17,13 +17,7 @@ def apply_geometry(inputs: Tensor, geometry: Tensor) -> Tensor:
         A float32 tensor of shape `(b, t, n, r)`.
     """
     inputs, geometry = numbers(inputs, geometry)
-    shape = tuple(ops.shape(inputs))
-    kv_heads, rank, head_dim = geometry.shape
-    inputs = reshape(inputs, (*shape[:2], kv_heads, shape[2] // kv_heads, head_dim))
-    outputs = ops.einsum(
-        "btkgh,krh->btkgr", ops.cast(inputs, "float32"), ops.cast(geometry, "float32")
-    )
-    return reshape(outputs, (*shape[:3], rank))
+    return of_heads(ops.cast(inputs, "float32"), ops.cast(geometry, "float32"))
 
 
 def dark_features(
