@@ -9,10 +9,10 @@ rates; its rate is the one of the least mean loss on the validation part, and fi
 test part. All rates and seeds of an arm train side by side (`study_training.py`), so what each rate
 does to training is seen too.
 
-Runs are written to WORK one by one, and not made again; all that are there go into
-results/study.json, in place of what it held of the same ones. On a GPU a run takes a minute; on a
-CPU one rate with one seed takes a few, so name what is wanted: `--list` shows the names of all
-runs, `--runs`, `--rates` and `--seeds` choose.
+Runs are written to WORK one by one, those of SmolLM2 rate by rate, and not made again; all that are
+there go into results/study.json, in place of what it held of the same ones. On a GPU a run takes a
+minute; on a CPU one rate with one seed takes a few, so name what is wanted: `--list` shows the
+names of all runs, `--runs`, `--rates` and `--seeds` choose.
 """
 
 import concurrent.futures
@@ -97,7 +97,7 @@ def make(run, args):
     from study_arms import SMOLLM2, Maker, is_redrawn
     from study_training import Recipe, Replicas
 
-    started, tokens = time.perf_counter(), args.tokens[vocabulary_of(run)]
+    tokens = args.tokens[vocabulary_of(run)]
     rates = args.rates or (RATES_OF_SMOLLM2 if run.shape == SMOLLM2 else RATES)
     maker = Maker(run, args.presets.get(run.shape), tokens["train"])
     recipe = Recipe(
@@ -123,40 +123,63 @@ def make(run, args):
             teacher.text_windows(tokens["train"], count, teacher.LENGTH, seed)
             for seed in args.seeds
         ]
-        curves, parts = [], {part: [] for part in PARTS}
-        # Of a larger model as many as fit in memory.
-        for some in [[rate] for rate in rates] if run.shape == SMOLLM2 else [rates]:
-            replicas.begin(some)
-            curves.append(replicas.train(windows, redraw if is_redrawn(run.arm) else None))
-            for part, found in parts.items():
-                found.append(replicas.judge(held_out(tokens[part], args)))
-        curves = np.concatenate(curves, 1)
-        parts = {
-            part: [np.concatenate(of_rates) for of_rates in zip(*found, strict=True)]
-            for part, found in parts.items()
-        }
+
+        def trained(rates):
+            started = time.perf_counter()
+            replicas.begin(rates)
+            found = {"curves": replicas.train(windows, redraw if is_redrawn(run.arm) else None)}
+            for part in PARTS:
+                judged = replicas.judge(held_out(tokens[part], args))
+                found |= dict(zip((f"{part} losses", f"{part} accuracies"), judged, strict=True))
+            return found | {"seconds": np.array([time.perf_counter() - started])}
+
+        if run.shape == SMOLLM2:  # one rate fits in memory, and takes long
+            folder = args.work / run.name
+            found = [
+                kept(folder / f"{rate}.npz", lambda rate=rate: trained([rate])) for rate in rates
+            ]
+        else:
+            found = [trained(rates)]
+    # Of replicas: the second axis of curves, the first of what is judged.
+    found = {
+        name: np.concatenate([some[name] for some in found], axis=name == "curves")
+        for name in found[0]
+    }
     shape = (len(rates), len(args.seeds), -1)
-    by_rate = parts["validation"][0].reshape(shape).mean((1, 2))
+    by_rate = found["validation losses"].reshape(shape).mean((1, 2))
     best = int(np.argmin(np.where(np.isfinite(by_rate), by_rate, np.inf)))
-    found_spikes = [spikes(curve) for curve in curves.T]
-    curves = rounded(curves.T)
+    found_spikes = [spikes(curve) for curve in found["curves"].T]
+    curves = rounded(found["curves"].T)
     keras.backend.clear_session()
     return {
         **run._asdict(),
         "rates": list(rates),
         "steps": recipe.steps,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(float(found["seconds"].sum()), 1),
         "environment": common.environment("keras-hub"),
         "best": best,
-        "validation": rounded(parts["validation"][0].mean(-1).reshape(shape[:2])),
-        "loss": rounded(parts["test"][0].mean(-1).reshape(shape[:2])),
-        "accuracy": rounded(parts["test"][1].mean(-1).reshape(shape[:2])),
+        "validation": rounded(found["validation losses"].mean(-1).reshape(shape[:2])),
+        "loss": rounded(found["test losses"].mean(-1).reshape(shape[:2])),
+        "accuracy": rounded(found["test accuracies"].mean(-1).reshape(shape[:2])),
         "spikes": np.reshape(found_spikes, shape[:2]).tolist(),
         # At the best rate, by seed: losses and accuracies by window, and the curve.
-        "losses": rounded(parts["test"][0].reshape(shape)[best]),
-        "accuracies": rounded(parts["test"][1].reshape(shape)[best]),
+        "losses": rounded(found["test losses"].reshape(shape)[best]),
+        "accuracies": rounded(found["test accuracies"].reshape(shape)[best]),
         "curves": [curves[best * shape[1] + seed][::10] for seed in range(shape[1])],
     }
+
+
+def kept(path, make):
+    """Arrays by name, made once: a run that was cut off goes on behind its last rate."""
+    import numpy as np
+
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez(file, **make())
+        part.rename(path)
+    return dict(np.load(path))
 
 
 def held_out(tokens, args):
