@@ -29,17 +29,18 @@ class Crossover(NamedTuple):
 
 
 # Measured for forward passes on one CPU thread, by backend and whether they are causal. For causal
-# calls on PyTorch four heads give 2,130 tokens; with 8 to 32 heads, or batches, features in float32
-# win by 1.3 to 1.6 times at 2,048 on one thread (`benchmarks/results/use_torch.json`), so it is 0.7
-# times that. In bfloat16, which some CPUs multiply faster, they lose there by 1.8 times.
+# calls, one sequence of four heads gives 2,130 tokens on PyTorch and 535 on JAX. With 8 to 32
+# heads, or batches, features in float32 win there by 1.1 to 1.6 times
+# (`benchmarks/results/use_*.json`), so it is 0.7 times that. In bfloat16, which some CPUs multiply
+# faster, PyTorch's features lose at 2,048 tokens by 1.8 times.
 MEASURED = {
     "torch": {
         True: Crossover(1490, 0.77, -0.48, -0.62),
         False: Crossover(665, 0.57, -0.35, -0.31),
     },
     "jax": {
-        True: Crossover(373, 0.87, -0.19, -0.61),
-        False: Crossover(271, 0.75, -0.31, -0.55),
+        True: Crossover(375, 0.69, 0.0, -0.58),
+        False: Crossover(336, 0.81, -0.31, -0.47),
     },
     "tensorflow": {
         True: Crossover(512, 0.75, -0.06, -0.50),

@@ -5,7 +5,7 @@ import json
 from typing import NamedTuple
 
 import numpy as np
-from backends import BACKEND
+from backends import BACKEND, further
 from fresh_process import run_python
 from keras_hub.models import (
     Gemma3CausalLMPreprocessor,
@@ -52,6 +52,8 @@ KINDS = {
 # KerasHub loads presets as float32 unless told.
 DTYPES = {"before": "mixed_bfloat16", "clusters": "bfloat16"}
 IN_FILES = ("clusters", "windowed")
+IN_PRESETS = ("windowed", "before", *further("spectral", "clusters", "transferred"))
+GEMMAS = ("Gemma", *further("Gemma3"))
 # Of the other families all where nothing has to be compiled.
 FAMILIES = tuple(ROWS) if BACKEND == "torch" else ("Llama", "GPT2", "Bert")
 
@@ -195,17 +197,18 @@ class Saved:
             }
 
         yield job("broken", "", "no_such_name")
-        for family in ("Gemma", "Gemma3"):
+        for family in GEMMAS:
             _, path = self.dark(family)
             for name, code in LOADERS.items():
                 writes = "text" if name == "DarkCausalLM" else None
                 yield job(f"{family} {name}", path, code.format(family=family), writes=writes)
-        for kind in KINDS:
+        for kind in IN_PRESETS:
             _, path = self.fitted(kind)
             options = f", dtype={DTYPES[kind]!r}" if kind in DTYPES else ""
             code = f"keras_hub.models.CausalLM.from_preset(path{options})"
             yield job(kind, path, code, writes="text" if kind == "windowed" else None)
         for kind in IN_FILES:
+            self.fitted(kind)
             path = str(self.folder / f"{kind}.keras")
             yield job(f"{kind}.keras", path, "keras.saving.load_model(path)")
         for name in FAMILIES:

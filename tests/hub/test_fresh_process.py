@@ -10,7 +10,17 @@ from fresh_process import run_python
 from keras_darkformer import conversion_report
 
 from .models import outputs
-from .saved import BATCH, FAMILIES, IN_FILES, KINDS, LOADERS, PROMPTS, TASKS
+from .saved import (
+    BATCH,
+    FAMILIES,
+    GEMMAS,
+    IN_FILES,
+    IN_PRESETS,
+    KINDS,
+    LOADERS,
+    PROMPTS,
+    TASKS,
+)
 
 pytestmark = pytest.mark.slow  # one interpreter for all of them
 
@@ -27,7 +37,6 @@ LOAD_WITHOUT_PACKAGE = """
     assert "keras_darkformer" not in sys.modules
     print(json.dumps(errors))
 """
-GEMMAS = ("Gemma", "Gemma3")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -41,7 +50,7 @@ def test_a_dark_model_is_the_same_by_every_loader(saved, family, loader):
     np.testing.assert_allclose(output, outputs(model, BATCH), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*KINDS, *(f"{kind}.keras" for kind in IN_FILES)])
+@pytest.mark.parametrize("name", [*IN_PRESETS, *(f"{kind}.keras" for kind in IN_FILES)])
 def test_a_fitted_model_is_the_same(saved, name):
     facts, output = saved.loaded(name)
     assert facts["class"] == "DarkGemmaCausalLM"

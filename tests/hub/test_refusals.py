@@ -6,6 +6,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from backends import on_one_backend
 from keras_hub.models import Gemma3VisionEncoder, GemmaCausalLM
 
 from keras_darkformer import conversion_report, convert_to_dark
@@ -13,6 +14,7 @@ from keras_darkformer.hub.families import INEXPRESSIBLE
 
 from .models import dark, gemma, gemma2, gemma3, inputs, outputs, values
 
+pytestmark = on_one_backend
 BATCH = inputs(14, 5, 9)
 
 

@@ -196,7 +196,6 @@ only_tensorflow = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("memory", "known", "jit"),
     [
-        pytest.param(KEPT, False, False, id="kept"),
         pytest.param(KEPT, False, True, id="kept, jit"),
         pytest.param(KEPT, True, True, id="kept, length known, jit"),
         pytest.param(SINKS_ALONE, False, False, id="sinks alone"),

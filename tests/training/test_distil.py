@@ -648,6 +648,7 @@ def test_half_precision_is_distilled_in_half_precision(dtype):
     assert {w.dtype for w in attentions(model)[0].feature_map.weights} == {"float32"}
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_model_without_features_is_trained_around_them():
     teacher, model = dark_gemma(feature_map="none", sliding_window=4)
     before = values(model)

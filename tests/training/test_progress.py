@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from backends import on_one_backend
 
 from keras_darkformer import calibrate, progress, transfer_attention
 from keras_darkformer.printed import PrintedDict
@@ -74,6 +75,7 @@ def test_a_file_gets_a_line_now_and_then_and_no_carriage_return(monkeypatch, clo
     ]
 
 
+@on_one_backend
 def test_long_calls_show_few_lines_in_a_file_and_nothing_if_so_asked(monkeypatch):
     model = plain()
     for verbose in (True, False):
