@@ -1,4 +1,6 @@
-"""The tables of short sequences, of use, and of GPUs: forms.py, crossover.py, use.py, flash.py.
+"""The tables of short sequences, of use, of prompts, and of GPUs.
+
+They are of forms.py, crossover.py, use.py, prefill.py and flash.py.
 
 Each function takes the words behind its name in a page's mark and returns Markdown.
 """
@@ -6,7 +8,7 @@ Each function takes the words behind its name in a page's mark and returns Markd
 import statistics
 
 from comparisons import load as load_labelled
-from formats import PACKAGES, load, milliseconds, ratio, table, unique
+from formats import PACKAGES, load, milliseconds, plain_ratio, ratio, table, unique
 
 FORMS = ("linear", "exact")
 PEERS = {
@@ -98,6 +100,21 @@ def use_in_short(*backends):
                 lines.append([payload["label"], label, which, three, f"{wins} of {len(values)}"])
     return table(
         ["backend", "against", "pass", "worst / median / best", "not lost"], lines, words=3
+    )
+
+
+def prefill(*backends):
+    """Time over that of a forward pass, and peak memory, by tokens of a piece, of prefill.py."""
+    lines = []
+    for backend in backends:
+        payload = load_labelled("prefill", backend)
+        for row in payload["rows"]:
+            for way, time in row["times"].items():
+                piece = "a forward pass" if way == "forward" else f"pieces of {int(way):,}"
+                line = [payload["label"], row["model"], piece, milliseconds(time)]
+                lines.append([*line, plain_ratio(row["ratios"][way]), f"{row['mib'][way]:,.0f}"])
+    return table(
+        ["backend", "model", "read in", "ms", "over a forward pass", "MiB"], lines, words=3
     )
 
 

@@ -59,6 +59,7 @@ TABLES = {
     "model-sizes": speed.model_sizes,
     "offsets": quality.offsets,
     "positions": quality.positions,
+    "prefill": short.prefill,
     "pretrained-costs": pretrained.costs,
     "pretrained-generation": pretrained.generation,
     "pretrained-linearized": pretrained.linearized,

@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from keras_darkformer.checks import positive_integer
 from keras_darkformer.hub.causal_lm import DarkCausalLM, is_linear
-from keras_darkformer.ops.backend import compiled
+from keras_darkformer.ops.backend import compiled, compiles
 
 
 class Stream:
@@ -263,10 +263,10 @@ def _stored(leaf: Any) -> np.ndarray:
 
 
 def _pieces(length: int, largest: int | None) -> Iterator[int]:
-    """Sizes that add up to a length, with few different ones, as each is compiled."""
+    """Sizes that add up to a length, with few different ones where each is compiled."""
     size = length if largest is None else largest
     while length:
         while size > length:
-            size = max(size // 2, 1)
+            size = max(size // 2, 1) if compiles() else length
         yield size
         length -= size

@@ -267,6 +267,11 @@ def columns(x: Any, number: int) -> Any:
     return x
 
 
+def compiles() -> bool:
+    """Whether `compiled` makes a new program for every shape, which takes seconds."""
+    return _BACKEND != "torch"
+
+
 def compiled(
     function: Callable[..., Any], variables: Sequence[Any], updated: Sequence[Any] = ()
 ) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def tokens_of(length):
         pytest.param(NO_MEMORY, True, {20: 1, 31: 1, 42: 2, 25: 2}, id="causal"),
         pytest.param(NO_MEMORY, False, {20: 1, 63: 1, 65: 2}, id="bidirectional"),
         # The keys that are kept compete chunk by chunk: a graph for each number of chunks.
-        pytest.param(Memory(3, 2, 2), True, {5: 1, 7: 1}, id="kept", marks=pytest.mark.slow),
+        pytest.param(Memory(3, 2, 2), True, {10: 1, 13: 1}, id="kept", marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_for_all_lengths_of_as_many_blocks(memory, causal, lengths):
