@@ -205,7 +205,7 @@ def _torch_attention(
 def _heads_first_attention(
     query: Any, key: Any, value: Any, scale: float, causal: bool, mask: Any
 ) -> Any:
-    """In JAX; logits and the softmax are in float32, as in `jax.nn.dot_product_attention`."""
+    """In JAX; logits and the softmax are at least in float32, as in its own attention."""
     import jax
 
     query, key, value = (ops.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -213,8 +213,8 @@ def _heads_first_attention(
     kv_heads, num_keys = key.shape[1:3]
     rows = num_heads // kv_heads * length  # of all queries that see the same keys
     query = reshape(query, (batch, kv_heads, rows, head_dim))
-    product = "bkrh,bksh->bkrs"
-    logits = jax.numpy.einsum(product, query, key, preferred_element_type="float32")
+    product, dtype = "bkrh,bksh->bkrs", jax.numpy.promote_types(query.dtype, "float32")
+    logits = jax.numpy.einsum(product, query, key, preferred_element_type=dtype)
     logits = reshape(scale * logits, (batch, num_heads, length, num_keys))
     if causal:
         mask = ops.arange(num_keys)[None, :] <= ops.arange(length)[:, None]
