@@ -9,6 +9,7 @@ use before, comes from a process for each. Writes results/prefill_BACKEND.json.
 """
 
 from common import (
+    PASSES,
     answer,
     environment,
     in_process,
@@ -21,10 +22,11 @@ from common import (
     summary,
     write,
 )
+from models import gemma
 
 LENGTH = 8192
 PIECES = (512, 1024, 2048, 4096, 8192)
-FORWARD = "forward"
+FORWARD = PASSES[0]
 OF_SMOLLM2 = {
     "vocabulary_size": 1024,  # 49,152 in the real one; logits are those of one token
     "num_layers": 3,
@@ -42,10 +44,7 @@ def llama(**sizes):
     return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
 
 
-def models():
-    from models import gemma
-
-    return {"small Gemma": gemma, "3 layers of 135M": llama}
+MODELS = {"small Gemma": gemma, "3 layers of 135M": llama}
 
 
 def ways_of(name, length, names):
@@ -54,7 +53,7 @@ def ways_of(name, length, names):
 
     import keras_darkformer as kd
 
-    model = kd.convert_to_dark(models()[name](), num_features=64)
+    model = kd.convert_to_dark(MODELS[name](), num_features=64)
     tokens = np.random.default_rng(0).integers(1, 1024, (1, length)).astype("int32")
     batch = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
 
@@ -103,7 +102,7 @@ def main():
         name, way, length = args.measure
         answer(memory_of(name, way, int(length)))
         return
-    rows = [row_of(name, args) for name in models()]
+    rows = [row_of(name, args) for name in MODELS]
     for row in rows:
         lines = [
             [way, row["times"][way], row["ratios"][way], row["mib"][way]] for way in row["mib"]
