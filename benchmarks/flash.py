@@ -4,7 +4,7 @@
 
 All ways (`attention_ways.py`) take turns at each length; a way that takes longer than --patience
 is timed once and left out at longer lengths. Then blocks and chunks of several sizes take turns.
-Writes results/flash_BACKEND_gpu.json.
+Writes results/flash_BACKEND_gpu.json, in which kinds of rows that --kinds does not name stay.
 """
 
 import contextlib
@@ -20,19 +20,18 @@ from common import (
     finish,
     interleaved,
     parser,
+    read,
     summary,
     write,
 )
 
+KINDS = ("rows", "compiled", "blocks")
 SHAPES = {
     "h64 m128": {"heads": 16, "kv_heads": 16, "head_dim": 64, "num_features": 128},
     "h128 m128 4:1": {"heads": 32, "kv_heads": 8, "head_dim": 128, "num_features": 128},
     "h256 m256 8:1": {"heads": 8, "kv_heads": 1, "head_dim": 256, "num_features": 256},
 }
-LENGTHS = {
-    "torch": [1024 * 2**x for x in range(8)],
-    "jax": [2048 * 4**x for x in range(4)],  # each of them is compiled
-}
+LENGTHS = [2048 * 4**x for x in range(4)]
 NAMES = ("dark", "dark_remat", "sdpa", "cudnn", "darkformer_pytorch_256", "fla_kernel")
 SWEEP = {"torch": (2048, 4096, 16384, 32768), "jax": (1024, 4096, 16384)}  # tokens of a block
 CHUNKS = {"torch": (64, 128, 256, 512), "jax": (64, 128, 256)}
@@ -127,29 +126,32 @@ def main():
     made = parser(__doc__)
     made.add_argument("--repeats", type=int, default=9)
     made.add_argument("--patience", type=float, default=0.25, help="seconds a call may take")
+    made.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     args = made.parse_args()
-    lengths = LENGTHS[backend()]
+    lengths = LENGTHS
     if args.quick:
         lengths, args.repeats = lengths[:1], 3
-    payload = {"shapes": SHAPES, "dtype": "bfloat16"}
-    payload |= {"unit": "ms, median and interquartile range", "rows": [], "blocks": []}
-    payload |= {"compiled": [], **environment("darkformer-pytorch", "flash-linear-attention")}
+    payload = {"shapes": SHAPES, "dtype": "bfloat16", "unit": "ms, median and interquartile range"}
+    before = read("flash") or {}
+    payload |= {kind: [] if kind in args.kinds else before.get(kind, []) for kind in KINDS}
+    payload |= environment("darkformer-pytorch", "flash-linear-attention")
 
     def keep(kind, row):
         payload[kind].append(row)
         if not args.quick:
             write("flash", payload)
 
-    for label in SHAPES:
-        for gradients in (False, True):
+    if "rows" in args.kinds:
+        for label, gradients in itertools.product(SHAPES, (False, True)):
             exhausted = set()
             for length in lengths:
                 keep("rows", time_row(label, length, gradients, exhausted, args))
-    for label, gradients in itertools.product(SHAPES, (False, True)):
-        keep("blocks", time_blocks(label, gradients, args))
-    if backend() == "torch":
+    if "compiled" in args.kinds and backend() == "torch":
         for gradients in (False, True):
             keep("compiled", time_compiled("h64 m128", gradients, args))
+    if "blocks" in args.kinds:
+        for label, gradients in itertools.product(SHAPES, (False, True)):
+            keep("blocks", time_blocks(label, gradients, args))
 
 
 if __name__ == "__main__":
