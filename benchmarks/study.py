@@ -27,25 +27,23 @@ import common
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RATES_OF_SMOLLM2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-COUNTS = (16, 32, 64, 128, 256)  # of features
+COUNTS = (16, 32, 128, 256)  # of features, beside those of the shape
 PARTS = ("validation", "test")
 
 
 class Run(NamedTuple):
-    """What is trained: one arm at all rates and seeds; `teacher` is the seed of the exact model."""
+    """What is trained: one arm at all rates and seeds."""
 
     regime: str
     arm: str
     shape: str = "h64"
     num_features: int = 64
     guarded: bool = True
-    teacher: int = 0
 
     @property
     def name(self):
         words = [self.shape, str(self.num_features), self.regime, self.arm]
         words += [] if self.guarded else ["bare"]
-        words += [f"teacher {self.teacher}"] if self.teacher else []
         return "-".join(words).replace(", ", "_").replace(" ", "_")
 
 
@@ -57,11 +55,10 @@ def plan():
     compared = ("DARKFormer", "Performer", "calibrated")
     found = [Run(regime, arm) for regime in reversed(REGIMES) for arm in ARMS]
     found += [Run(regime, arm, guarded=False) for regime in REGIMES[:2] for arm in few]
+    found += [Run("q, k, v", arm, num_features=m) for m in COUNTS for arm in compared]
     found += [Run(regime, arm, "h256", 256) for regime in reversed(REGIMES) for arm in few]
+    found += [Run("all weights", arm, num_features=m) for m in COUNTS for arm in compared]
     found += [Run(regime, arm, SMOLLM2, 128) for regime in reversed(REGIMES[1:]) for arm in few]
-    for regime in reversed(REGIMES[1:]):  # by the number of features, from another exact model
-        found.append(Run(regime, "exact", teacher=1))
-        found += [Run(regime, arm, num_features=m, teacher=1) for m in COUNTS for arm in compared]
     return found
 
 
@@ -102,7 +99,7 @@ def make(run, args):
 
     tokens = args.tokens[vocabulary_of(run)]
     rates = args.rates or (RATES_OF_SMOLLM2 if run.shape == SMOLLM2 else RATES)
-    maker = Maker(run, args.presets.get((run.shape, run.teacher)), tokens["train"])
+    maker = Maker(run, args.presets.get(run.shape), tokens["train"])
     recipe = Recipe(
         steps=args.scratch_steps if run.regime == "from scratch" else args.steps,
         batch_size=2 if run.shape == SMOLLM2 else 8,
@@ -207,11 +204,8 @@ def settle(args):
     parts, other = teacher.parts_of(args.text), teacher.parts_of(args.other)
     encode = teacher.encoder_of(parts)
     args.tokens = {name: encode(part) for name, part in parts.items()}
-    args.presets = {
-        (run.shape, run.teacher): teacher.teacher(args, run.shape, seed=run.teacher)
-        for run in args.runs
-        if run.shape != SMOLLM2
-    }
+    shapes = {run.shape for run in args.runs} - {SMOLLM2}
+    args.presets = {shape: teacher.teacher(args, shape, seed=0) for shape in shapes}
     args.tokens = {"small": {name: encode(part) for name, part in other.items()}}
     if any(run.shape == SMOLLM2 for run in args.runs):
         from pretrained import smollm2

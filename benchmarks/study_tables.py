@@ -8,13 +8,12 @@ from formats import load, mean_and_range, table, unique
 
 RESAMPLES = 2_000
 REGIMES = {"scratch": "from scratch", "all": "all weights", "qkv": "q, k, v"}
-CURVE = 1  # the seed of the exact model that the curves by the number of features start from
 NUM_FEATURES = {"h64": 64, "h256": 256, "SmolLM2": 128}  # of what is told by arm
 
 
 def runs(**wanted):
     """Those runs, in the order of the plan."""
-    wanted = {"guarded": True, "shape": "h64", "teacher": 0} | wanted
+    wanted = {"guarded": True, "shape": "h64"} | wanted
     order = ["exact", "DARKFormer", "Performer", "learned features", "uniform", "calibrated"]
 
     def place(run):
@@ -41,7 +40,7 @@ def share(run, key="losses"):
     Bootstrapped over the windows of the test text, which are the same for all arms, and over the
     seeds of each. `None` where the interval of Performer - exact holds zero.
     """
-    same = {name: run[name] for name in ("regime", "shape", "guarded", "teacher")}
+    same = {name: run[name] for name in ("regime", "shape", "guarded")}
     size = {"num_features": run["num_features"]}
     exact = run_of("exact", **same)
     arms = [exact, run_of("Performer", **same | size), run]
@@ -94,13 +93,13 @@ def study(regime, shape="h64"):
 
 def features(regime):
     """R of the loss, by the number of features."""
-    wanted = {"regime": REGIMES[regime], "teacher": CURVE}
-    counts = sorted({run["num_features"] for run in runs(arm="DARKFormer", **wanted)})
+    name = REGIMES[regime]
+    counts = sorted({run["num_features"] for run in runs(regime=name, arm="DARKFormer")})
     lines = []
     for arm in ("Performer", "DARKFormer", "calibrated"):
         cells = []
         for m in counts:
-            found = runs(arm=arm, num_features=m, **wanted)
+            found = runs(regime=name, arm=arm, num_features=m)
             loss = of_seeds(found[0]["loss"][found[0]["best"]]) if found else ""
             closes = f"<br>{told(share(found[0]))}" if found and arm != "Performer" else ""
             cells.append(loss + closes)

@@ -412,11 +412,49 @@ def scan(
     if length is None:
         return _loop(step, carry, inputs, constants, shapes)
     unstacked = [ops.unstack(leaf, length, axis=1) for leaf in leaves]
-    steps = []
+    made: list[_Stack] = []
     for block in zip(*unstacked, strict=True):
         carry, output = step(carry, tree.pack_sequence_as(inputs, list(block)), constants)
-        steps.append(output)
-    return carry, tree.map_structure(lambda *blocks: ops.stack(blocks, axis=1), *steps)
+        made = made or [_Stack(length) for _ in tree.flatten(output)]
+        for stack, x in zip(made, tree.flatten(output), strict=True):
+            stack.add(x)
+    return carry, tree.pack_sequence_as(output, [stack.whole() for stack in made])
+
+
+class _Stack:
+    """So many tensors along a new second axis.
+
+    Where torch records nothing for gradients, each is copied to its place as it comes. Kept until
+    all are there, they would take their memory twice while they are stacked. A compiler would copy
+    the whole for each of them.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.count = size, 0
+        self.parts: list[Any] = []
+        self.places: Any = None
+
+    def add(self, x: Any) -> None:
+        if self.size > 1 and _fills_in_place(x):
+            if self.places is None:
+                self.places = x.new_empty((x.shape[0], self.size, *x.shape[1:]))
+            self.places[:, self.count] = x
+        else:
+            self.parts.append(x)
+        self.count += 1
+
+    def whole(self) -> Any:
+        if self.places is not None:
+            return self.places
+        return ops.expand_dims(self.parts[0], 1) if self.size == 1 else ops.stack(self.parts, 1)
+
+
+def _fills_in_place(x: Any) -> bool:
+    if _BACKEND != "torch":
+        return False
+    import torch
+
+    return not (x.requires_grad or torch.compiler.is_compiling())
 
 
 def _loop(

@@ -49,8 +49,8 @@ MEASURED = {
 }
 # On an accelerator, for every call: on an H200 in bfloat16, one causal sequence of 16 heads of 64
 # takes as long either way at about 17,000 tokens on JAX. On PyTorch, which starts every operation
-# by itself, it is an estimated 50,000 (`benchmarks/README.md`), and less for a batch, which fills
-# the device sooner. TensorFlow is taken to be like JAX.
+# by itself, it is about 53,000 (`benchmarks/README.md`), and less for a batch, which fills the
+# device sooner, and with gradients. TensorFlow is taken to be like JAX.
 ON_ACCELERATOR = {"torch": 32768, "jax": 16384, "tensorflow": 16384}
 
 

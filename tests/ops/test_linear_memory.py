@@ -38,6 +38,29 @@ def test_gradients_make_no_tensor_of_all_pairs(causal, key_mask):
     assert largest_intermediate(gradients, *case.arrays) < PAIRS
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="others fuse what is made block by block")
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "for gradients"])
+def test_of_long_outputs_there_is_one_where_nothing_is_recorded(recorded):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    case, attention = case_and_attention(True, None)
+    tensors = [torch.tensor(x, requires_grad=recorded) for x in case.arrays]
+    large = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.new_empty.default, torch.ops.aten.stack.default):
+                large.add(str(func))
+            return result
+
+    with Recorder():
+        output = attention(*tensors)
+    assert large == {"aten.stack.default" if recorded else "aten.new_empty.default"}
+    assert output.requires_grad == recorded
+
+
 @causal_or_not
 def test_exact_attention_makes_one_so_that_the_check_can_fail(causal):
     if BACKEND == "torch" and not causal:
