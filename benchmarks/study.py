@@ -12,8 +12,8 @@ does to training is seen too.
 Runs are written to WORK one by one, those of SmolLM2 rate by rate, and not made again; all that are
 there go into results/study.json, in place of what it held of the same ones. On a GPU a run takes a
 minute; on a CPU one rate with one seed takes a few, so name what is wanted: `--list` shows the
-names of all runs, `--runs`, `--rates` and `--seeds` choose. Runs in which a small Gemma is finetuned
-belong to the one trained in WORK: keep it, or make all of its shape anew.
+names of all runs, `--runs`, `--rates` and `--seeds` choose. Runs that finetune a small Gemma belong
+to the one trained in WORK: keep it, or make all of its shape anew.
 """
 
 import concurrent.futures
