@@ -128,9 +128,8 @@ def main():
     made.add_argument("--patience", type=float, default=0.25, help="seconds a call may take")
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     args = made.parse_args()
-    lengths = LENGTHS
-    if args.quick:
-        lengths, args.repeats = lengths[:1], 3
+    lengths = LENGTHS[:1] if args.quick else LENGTHS
+    args.repeats = 3 if args.quick else args.repeats
     payload = {"shapes": SHAPES, "dtype": "bfloat16", "unit": "ms, median and interquartile range"}
     before = read("flash") or {}
     payload |= {kind: [] if kind in args.kinds else before.get(kind, []) for kind in KINDS}

@@ -159,20 +159,27 @@ def _intermediate_sizes(fn, tensors):
         graph = tf.function(fn).get_concrete_function(*specs).graph
         return _graph_sizes(graph.as_graph_def(add_shapes=True))
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    sizes = []
+    leaves = [x for _, results in torch_operations(fn, *tensors) for x in tree_leaves(results)]
+    return [x.numel() for x in leaves if isinstance(x, torch.Tensor)]
+
+
+def torch_operations(fn, *tensors):
+    """What PyTorch runs for `fn`: the name of every operation, and its results."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             results = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in tree_leaves(results) if isinstance(x, torch.Tensor))
+            found.append((str(func), results))
             return results
 
     with Recorder():
         fn(*tensors)
-    return sizes
+    return found
 
 
 def _jaxpr_sizes(jaxpr):
