@@ -569,8 +569,14 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     @tf.custom_gradient
     def recomputed(*inputs: Any) -> Any:
         def gradient(*upstream: Any, variables: Any = ()) -> Any:
-            with tf.GradientTape() as tape, tf.control_dependencies(upstream):
-                again = [tf.identity(x) for x in inputs]  # only when it is asked for
+            # XLA drops control dependencies and then computes once what is there twice. What is
+            # computed again must depend on what asks for it.
+            asked = sum(
+                tf.cast(tf.reduce_max(tf.reshape(x, (-1,))[:1]), "float32") for x in upstream
+            )
+            zero = tf.stop_gradient(tf.where(asked == asked, 0.0, asked))
+            with tf.GradientTape() as tape:
+                again = [x + tf.cast(zero, x.dtype) for x in inputs]
                 tape.watch([x for x in again if x.dtype.is_floating])
                 outputs = function(*again)
             found = tape.gradient(outputs, [*again, *variables], output_gradients=upstream)

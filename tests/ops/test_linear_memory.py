@@ -1,11 +1,14 @@
 """No tensor on the way has an element for every pair of a query and a key."""
 
+import math
+import re
+
 import numpy as np
 import pytest
 from backends import BACKEND, differentiated, largest_intermediate, torch_operations
 from keras import ops
 
-from keras_darkformer.ops import dark_attention, exact_dark_attention
+from keras_darkformer.ops import dark_attention, exact_dark_attention, partition
 
 from .cases import Case
 
@@ -61,3 +64,42 @@ def test_exact_attention_makes_one_so_that_the_check_can_fail(causal):
         return exact_dark_attention(*tensors, causal=causal, key_mask=KEY_MASK)
 
     assert largest_intermediate(attention, *arrays) >= PAIRS
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="others have remat of their own")
+def test_xla_keeps_less_with_remat(monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(partition, "block_length", lambda *_: 64)
+    case = Case(length=256, heads=(1, 1))
+    tensors = [tf.constant(x) for x in case.arrays]
+
+    def most_bytes(remat):
+        def loss(*tensors):
+            return ops.sum(dark_attention(*tensors, **case.options, remat=remat))
+
+        gradients = tf.function(differentiated(loss), jit_compile=True)
+        ir = gradients.experimental_get_compiler_ir(*tensors)
+        return most_bytes_at_once(ir(stage="optimized_hlo"))
+
+    assert most_bytes(True) < 0.75 * most_bytes(False)
+
+
+def most_bytes_at_once(program):
+    """Of float32 results in use at once, in a program of XLA whose lines are in order."""
+    entry = program[program.index("\nENTRY") :]
+    lines = re.findall(r"^ +(?:ROOT )?%([\w.-]+) = (.+?) ([\w-]+)\((.*)$", entry, re.M)
+    behind, sizes, last_use = {}, {}, {}  # behind: the results that a name stands for
+    for place, (name, shape, operation, operands) in enumerate(lines):
+        used = [x for word in re.findall(r"%([\w.-]+)", operands) for x in behind.get(word, ())]
+        last_use |= dict.fromkeys(used, place)
+        if operation in ("bitcast", "tuple", "get-tuple-element"):
+            behind[name] = used
+        elif operation not in ("parameter", "constant"):
+            dimensions = [x.split(",") for x in re.findall(r"f32\[([\d,]*)\]", shape)]
+            sizes[place] = 4 * sum(math.prod(int(x) for x in sides if x) for sides in dimensions)
+            behind[name], last_use[place] = [place], place
+    return max(
+        sum(size for made, size in sizes.items() if made <= place <= last_use[made])
+        for place in range(len(lines))
+    )
