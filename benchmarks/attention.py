@@ -11,8 +11,12 @@ a process for each figure. Writes benchmarks/results/attention_BACKEND.json.
 
 import ctypes
 import itertools
+import json
 import math
+import pathlib
+import re
 import statistics
+import tempfile
 
 from attention_ways import MATMUL, layer_ways, matmul_way, runner, ways_of
 from common import (
@@ -30,8 +34,10 @@ from common import (
     peak,
     print_table,
     reset_peak,
+    result_path,
     summary,
     write,
+    write_json,
 )
 
 SHAPES = {
@@ -191,8 +197,12 @@ def crossover(rows, label, gradients, exact):
 # === Memory ===
 
 
-def measure_memory(name, label, gradients, length, args):
-    """Bytes of peak memory above the inputs, in this process; `None`: no such way here."""
+def measure_memory(name, label, gradients, length, folder, args):
+    """Bytes of peak memory above the inputs, in this process; `None`: no such way here.
+
+    On a CPU the peak of a program of XLA would be that of its compilation. There it is what XLA
+    assigns to the program, as it says in the folder.
+    """
     gradients, length = gradients == "True", int(length)
 
     def run_of(size):
@@ -209,7 +219,18 @@ def measure_memory(name, label, gradients, length, args):
     reset_peak()
     before = peak()
     finish(run())
-    return peak() - before
+    if accelerator() or backend() == "torch":
+        return peak() - before
+    return assigned_by_xla(folder)
+
+
+def assigned_by_xla(folder):
+    """Bytes of the temporary buffers and the results of the largest program it compiled."""
+    sizes = []
+    for path in pathlib.Path(folder).glob("*buffer-assignment.txt"):
+        buffers = re.findall(r"^allocation \d+: size (\d+), (.*)", path.read_text(), re.M)
+        sizes.append(sum(int(x) for x, what in buffers if re.search("temp|live-out", what)))
+    return max(sizes)
 
 
 def memory_rows(args):
@@ -231,8 +252,13 @@ def memory_rows(args):
                 # Patience for exact attention ends where its time row did.
                 if name in EXACT and length > 8192:
                     continue
-                what = name, label, gradients, length
-                samples = [in_process(*what) for _ in range(args.memory_repeats)]
+                repeats = args.memory_repeats if backend() == "torch" else 1
+                samples = []
+                for _ in range(repeats):
+                    with tempfile.TemporaryDirectory() as folder:
+                        flags = f"--xla_dump_to={folder} --xla_dump_hlo_pass_re=NONE"
+                        what = name, label, gradients, length, folder
+                        samples.append(in_process(*what, XLA_FLAGS=flags))
                 if None not in samples:
                     mib[name] = round(statistics.median(samples) / 2**20, 1)
             row = {"shape": label, "length": length, "causal": True, "mib": mib}
@@ -268,7 +294,8 @@ def parse_arguments():
     made.add_argument("--repeats", type=int, nargs=2, default=(5, 30), help="least and most")
     made.add_argument("--patience", type=float, default=4.0, help="seconds a call may take")
     made.add_argument("--max-gib", type=float, default=6.0)
-    made.add_argument("--memory-repeats", type=int, default=3)
+    made.add_argument("--memory-repeats", type=int, default=3, help="on PyTorch")
+    made.add_argument("--only-memory", action="store_true", help="measure it alone again")
     made.add_argument("--dtype", default="float32")
     made.add_argument("--compile", action="store_true", help="torch.compile")
     args = made.parse_args()
@@ -292,6 +319,11 @@ def main():
 
     # Before this process starts its backend: two do not share a GPU well.
     memory = memory_rows(args)
+    variant = "compile" if args.compile else ""
+    if args.only_memory:
+        path = result_path("attention", variant)
+        write_json(path, json.loads(path.read_text()) | {"memory": memory})
+        return
     one_thread()
     rows = []
     for label in SHAPES:
@@ -333,7 +365,7 @@ def main():
             "crossover": crossovers,
             **environment(*packages),
         }
-        write("attention", payload, "compile" if args.compile else "")
+        write("attention", payload, variant)
 
 
 if __name__ == "__main__":

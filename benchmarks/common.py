@@ -225,15 +225,16 @@ def parser(docstring):
     return made
 
 
-def in_process(*what):
+def in_process(*what, **environment):
     """Has this script, with its arguments, measure one thing in a process of its own.
 
-    There `args.measure` is `what`, as strings; the script hands its result to
-    `answer`. Processes share a GPU badly: let the one that calls this not
+    There `args.measure` is `what`, as strings, and `environment` is added to its own; the script
+    hands its result to `answer`. Processes share a GPU badly: let the one that calls this not
     start its backend before the last of them is done.
     """
     command = [sys.executable, *sys.argv, "--measure", *(str(word) for word in what)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = os.environ | environment
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if run.returncode:
         raise RuntimeError(f"{command[1:]} ended with {run.returncode}:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])

@@ -28,23 +28,27 @@ import common
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RATES_OF_SMOLLM2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-COUNTS = (16, 32, 128, 256)  # of features, beside those of the shape
+RATES_OF_CURVE = (1e-3, 3e-3, 1e-2)  # the best of every other run in q, k, v, and its neighbours
+COUNTS = (16, 32, 128)  # of features, beside those of the shape
+MORE_COUNTS = (128, 256)  # from a second exact model
 PARTS = ("validation", "test")
 
 
 class Run(NamedTuple):
-    """What is trained: one arm at all rates and seeds."""
+    """What is trained: one arm at all rates and seeds; `teacher` is the seed of the exact model."""
 
     regime: str
     arm: str
     shape: str = "h64"
     num_features: int = 64
     guarded: bool = True
+    teacher: int = 0
 
     @property
     def name(self):
         words = [self.shape, str(self.num_features), self.regime, self.arm]
         words += [] if self.guarded else ["bare"]
+        words += [f"teacher {self.teacher}"] if self.teacher else []
         return "-".join(words).replace(", ", "_").replace(" ", "_")
 
 
@@ -58,8 +62,9 @@ def plan():
     found += [Run(regime, arm, guarded=False) for regime in REGIMES[:2] for arm in few]
     found += [Run("q, k, v", arm, num_features=m) for m in COUNTS for arm in compared]
     found += [Run(regime, arm, "h256", 256) for regime in reversed(REGIMES) for arm in few]
-    found += [Run("all weights", arm, num_features=m) for m in COUNTS for arm in compared]
     found += [Run(regime, arm, SMOLLM2, 128) for regime in reversed(REGIMES[1:]) for arm in few]
+    found.append(Run("q, k, v", "exact", teacher=1))
+    found += [Run("q, k, v", arm, "h64", m, teacher=1) for m in MORE_COUNTS for arm in compared]
     return found
 
 
@@ -99,8 +104,8 @@ def make(run, args):
     from study_training import Recipe, Replicas
 
     tokens = args.tokens[vocabulary_of(run)]
-    rates = args.rates or (RATES_OF_SMOLLM2 if run.shape == SMOLLM2 else RATES)
-    maker = Maker(run, args.presets.get(run.shape), tokens["train"])
+    rates = args.rates or rates_of(run)
+    maker = Maker(run, args.presets.get((run.shape, run.teacher)), tokens["train"])
     recipe = Recipe(
         steps=args.scratch_steps if run.regime == "from scratch" else args.steps,
         batch_size=2 if run.shape == SMOLLM2 else 8,
@@ -189,6 +194,14 @@ def held_out(tokens, args):
     return teacher.text_windows(tokens, args.test_windows, teacher.LENGTH, 7)
 
 
+def rates_of(run):
+    from study_arms import SMOLLM2
+
+    if run.shape == SMOLLM2:
+        return RATES_OF_SMOLLM2
+    return RATES_OF_CURVE if run.teacher else RATES
+
+
 def vocabulary_of(run):
     """By what its tokens are known: the small models share theirs."""
     from study_arms import SMOLLM2
@@ -205,8 +218,11 @@ def settle(args):
     parts, other = teacher.parts_of(args.text), teacher.parts_of(args.other)
     encode = teacher.encoder_of(parts)
     args.tokens = {name: encode(part) for name, part in parts.items()}
-    shapes = {run.shape for run in args.runs} - {SMOLLM2}
-    args.presets = {shape: teacher.teacher(args, shape, seed=0) for shape in shapes}
+    args.presets = {
+        (shape, seed): teacher.teacher(args, shape, seed=seed)
+        for shape, seed in {(run.shape, run.teacher) for run in args.runs}
+        if shape != SMOLLM2
+    }
     args.tokens = {"small": {name: encode(part) for name, part in other.items()}}
     if any(run.shape == SMOLLM2 for run in args.runs):
         from pretrained import smollm2

@@ -45,25 +45,26 @@ def draw(path):
 
 
 def draw_features(path):
-    """Loss against the number of features."""
-    regimes = [x for x in REGIMES.values() if len(runs(regime=x, arm="DARKFormer")) > 1]
-    figure, axes = plt.subplots(
-        1, len(regimes), figsize=(4.6 * len(regimes), 3.6), layout="constrained", squeeze=False
-    )
-    for axis, regime in zip(axes[0], regimes, strict=True):
+    """Loss against the number of features; dashed: from the second exact model."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
+    wanted = {"regime": REGIMES["qkv"]}
+    counts = set()
+    for teacher, style in enumerate(("-", "--")):
         for arm in ("Performer", "DARKFormer", "calibrated"):
-            found = runs(regime=regime, arm=arm)
-            counts = [run["num_features"] for run in found]
+            found = runs(arm=arm, teacher=teacher, **wanted)
             losses = np.array([run["loss"][run["best"]] for run in found])
-            axis.plot(counts, losses.mean(1), color=COLOURS[arm], label=arm, marker="o", ms=4)
-            axis.fill_between(counts, losses.min(1), losses.max(1), color=COLOURS[arm], alpha=0.15)
-        exact = run_of("exact", regime=regime)
-        axis.axhline(np.mean(exact["loss"][exact["best"]]), color="black", lw=1, label="exact")
-        axis.set(title=regime, xlabel="features m", ylabel="test loss")
-        axis.set_xscale("log", base=2)
-        counts = sorted({run["num_features"] for run in runs(regime=regime, arm="Performer")})
-        axis.set_xticks(counts, [str(m) for m in counts])
-        axis.legend(fontsize=8, frameon=False)
+            ms = [run["num_features"] for run in found]
+            label = None if teacher else arm
+            axis.plot(ms, losses.mean(1), style, color=COLOURS[arm], label=label, marker="o", ms=4)
+            axis.fill_between(ms, losses.min(1), losses.max(1), color=COLOURS[arm], alpha=0.15)
+            counts.update(ms)
+        exact = run_of("exact", teacher=teacher, **wanted)
+        loss = np.mean(exact["loss"][exact["best"]])
+        axis.axhline(loss, ls=style, color="black", lw=1, label=None if teacher else "exact")
+    axis.set(title=wanted["regime"], xlabel="features m", ylabel="test loss")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(counts), [str(m) for m in sorted(counts)])
+    axis.legend(fontsize=8, frameon=False)
     save(figure, path, dpi=110)
 
 

@@ -13,7 +13,7 @@ NUM_FEATURES = {"h64": 64, "h256": 256, "SmolLM2": 128}  # of what is told by ar
 
 def runs(**wanted):
     """Those runs, in the order of the plan."""
-    wanted = {"guarded": True, "shape": "h64"} | wanted
+    wanted = {"guarded": True, "shape": "h64", "teacher": 0} | wanted
     order = ["exact", "DARKFormer", "Performer", "learned features", "uniform", "calibrated"]
 
     def place(run):
@@ -40,7 +40,7 @@ def share(run, key="losses"):
     Bootstrapped over the windows of the test text, which are the same for all arms, and over the
     seeds of each. `None` where the interval of Performer - exact holds zero.
     """
-    same = {name: run[name] for name in ("regime", "shape", "guarded")}
+    same = {name: run[name] for name in ("regime", "shape", "guarded", "teacher")}
     size = {"num_features": run["num_features"]}
     exact = run_of("exact", **same)
     arms = [exact, run_of("Performer", **same | size), run]
@@ -92,19 +92,25 @@ def study(regime, shape="h64"):
 
 
 def features(regime):
-    """R of the loss, by the number of features."""
-    name = REGIMES[regime]
-    counts = sorted({run["num_features"] for run in runs(regime=name, arm="DARKFormer")})
-    lines = []
+    """R of the loss, by the number of features and the exact model that runs start from."""
+    wanted = {"regime": REGIMES[regime]}
+    columns = [
+        {"teacher": teacher, "num_features": run["num_features"]}
+        for teacher in (0, 1)
+        for run in runs(arm="DARKFormer", teacher=teacher, **wanted)
+    ]
+    exact = [run_of("exact", teacher=column["teacher"], **wanted) for column in columns]
+    lines = [["exact", *(of_seeds(run["loss"][run["best"]]) for run in exact)]]
     for arm in ("Performer", "DARKFormer", "calibrated"):
         cells = []
-        for m in counts:
-            found = runs(regime=name, arm=arm, num_features=m)
+        for column in columns:
+            found = runs(arm=arm, **wanted, **column)
             loss = of_seeds(found[0]["loss"][found[0]["best"]]) if found else ""
             closes = f"<br>{told(share(found[0]))}" if found and arm != "Performer" else ""
             cells.append(loss + closes)
         lines.append([arm, *cells])
-    return table(["arm", *(f"m = {m}" for m in counts)], lines)
+    names = (f"m = {x['num_features']}{', second model' * x['teacher']}" for x in columns)
+    return table(["arm", *names], lines)
 
 
 def stability(guarded, shape="h64"):
