@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import statistics
@@ -200,8 +201,8 @@ def crossover(rows, label, gradients, exact):
 def measure_memory(name, label, gradients, length, folder, args):
     """Bytes of peak memory above the inputs, in this process; `None`: no such way here.
 
-    On a CPU the peak of a program of XLA would be that of its compilation. There it is what XLA
-    assigns to the program, as it says in the folder.
+    Compiling with XLA takes more memory than running. So on a CPU the result is what XLA assigned
+    to the program, read from its dump in `folder`.
     """
     gradients, length = gradients == "True", int(length)
 
@@ -225,11 +226,13 @@ def measure_memory(name, label, gradients, length, folder, args):
 
 
 def assigned_by_xla(folder):
-    """Bytes of the temporary buffers and the results of the largest program it compiled."""
+    """Bytes of the temporary buffers and the results of the largest program in a dump."""
     sizes = []
     for path in pathlib.Path(folder).glob("*buffer-assignment.txt"):
         buffers = re.findall(r"^allocation \d+: size (\d+), (.*)", path.read_text(), re.M)
         sizes.append(sum(int(x) for x, what in buffers if re.search("temp|live-out", what)))
+    if not any(sizes):
+        raise RuntimeError(f"XLA says nothing of buffers in {folder}")
     return max(sizes)
 
 
@@ -256,7 +259,7 @@ def memory_rows(args):
                 samples = []
                 for _ in range(repeats):
                     with tempfile.TemporaryDirectory() as folder:
-                        flags = f"--xla_dump_to={folder} --xla_dump_hlo_pass_re=NONE"
+                        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
                         what = name, label, gradients, length, folder
                         samples.append(in_process(*what, XLA_FLAGS=flags))
                 if None not in samples:
@@ -295,7 +298,7 @@ def parse_arguments():
     made.add_argument("--patience", type=float, default=4.0, help="seconds a call may take")
     made.add_argument("--max-gib", type=float, default=6.0)
     made.add_argument("--memory-repeats", type=int, default=3, help="on PyTorch")
-    made.add_argument("--only-memory", action="store_true", help="measure it alone again")
+    made.add_argument("--only-memory", action="store_true", help="and keep what results there are")
     made.add_argument("--dtype", default="float32")
     made.add_argument("--compile", action="store_true", help="torch.compile")
     args = made.parse_args()
@@ -322,7 +325,8 @@ def main():
     variant = "compile" if args.compile else ""
     if args.only_memory:
         path = result_path("attention", variant)
-        write_json(path, json.loads(path.read_text()) | {"memory": memory})
+        if not args.quick:
+            write_json(path, json.loads(path.read_text()) | {"memory": memory})
         return
     one_thread()
     rows = []

@@ -45,7 +45,7 @@ def draw(path):
 
 
 def draw_features(path):
-    """Loss against the number of features; dashed: from the second exact model."""
+    """Loss against the number of features; dashed: from another exact model."""
     figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
     wanted = {"regime": REGIMES["qkv"]}
     counts = set()

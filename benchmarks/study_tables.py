@@ -109,7 +109,7 @@ def features(regime):
             closes = f"<br>{told(share(found[0]))}" if found and arm != "Performer" else ""
             cells.append(loss + closes)
         lines.append([arm, *cells])
-    names = (f"m = {x['num_features']}{', second model' * x['teacher']}" for x in columns)
+    names = (f"m = {x['num_features']}{', another model' * x['teacher']}" for x in columns)
     return table(["arm", *names], lines)
 
 

@@ -569,14 +569,18 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     @tf.custom_gradient
     def recomputed(*inputs: Any) -> Any:
         def gradient(*upstream: Any, variables: Any = ()) -> Any:
-            # XLA drops control dependencies and then computes once what is there twice. What is
-            # computed again must depend on what asks for it.
+            # XLA drops control dependencies and would compute everything again at once, in the
+            # forward pass. So the inputs depend on what asks for them, by a zero that XLA can't
+            # know to be one: `asked` could be NaN.
             asked = sum(
                 tf.cast(tf.reduce_max(tf.reshape(x, (-1,))[:1]), "float32") for x in upstream
             )
             zero = tf.stop_gradient(tf.where(asked == asked, 0.0, asked))
             with tf.GradientTape() as tape:
-                again = [x + tf.cast(zero, x.dtype) for x in inputs]
+                again = [
+                    x + tf.cast(zero, x.dtype) if x.dtype.is_floating else tf.identity(x)
+                    for x in inputs
+                ]
                 tape.watch([x for x in again if x.dtype.is_floating])
                 outputs = function(*again)
             found = tape.gradient(outputs, [*again, *variables], output_gradients=upstream)

@@ -66,7 +66,7 @@ def test_exact_attention_makes_one_so_that_the_check_can_fail(causal):
     assert largest_intermediate(attention, *arrays) >= PAIRS
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="others have remat of their own")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the other backends have remat of their own")
 def test_xla_keeps_less_with_remat(monkeypatch):
     import tensorflow as tf
 
