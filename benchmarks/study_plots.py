@@ -52,6 +52,8 @@ def draw_features(path):
     for teacher, style in enumerate(("-", "--")):
         for arm in ("Performer", "DARKFormer", "calibrated"):
             found = runs(arm=arm, teacher=teacher, **wanted)
+            if not found:
+                continue
             losses = np.array([run["loss"][run["best"]] for run in found])
             ms = [run["num_features"] for run in found]
             label = None if teacher else arm
@@ -64,7 +66,7 @@ def draw_features(path):
     axis.set(title=wanted["regime"], xlabel="features m", ylabel="test loss")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(counts), [str(m) for m in sorted(counts)])
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
     save(figure, path, dpi=110)
 
 
