@@ -236,6 +236,13 @@ def assigned_by_xla(folder):
     return max(sizes)
 
 
+def memory_of(*what):
+    """`measure_memory` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
+        return in_process(*what, folder, XLA_FLAGS=flags)
+
+
 def memory_rows(args):
     label = "h64 m128"
     names = {
@@ -243,6 +250,7 @@ def memory_rows(args):
         "jax": ("dark", "dark_remat", "cudnn", "keras"),
         "tensorflow": ("dark", "dark_remat", "keras"),
     }[backend()]
+    repeats = args.memory_repeats if backend() == "torch" else 1
     rows = []
     for gradients in (False, True):
         for length in args.memory_lengths:
@@ -255,13 +263,7 @@ def memory_rows(args):
                 # Patience for exact attention ends where its time row did.
                 if name in EXACT and length > 8192:
                     continue
-                repeats = args.memory_repeats if backend() == "torch" else 1
-                samples = []
-                for _ in range(repeats):
-                    with tempfile.TemporaryDirectory() as folder:
-                        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
-                        what = name, label, gradients, length, folder
-                        samples.append(in_process(*what, XLA_FLAGS=flags))
+                samples = [memory_of(name, label, gradients, length) for _ in range(repeats)]
                 if None not in samples:
                     mib[name] = round(statistics.median(samples) / 2**20, 1)
             row = {"shape": label, "length": length, "causal": True, "mib": mib}

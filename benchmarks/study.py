@@ -29,8 +29,9 @@ import common
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RATES_OF_SMOLLM2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 RATES_OF_CURVE = (1e-3, 3e-3, 1e-2)  # the middle one was the best of these arms for m up to 128
-COUNTS = (16, 32, 128)  # of features, beside those of the shape
-MORE_COUNTS = (128, 256)  # from another exact model
+# Numbers of features, beside that of the shape, and those that start from another exact model.
+COUNTS = {"DARKFormer": (16, 32, 128), "Performer": (16, 32, 128), "calibrated": (16, 32)}
+MORE_COUNTS = (128, 256)
 PARTS = ("validation", "test")
 
 
@@ -57,15 +58,13 @@ def plan():
     from study_arms import ARMS, REGIMES, SMOLLM2
 
     few = ("exact", "DARKFormer", "Performer", "learned features", "calibrated")
-    compared = ("DARKFormer", "Performer", "calibrated")
     found = [Run(regime, arm) for regime in reversed(REGIMES) for arm in ARMS]
     found += [Run(regime, arm, guarded=False) for regime in REGIMES[:2] for arm in few]
-    found += [Run("q, k, v", arm, num_features=m) for m in COUNTS for arm in compared]
-    found.remove(Run("q, k, v", "calibrated", num_features=128))  # there is one of the other model
+    found += [Run("q, k, v", arm, "h64", m) for arm, counts in COUNTS.items() for m in counts]
     found += [Run(regime, arm, "h256", 256) for regime in reversed(REGIMES) for arm in few]
     found += [Run(regime, arm, SMOLLM2, 128) for regime in reversed(REGIMES[1:]) for arm in few]
     found.append(Run("q, k, v", "exact", teacher=1))
-    found += [Run("q, k, v", arm, "h64", m, teacher=1) for m in MORE_COUNTS for arm in compared]
+    found += [Run("q, k, v", arm, "h64", m, teacher=1) for m in MORE_COUNTS for arm in COUNTS]
     return found
 
 

@@ -1,4 +1,4 @@
-"""No tensor on the way has an element for every pair of a query and a key."""
+"""No tensor has an element for every pair of a query and a key, and what is kept is little."""
 
 import math
 import re
