@@ -66,7 +66,7 @@ def draw_features(path):
     axis.set(title=wanted["regime"], xlabel="features m", ylabel="test loss")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(counts), [str(m) for m in sorted(counts)])
-    axis.legend(fontsize=8, frameon=False, loc="upper right")
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     save(figure, path, dpi=110)
 
 
