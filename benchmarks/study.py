@@ -95,7 +95,7 @@ def rounded(array):
 
 
 def make(run, args):
-    """Trains and judges one run; returns what is written."""
+    """Trains and judges one run; returns what is written, with the environment of its best rate."""
     import keras
     import numpy as np
     import teacher
@@ -137,6 +137,8 @@ def make(run, args):
             for part in PARTS:
                 judged = replicas.judge(held_out(tokens[part], args))
                 found |= dict(zip((f"{part} losses", f"{part} accuracies"), judged, strict=True))
+            made_on = json.dumps(common.environment("keras-hub"))  # rates may be of other days
+            found["environments"] = np.array([made_on] * len(rates))
             return found | {"seconds": np.array([time.perf_counter() - started])}
 
         if run.shape == SMOLLM2:  # one rate fits in memory, and takes long
@@ -162,7 +164,7 @@ def make(run, args):
         "rates": list(rates),
         "steps": recipe.steps,
         "seconds": round(float(found["seconds"].sum()), 1),
-        "environment": common.environment("keras-hub"),
+        "environment": json.loads(str(found["environments"][best])),
         "best": best,
         "validation": rounded(found["validation losses"].mean(-1).reshape(shape[:2])),
         "loss": rounded(found["test losses"].mean(-1).reshape(shape[:2])),
