@@ -137,9 +137,11 @@ def make(run, args):
             for part in PARTS:
                 judged = replicas.judge(held_out(tokens[part], args))
                 found |= dict(zip((f"{part} losses", f"{part} accuracies"), judged, strict=True))
-            made_on = json.dumps(common.environment("keras-hub"))  # rates may be of other days
-            found["environments"] = np.array([made_on] * len(rates))
-            return found | {"seconds": np.array([time.perf_counter() - started])}
+            made_on = json.dumps(common.environment("keras-hub"))
+            return found | {
+                "seconds": np.array([time.perf_counter() - started]),
+                "environments": np.array([made_on] * len(rates)),  # rates are kept by themselves
+            }
 
         if run.shape == SMOLLM2:  # one rate fits in memory, and takes long
             folder = args.work / run.name
